@@ -1,0 +1,1 @@
+"""Text sources to token blocks, with seed and provenance. Never loads a model."""

@@ -1,0 +1,1 @@
+"""The one forward pass, paged KV cache, scheduler, sampling, perplexity and throughput. Never imports quant."""

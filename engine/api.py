@@ -1,0 +1,150 @@
+"""All that `serve` sees of the engine: requests in, events out. Plain data, no tensors, no torch.
+
+Requests and events cross a process boundary as JSON (`to_json`, `from_json`), never as pickles.
+"""
+
+import json
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Protocol
+
+FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch those filters off."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; 0: of the chosen token; n: and of the n likeliest
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}: at least 1 token must be asked for.")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature is {self.temperature}: expected a finite number of at least 0.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p}: expected a number above 0 and at most 1.")
+        if not 0.0 <= self.min_p <= 1.0:
+            raise ValueError(f"min_p is {self.min_p}: expected a number from 0 to 1.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}: expected 0 (off) or a positive number.")
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty}: expected a finite number above 0."
+            )
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to generate. `deadline_s` is the time it may take from its submission, in seconds."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    deadline_s: float | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Request":
+        raw = json.loads(text)
+        sampling = raw.pop("sampling")
+        for name in ("stop", "stop_token_ids"):
+            sampling[name] = tuple(sampling[name])
+        sampling["logit_bias"] = tuple((int(token), float(bias)) for token, bias in sampling["logit_bias"])
+        return Request(raw["id"], tuple(raw["prompt_ids"]), SamplingParams(**sampling), raw["deadline_s"])
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of one generated token, and of the likeliest alternatives as (token id, text, logprob)."""
+
+    token_id: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Event:
+    """News of one request: tokens and whole characters since the last event. The last event has a `finish_reason`.
+
+    `text` never ends inside a character and never holds a stop string. `error` is a sentence for the user where
+    finish_reason is "error".
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Event":
+        raw = json.loads(text)
+        raw["token_ids"] = tuple(raw["token_ids"])
+        raw["logprobs"] = tuple(
+            TokenLogprob(p["token_id"], p["text"], p["logprob"], tuple((i, t, v) for i, t, v in p["top"]))
+            for p in raw["logprobs"]
+        )
+        return Event(**raw)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A snapshot of the engine. Blocks are KV cache blocks; rates are over the engine's last second or so."""
+
+    running: int = 0
+    waiting: int = 0
+    blocks_total: int = 0
+    blocks_free: int = 0
+    prompt_tokens_total: int = 0
+    generated_tokens_total: int = 0
+    preemptions_total: int = 0
+    tokens_per_s: float = 0.0
+    context_length: int = 0
+    model: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "Stats":
+        raw: dict[str, Any] = json.loads(text)
+        return Stats(**{f.name: raw[f.name] for f in fields(Stats)})
+
+
+class EngineDied(RuntimeError):
+    """The engine is gone: no request will be answered any more."""
+
+
+class Engine(Protocol):
+    """What the server holds. `submit` returns the request's id; `events` ends after the event with a finish_reason."""
+
+    def submit(self, request: Request) -> str: ...
+
+    def events(self, request_id: str) -> AsyncIterator[Event]: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    def stats(self) -> Stats: ...

@@ -1,0 +1,1 @@
+"""Terminal chat, OpenAI-compatible server, client, web page; the `tmq` command. Never touches tensors."""
