@@ -1,0 +1,61 @@
+"""What passes between the search and the run: streams of hidden states in, quantized blocks and reports out. No I/O.
+
+S samples, L tokens a sample, H hidden size, K in features of a linear.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from convert.checkpoint import BlockWeights
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Hidden states before (or after) a block: `fp` of the float model, `quantized` of the model quantized so far.
+
+    Both (S, L, H) in the compute dtype; before the first block they are equal and may be the same tensor.
+    """
+
+    fp: Tensor
+    quantized: Tensor
+
+
+@dataclass(frozen=True)
+class GramStatistics:
+    """Saved statistics of one block's linear inputs on the float stream, in place of streams (`--stats`).
+
+    grams: input name ("attn_in", "o_in", "mlp_in", "down_in", "experts.{e}.in", "experts.{e}.down_in") -> X^T X
+    (K, K) float32, not divided by the tokens; mean_abs: the same names -> (K,) float32; tokens: the same names -> M.
+    """
+
+    grams: dict[str, Tensor]
+    mean_abs: dict[str, Tensor]
+    tokens: dict[str, int]
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """What happened to one linear. Losses are tr(dW G dW^T), or what its preset judges, on the calibration text."""
+
+    role: str
+    shape: tuple[int, int]
+    loss_rtn: float  # round to nearest of the same weights on the same inputs
+    loss_before: float  # at the start of the last step
+    loss_after: float
+    steps: tuple[str, ...] = ()  # the steps that were kept, in order: "scale", "clip", "gptq", ...
+    warnings: tuple[str, ...] = ()
+    values: dict[str, float] = field(default_factory=dict)  # for instance alpha, damping, share of clipped groups
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """A quantized block: `weights` with Quantized linears and folded norms; `streams` after it (None from statistics)."""
+
+    weights: BlockWeights
+    reports: tuple[LinearReport, ...]
+    streams: Streams | None
