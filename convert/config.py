@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-RopeKind = Literal["linear", "dynamic", "yarn", "llama3"]
+# qwen_ntk: Qwen-1's own rule, its base grows with the power of two that covers the prompt
+RopeKind = Literal["linear", "dynamic", "yarn", "llama3", "qwen_ntk"]
 
 
 @dataclass(frozen=True)
