@@ -1,0 +1,320 @@
+"""One decoder block as the weight files of a TurboMind workspace, and back. Pure: names and tensors, no disk.
+
+K in features, N out features, g group size, D head_dim, R rank of tp. Dialects: "0.6.5" (plain tensors, config.yaml) and
+"0.1" (32 x 32 tiles, scales_zeros, w13, config.ini; LMDeploy 0.0.14 to 0.5.3). Layout rules: `convert.turbomind_layout`.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from convert import turbomind_layout as layout
+from convert.checkpoint import BlockWeights, LinearWeights
+from convert.config import ModelConfig
+from convert.errors import InputError
+from convert.families import bias_roles
+from convert.turbomind_layout import Linear
+from kernels.int4 import Quantized
+from kernels.packing import SEQUENTIAL_ORDER, pack_columns, unpack_columns
+
+Dialect = Literal["0.6.5", "0.1"]
+WeightType = Literal["float16", "bfloat16", "int4"]
+TP_VALUES = (1, 2, 4, 8)
+GROUP_SIZE = 128  # the only one that TurboMind's int4 kernels are compiled for
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "int4": torch.float16}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a model is packed. `config` is the source's: padded and replicated sizes are derived here."""
+
+    config: ModelConfig
+    tp: int
+    weight_type: WeightType
+    dialect: Dialect
+
+    @property
+    def group_size(self) -> int:
+        return GROUP_SIZE if self.weight_type == "int4" else 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of every float tensor on disk."""
+        return DTYPES[self.weight_type]
+
+    @property
+    def replication(self) -> int:
+        return layout.kv_replication(self.config.num_kv_heads, self.tp)
+
+    @property
+    def intermediate_size(self) -> int:
+        """Padded; dialect 0.1 has no padding."""
+        size = self.config.intermediate_size
+        return size if self.dialect == "0.1" else layout.padded_intermediate(size, self.group_size, self.tp)
+
+    @property
+    def attn_bias(self) -> bool:
+        return self.config.qkv_bias or self.config.o_bias
+
+    @property
+    def rank_rows(self) -> tuple[int, int]:
+        """Query rows and KV rows of one rank's w_qkv."""
+        kv_heads = self.config.num_kv_heads * self.replication
+        return (
+            self.config.num_heads * self.config.head_dim // self.tp,
+            kv_heads * self.config.head_dim // self.tp,
+        )
+
+
+def misfits(packing: Packing) -> list[str]:
+    """Sentences that say why the model cannot be packed this way; empty where it can."""
+    config, tp, found = packing.config, packing.tp, []
+    if config.num_heads % tp:
+        found.append(f"{config.num_heads} attention heads are no multiple of tp {tp}")
+    if config.num_kv_heads % tp and (packing.dialect == "0.1" or tp % config.num_kv_heads):
+        found.append(f"{config.num_kv_heads} KV heads cannot be shared among tp {tp} ranks")
+    if config.hidden_size % tp:
+        found.append(f"hidden size {config.hidden_size} is no multiple of tp {tp}")
+    if found:
+        return found
+    query_rows, kv_rows = packing.rank_rows
+    if packing.weight_type == "int4":
+        for name, size in (("hidden size", config.hidden_size), ("a rank's attention width", query_rows)):
+            if size % GROUP_SIZE:
+                found.append(f"{name} {size} is no multiple of the group size {GROUP_SIZE}")
+        if (query_rows + 2 * kv_rows) % 8:
+            found.append(f"a rank's qkv width {query_rows + 2 * kv_rows} is no multiple of 8")
+    if packing.dialect == "0.1":
+        if config.head_dim != 128:
+            found.append(f"head_dim is {config.head_dim}, and dialect 0.1 knows only 128")
+        share = GROUP_SIZE if packing.weight_type == "int4" else 1
+        if config.intermediate_size % (tp * share):
+            found.append(f"intermediate size {config.intermediate_size} is no multiple of tp {tp} x {share}")
+    return found
+
+
+def legal_tp(config: ModelConfig, weight_type: WeightType, dialect: Dialect) -> list[int]:
+    """The values of tp that this model can be packed with."""
+    return [tp for tp in TP_VALUES if not misfits(Packing(config, tp, weight_type, dialect))]
+
+
+def block_files(block: BlockWeights, packing: Packing) -> Iterator[tuple[str, Tensor]]:
+    """(file name, contiguous tensor) of every file of a block. Raises InputError for a linear in the wrong format."""
+    config, tp = packing.config, packing.tp
+    prefix = f"layers.{block.index}."
+    for role, name in (("attn_norm", "attention_norm"), ("mlp_norm", "ffn_norm")):
+        yield f"{prefix}{name}.weight", as_float(block.norms[role], packing.dtype, f"{prefix}{name}")
+    parts = {role: _parts(role, linear, block.index, packing) for role, linear in block.linears.items()}
+    heads = config.head_dim
+    q, k = layout.interleave_rope(parts["q"], heads), layout.interleave_rope(parts["k"], heads)
+    k = layout.replicate_heads(k, heads, packing.replication)
+    v = layout.replicate_heads(parts["v"], heads, packing.replication)
+    yield from _rank_files(prefix + "attention.w_qkv", layout.fuse_qkv(q, k, v, tp), packing)
+    yield from _rank_files(prefix + "attention.wo", layout.split_columns(parts["o"], tp), packing)
+    if not config.num_experts:
+        yield from _mlp_files(prefix + "feed_forward.", parts["gate"], parts["up"], parts["down"], packing)
+        return
+    router = block.linears["router"].weight
+    assert isinstance(router, Tensor)
+    gate_name = f"{prefix}moe_ffn.gate.weight"
+    yield gate_name, as_float(router, packing.dtype, gate_name).t().contiguous()
+    for expert in range(config.num_experts):
+        gate, up, down = (parts[f"experts.{expert}.{role}"] for role in ("gate", "up", "down"))
+        yield from _mlp_files(f"{prefix}moe_ffn.experts.{expert}.", gate, up, down, packing)
+
+
+def _mlp_files(
+    prefix: str, gate: Linear, up: Linear, down: Linear, packing: Packing
+) -> Iterator[tuple[str, Tensor]]:
+    inner, tp = packing.intermediate_size, packing.tp
+    gates, ups = (layout.split_rows(layout.pad_rows(linear, inner), tp) for linear in (gate, up))
+    downs = layout.split_columns(layout.pad_columns(down, inner, packing.group_size or 1), tp)
+    if packing.dialect == "0.1" and packing.weight_type == "int4":
+        fused = [layout.interleave_gate_up(one, other) for one, other in zip(gates, ups, strict=True)]
+        yield from _rank_files(prefix + "w13", fused, packing)
+    else:
+        yield from _rank_files(prefix + "w1", gates, packing)
+        yield from _rank_files(prefix + "w3", ups, packing)
+    yield from _rank_files(prefix + "w2", downs, packing)
+
+
+def _rank_files(name: str, ranks: list[Linear], packing: Packing) -> Iterator[tuple[str, Tensor]]:
+    for rank, linear in enumerate(ranks):
+        for part, tensor in encode(linear, packing.dialect).items():
+            yield f"{name}.{rank}.{part}", tensor
+
+
+def _parts(role: str, linear: LinearWeights, index: int, packing: Packing) -> Linear:
+    where = f"block {index}, {role}"
+    parts: Linear = {}
+    if isinstance(linear.weight, Quantized):
+        if packing.weight_type != "int4":
+            raise InputError(
+                f"{where} is int4 in a model packed as {packing.weight_type}: pack the float checkpoint."
+            )
+        parts = {"qweight": linear.weight.codes, "scales": linear.weight.scales, "zeros": linear.weight.zeros}
+    elif packing.weight_type == "int4" and role != "router":
+        raise InputError(
+            f"{where} is float in an int4 model (modules_to_not_convert): TurboMind wants every linear quantized. "
+            "Quantize again with --pad instead of --keep-ragged."
+        )
+    else:
+        parts = {"weight": as_float(linear.weight, packing.dtype, where)}
+    if role in ("q", "k", "v", "o") and packing.attn_bias:
+        rows = linear.weight.shape[0]
+        bias = torch.zeros(rows) if linear.bias is None else linear.bias
+        parts["bias"] = as_float(bias, packing.dtype, f"{where} bias")
+    elif linear.bias is not None:
+        raise InputError(
+            f"{where} has a bias, which TurboMind does not know there: this model cannot be packed."
+        )
+    return parts
+
+
+def as_float(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    """Cast, contiguous. Raises InputError naming the tensor where a value does not fit the dtype."""
+    cast = tensor.to(dtype).contiguous()
+    lost = int((~torch.isfinite(cast)).sum())
+    if lost:
+        raise InputError(
+            f"{where}: {lost} values are beyond the range of {str(dtype).removeprefix('torch.')} "
+            f"(largest {float(tensor.abs().max()):.4g}). Pack bfloat16 sources with --dtype bfloat16."
+        )
+    return cast
+
+
+def encode(linear: Linear, dialect: Dialect) -> Linear:
+    """Parts with output features first -> tensors as they lie on disk, (K, N) row-major."""
+    tensors: Linear = {}
+    if "weight" in linear:
+        tensors["weight"] = linear["weight"].t().contiguous()
+    else:
+        codes = linear["qweight"].t()
+        scales, zeros = linear["scales"].t().contiguous(), linear["zeros"].t().contiguous()
+        if dialect == "0.1":
+            tensors["qweight"] = layout.pack_tiles(codes)
+            tensors["scales_zeros"] = layout.scales_zeros(scales, zeros)
+        else:
+            tensors["qweight"] = pack_columns(codes, SEQUENTIAL_ORDER)
+            tensors["scales"], tensors["zeros"] = scales.half(), zeros.half()
+    if "bias" in linear:
+        tensors["bias"] = linear["bias"].contiguous()
+    return tensors
+
+
+def decode(tensors: Linear, dialect: Dialect) -> Linear:
+    """Inverse of `encode`. Raises InputError for zero points that are no integers from 0 to 15."""
+    linear: Linear = {}
+    if "weight" in tensors:
+        linear["weight"] = tensors["weight"].t().contiguous()
+    elif dialect == "0.1":
+        scales, zeros = layout.split_scales_zeros(tensors["scales_zeros"])
+        linear = {"qweight": layout.unpack_tiles(tensors["qweight"]).t().contiguous()}
+        linear |= {"scales": scales.t().contiguous(), "zeros": zeros.t().contiguous()}
+    else:
+        zeros = tensors["zeros"]
+        if not bool(((zeros == zeros.round()) & (zeros >= 0) & (zeros <= 15)).all()):
+            raise InputError(
+                "zero points are not integers from 0 to 15: the file is damaged or of another dialect."
+            )
+        linear = {"qweight": unpack_columns(tensors["qweight"], SEQUENTIAL_ORDER).t().contiguous()}
+        linear |= {
+            "scales": tensors["scales"].t().contiguous(),
+            "zeros": zeros.t().to(torch.uint8).contiguous(),
+        }
+    if "bias" in tensors:
+        linear["bias"] = tensors["bias"]
+    return linear
+
+
+Read = Callable[[str, int, str, tuple[int, ...], torch.dtype], Tensor]  # (module, rank, part, shape, dtype)
+
+
+def read_linear(
+    read: Read, module: str, rank: int, shape: tuple[int, int], packing: Packing, bias: bool
+) -> Linear:
+    """One rank's linear with `shape` (N, K), read part by part and decoded."""
+    rows, cols = shape
+    groups = cols // GROUP_SIZE
+    wanted: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    if packing.weight_type != "int4":
+        wanted = {"weight": ((cols, rows), packing.dtype)}
+    elif packing.dialect == "0.1":
+        wanted = {
+            "qweight": ((cols // 32, rows // 32, 128), torch.int32),
+            "scales_zeros": ((groups, rows), torch.int32),
+        }
+    else:
+        wanted = {
+            "qweight": ((cols, rows // 8), torch.int32),
+            "scales": ((groups, rows), torch.float16),
+            "zeros": ((groups, rows), torch.float16),
+        }
+    if bias:
+        wanted["bias"] = ((rows,), packing.dtype)
+    return decode({part: read(module, rank, part, *kind) for part, kind in wanted.items()}, packing.dialect)
+
+
+def read_block(
+    index: int, read: Read, read_plain: Callable[[str, tuple[int, ...]], Tensor], packing: Packing
+) -> BlockWeights:
+    """The inverse of `block_files`: a block in the checkpoint's own order, padding and copies removed."""
+    config, tp = packing.config, packing.tp
+    prefix = f"layers.{index}."
+    hidden, ranks = config.hidden_size, range(tp)
+    norms = {
+        role: read_plain(f"{prefix}{name}.weight", (hidden,))
+        for role, name in (("attn_norm", "attention_norm"), ("mlp_norm", "ffn_norm"))
+    }
+    query_rows, kv_rows = packing.rank_rows
+    width = query_rows + 2 * kv_rows
+    bias = packing.attn_bias
+    qkv = [read_linear(read, prefix + "attention.w_qkv", r, (width, hidden), packing, bias) for r in ranks]
+    q, k, v = layout.split_qkv(qkv, query_rows, kv_rows)
+    k, v = (layout.unreplicate_heads(part, config.head_dim, packing.replication) for part in (k, v))
+    q, k = (layout.separate_rope(part, config.head_dim) for part in (q, k))
+    outs = [read_linear(read, prefix + "attention.wo", r, (hidden, query_rows), packing, bias) for r in ranks]
+    linears = {"q": q, "k": k, "v": v, "o": layout.join_columns(outs)}
+    if config.num_experts:
+        router = read_plain(f"{prefix}moe_ffn.gate.weight", (hidden, config.num_experts))
+        linears["router"] = {"weight": router.t().contiguous()}
+        for expert in range(config.num_experts):
+            mlp = _read_mlp(read, f"{prefix}moe_ffn.experts.{expert}.", packing)
+            linears |= {f"experts.{expert}.{role}": linear for role, linear in mlp.items()}
+    else:
+        linears |= _read_mlp(read, prefix + "feed_forward.", packing)
+    keep = bias_roles(config)
+    return BlockWeights(index, {role: _weights(part, role in keep) for role, part in linears.items()}, norms)
+
+
+def _read_mlp(read: Read, prefix: str, packing: Packing) -> dict[str, Linear]:
+    config, tp, inner = packing.config, packing.tp, packing.intermediate_size
+    hidden, rows = config.hidden_size, inner // tp
+    if packing.dialect == "0.1" and packing.weight_type == "int4":
+        fused = [read_linear(read, prefix + "w13", r, (2 * rows, hidden), packing, False) for r in range(tp)]
+        pairs = [layout.separate_gate_up(linear) for linear in fused]
+        gate, up = (layout.join_rows([pair[i] for pair in pairs]) for i in range(2))
+    else:
+        gate, up = (
+            layout.join_rows(
+                [read_linear(read, prefix + w, r, (rows, hidden), packing, False) for r in range(tp)]
+            )
+            for w in ("w1", "w3")
+        )
+    downs = [read_linear(read, prefix + "w2", r, (hidden, rows), packing, False) for r in range(tp)]
+    size = config.intermediate_size
+    down = layout.join_columns(downs)
+    groups = -(-size // GROUP_SIZE)
+    cut = {name: part[:, : groups if name in ("scales", "zeros") else size] for name, part in down.items()}
+    gate, up = (layout.map_rows(linear, lambda part: part[:size]) for linear in (gate, up))
+    return {"gate": gate, "up": up, "down": {name: part.contiguous() for name, part in cut.items()}}
+
+
+def _weights(linear: Linear, has_bias: bool) -> LinearWeights:
+    bias = linear["bias"] if has_bias else None
+    if "weight" in linear:
+        return LinearWeights(linear["weight"], bias)
+    return LinearWeights(Quantized(linear["qweight"], linear["scales"], linear["zeros"], GROUP_SIZE), bias)
