@@ -1,0 +1,338 @@
+"""GGUF files become ordinary Hugging Face folders: weights dequantized, config, tokenizer and chat template from the metadata.
+
+Quantized tensors are written as float32, because w = d q + m has more significant bits than fp16 or bf16 hold: the file's own
+values are the reference of every figure made with it, so nothing may be lost. 16-bit tensors stay 16-bit.
+N out features, K in features, D head_dim.
+"""
+
+import os
+import shutil
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convert.errors import InputError
+from convert.files import (
+    TEMP_SUFFIX,
+    atomic_write,
+    check_free_space,
+    make_folder,
+    safetensors_chunks,
+    sha256_file,
+    sync_folder,
+    write_failure,
+    write_json,
+)
+from convert.gguf_tokenizer import write_tokenizer
+from convert.json_files import show
+from convert.safetensors_files import INDEX_NAME, check_finite
+
+LAYOUT_VERSION = 1  # of the folder that is written; part of its name in the cache
+
+
+@dataclass(frozen=True)
+class GgufArchitecture:
+    """A row for each architecture that is read. `permuted`: llama.cpp stores the rows of q and k as interleaved pairs."""
+
+    architecture: str
+    model_type: str
+    permuted: bool
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+ARCHITECTURES = {
+    "llama": GgufArchitecture("LlamaForCausalLM", "llama", permuted=True),
+    "qwen2": GgufArchitecture("Qwen2ForCausalLM", "qwen2", permuted=False, qkv_bias=True),
+    "qwen3": GgufArchitecture("Qwen3ForCausalLM", "qwen3", permuted=False, qk_norm=True),
+}
+BLOCK_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+}
+OTHER_TENSORS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+def default_cache(environment: Mapping[str, str]) -> Path:
+    """The cache folder: TMQ_CACHE of the given environment, else the user's cache. Called once, at the command line."""
+    if environment.get("TMQ_CACHE"):
+        return Path(environment["TMQ_CACHE"])
+    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turbomind-quant"
+
+
+def unpack_gguf(path: Path, cache_dir: Path | None = None) -> Path:
+    """The HF folder of a GGUF file, made on first use in the cache, under the digest of the file."""
+    cache = (default_cache({}) if cache_dir is None else cache_dir) / "gguf"
+    target = cache / f"{sha256_file(path)[:32]}-v{LAYOUT_VERSION}"
+    if not target.is_dir():
+        convert_gguf(path, target)
+    return target
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write the HF folder of a GGUF file; it appears whole or not at all. Raises InputError on a damaged or unknown file."""
+    reader = open_gguf(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    name = fields.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise InputError(
+            f"{show(path.name)} has architecture {show(repr(name))}; known: {', '.join(ARCHITECTURES)}. Use the model's safetensors."
+        )
+    row = ARCHITECTURES[name]
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = _config(path.name, name, row, fields, tensors)
+    size = sum(
+        int(t.n_elements) * (2 if t.tensor_type.name in ("F16", "BF16") else 4) for t in reader.tensors
+    )
+    make_folder(folder.parent)
+    check_free_space(folder.parent, size, f"unpacking {show(path.name)}")
+    temp = folder.with_name(f".{folder.name}.{os.getpid()}{TEMP_SUFFIX}")
+    try:
+        temp.mkdir()
+        _write_shards(temp, row, config, tensors)
+        write_tokenizer(temp, path.name, fields, config["vocab_size"], config["max_position_embeddings"])
+        write_json(temp / "config.json", config)
+        special = ("bos_token_id", "eos_token_id", "pad_token_id")
+        write_json(temp / "generation_config.json", {key: config[key] for key in special if key in config})
+        try:
+            temp.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process made the same folder meanwhile: use that
+                raise
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise write_failure(folder, error) from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def open_gguf(path: Path) -> Any:
+    """A gguf.GGUFReader over the file. Raises InputError when it is no GGUF file, cut, or its counts lie."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(24)
+    except OSError as error:
+        raise InputError(f"{show(str(path))} cannot be read: {error.strerror}.") from error
+    if head.startswith(b"version "):
+        raise InputError(f"{show(path.name)} is a Git LFS pointer, not the model. Run `git lfs pull`.")
+    if len(head) < 24 or head[:4] != b"GGUF":
+        raise InputError(
+            f"{show(path.name)} does not begin as a GGUF file ({size:,} bytes). Download it again."
+        )
+    version, tensors, pairs = struct.unpack("<IQQ", head[4:])
+    if version not in (2, 3) or tensors > 2**20 or pairs > 2**16:
+        raise InputError(
+            f"{show(path.name)}: GGUF version {version} with {tensors:,} tensors and {pairs:,} metadata keys; expected version 2 or "
+            "3 and plausible counts. The file is damaged or big-endian."
+        )
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+        OverflowError,
+        MemoryError,
+        UnicodeDecodeError,
+    ) as error:
+        raise InputError(
+            f"{show(path.name)} ({size:,} bytes) is cut short or damaged ({show(str(error), 120)}). Download it again and compare "
+            "its sha256."
+        ) from error
+    for tensor in reader.tensors:
+        if int(tensor.data_offset) + int(tensor.n_bytes) > size:
+            raise InputError(
+                f"{show(path.name)} ends inside tensor {show(tensor.name)!r}: it is cut short. Download it again."
+            )
+    return reader
+
+
+def _config(
+    file: str, arch: str, row: GgufArchitecture, fields: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> dict[str, Any]:
+    def need(key: str) -> Any:
+        value = fields.get(f"{arch}.{key}")
+        if value is None:
+            raise InputError(
+                f"{show(file)}: the metadata key {arch}.{key} is missing. Download the file again."
+            )
+        return value
+
+    if fields.get(f"{arch}.expert_count"):
+        raise InputError(
+            f"{show(file)}: mixtures of experts are not read from GGUF. Use the model's safetensors."
+        )
+    if "token_embd.weight" not in tensors:
+        raise InputError(f"{show(file)} holds no token_embd.weight. Download it again.")
+    hidden, heads = need("embedding_length"), need("attention.head_count")
+    if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
+        raise InputError(f"{show(file)}: head counts that differ by layer are not supported.")
+    head_dim = fields.get(f"{arch}.attention.key_length", hidden // heads)
+    if fields.get(f"{arch}.rope.dimension_count", head_dim) != head_dim:
+        raise InputError(f"{show(file)}: only part of each head is rotated; that is not supported.")
+    matrices = [t.tensor_type.name for n, t in tensors.items() if len(t.shape) == 2]
+    dtype = {frozenset({"F16"}): "float16", frozenset({"BF16"}): "bfloat16"}.get(
+        frozenset(matrices), "float32"
+    )
+    config: dict[str, Any] = {
+        "architectures": [row.architecture],
+        "model_type": row.model_type,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": need("feed_forward_length"),
+        "num_hidden_layers": need("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.get(f"{arch}.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
+        "max_position_embeddings": need("context_length"),
+        "rms_norm_eps": _short(need("attention.layer_norm_rms_epsilon")),
+        "rope_theta": _short(fields.get(f"{arch}.rope.freq_base", 10000.0)),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": row.model_type == "llama" and "blk.0.attn_q.bias" in tensors,
+        "dtype": dtype,
+    }
+    scaling = _rope_scaling(file, arch, fields, tensors, config)
+    if scaling is not None:
+        config["rope_scaling"] = scaling
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        value = fields.get(f"tokenizer.ggml.{theirs}_token_id")
+        if value is not None:
+            config[f"{ours}_token_id"] = value
+    return config
+
+
+def _short(value: float) -> float:
+    """The shortest decimal that rounds to the same float32: metadata holds 1e-5 as 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _rope_scaling(
+    file: str, arch: str, fields: Mapping[str, Any], tensors: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    kind = fields.get(f"{arch}.rope.scaling.type")
+    factor = fields.get(f"{arch}.rope.scaling.factor")
+    original = fields.get(f"{arch}.rope.scaling.original_context_length")
+    if "rope_freqs.weight" in tensors:
+        return _llama3_scaling(file, torch.from_numpy(np.array(tensors["rope_freqs.weight"].data)), config)
+    if kind in (None, "none"):
+        return None
+    if kind not in ("linear", "yarn") or not factor:
+        raise InputError(
+            f"{show(file)}: RoPE scaling {show(repr(kind))} is not supported; expected linear or yarn."
+        )
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": _short(factor)}
+    if kind == "yarn" and original:
+        scaling["original_max_position_embeddings"] = original
+    return scaling
+
+
+def _llama3_scaling(file: str, factors: Tensor, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Llama 3.1 and 3.2 store the quotient old / new frequency; the published parameters that give it are looked up."""
+    dim = config["head_dim"]
+    frequency = 1.0 / config["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    wavelength = 2 * torch.pi / frequency
+    for factor in (8.0, 16.0, 32.0):
+        low, high, original = 1.0, 4.0, 8192
+        smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
+        expected = 1.0 / ((1 - smooth) / factor + smooth)
+        if factors.shape == expected.shape and torch.allclose(factors.double(), expected, rtol=1e-4):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+    raise InputError(
+        f"{show(file)}: its RoPE frequency factors follow no published rule. Use the model's safetensors."
+    )
+
+
+def unpermute(tensor: Tensor, heads: int) -> Tensor:
+    """Rows (heads * D, ...) from llama.cpp's interleaved pairs (2j, 2j + 1) back to the two halves (j, j + D / 2) of each head."""
+    rows = tensor.shape[0]
+    paired = tensor.view(heads, rows // heads // 2, 2, *tensor.shape[1:])
+    return paired.transpose(1, 2).reshape(tensor.shape)
+
+
+def _load(tensor: Any) -> Tensor:
+    """One GGUF tensor, (N, K) or (N,), float32 for quantized types, else its own dtype."""
+    from gguf import quants
+
+    kind = tensor.tensor_type.name
+    try:
+        if kind in ("F32", "F16"):
+            values = torch.from_numpy(np.array(tensor.data))
+        else:
+            values = torch.from_numpy(
+                np.ascontiguousarray(quants.dequantize(tensor.data, tensor.tensor_type))
+            )
+            values = values.bfloat16() if kind == "BF16" else values.float()
+    except NotImplementedError as error:
+        raise InputError(
+            f"tensor {show(tensor.name)!r} has the GGUF type {kind}, which the gguf package cannot dequantize. Use another file."
+        ) from error
+    values = values.reshape([int(extent) for extent in reversed(tensor.shape)])
+    check_finite(tensor.name, values)
+    return values
+
+
+def _write_shards(
+    folder: Path, row: GgufArchitecture, config: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> None:
+    layers = config["num_hidden_layers"]
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    used = {"rope_freqs.weight"}
+    weight_map: dict[str, str] = {}
+    for index in range(layers + 1):
+        shard = f"model-{index:05d}-of-{layers:05d}.safetensors"
+        loaded: dict[str, Tensor] = {}
+        if index < layers:
+            for source, target in BLOCK_TENSORS.items():
+                for part in ("weight", "bias"):
+                    name = f"blk.{index}.{source}.{part}"
+                    if name not in tensors:
+                        continue
+                    used.add(name)
+                    value = _load(tensors[name])
+                    if row.permuted and source in heads:
+                        value = unpermute(value, heads[source])
+                    loaded[f"model.layers.{index}.{target}.{part}"] = value
+        else:
+            for name, target in OTHER_TENSORS.items():
+                if name in tensors:
+                    used.add(name)
+                    loaded[target] = _load(tensors[name])
+        atomic_write(folder / shard, safetensors_chunks(loaded))
+        weight_map |= dict.fromkeys(loaded, shard)
+    unknown = sorted(set(tensors) - used)
+    if unknown:
+        raise InputError(
+            f"{len(unknown)} tensors of the GGUF file have no place in a {row.model_type} model, the first is {show(unknown[0])!r}. "
+            "Use the model's safetensors."
+        )
+    write_json(folder / INDEX_NAME, {"metadata": {}, "weight_map": weight_map})

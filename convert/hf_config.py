@@ -1,0 +1,359 @@
+"""A Hugging Face config.json becomes a `ModelConfig`: every key that is used is checked, every other one is dropped.
+
+Reads both spellings of RoPE (`rope_theta` + `rope_scaling`, and `rope_parameters` of transformers 5). Runs no code:
+`auto_map` of a known family is ignored with a note.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from convert.config import ModelConfig, QuantFormat, RopeKind, RopeScaling
+from convert.errors import InputError
+from convert.families import Family, family_of
+from convert.json_files import show
+
+FIELDS = {  # our field -> key of config.json; a family's `keys` override
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab_size": "vocab_size",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "max_position": "max_position_embeddings",
+    "num_experts": "num_local_experts",
+    "experts_per_token": "num_experts_per_tok",
+}
+LARGEST = {  # far above any model there is, far below what would fill a memory before the error shows
+    "hidden_size": 2**17,
+    "intermediate_size": 2**20,
+    "num_layers": 2**12,
+    "num_heads": 2**12,
+    "num_kv_heads": 2**12,
+    "head_dim": 2**12,
+    "vocab_size": 2**24,
+    "max_position": 2**31,
+    "num_experts": 2**10,
+    "experts_per_token": 2**10,
+}
+GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+
+
+class _Reader:
+    """Typed access to one config.json."""
+
+    def __init__(self, raw: Mapping[str, Any], family: Family) -> None:
+        self.raw, self.family = raw, family
+
+    def key(self, field: str) -> str:
+        return self.family.keys.get(field, FIELDS.get(field, field))
+
+    def integer(self, field: str, fallback: int | None = None) -> int:
+        key = self.key(field)
+        value = self.raw.get(key)
+        if value is None:
+            value = self.family.defaults.get(field, fallback)
+        if value is None:
+            raise InputError(
+                f"config.json: the key {key} is missing; a {self.family.name} model needs it. Copy config.json again."
+            )
+        largest = LARGEST[field]
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InputError(f"config.json: {key} is {show(repr(value))}, expected a whole number above 0.")
+        if not 0 < value <= largest:
+            raise InputError(
+                f"config.json: {key} is {show(str(value))}, expected a number from 1 to {largest:,}."
+            )
+        return value
+
+    def number(self, where: Mapping[str, Any], key: str, fallback: float | None, name: str = "") -> float:
+        value = where.get(key)
+        if value is None:
+            value = fallback
+        name = name or key
+        if value is None:
+            raise InputError(f"config.json: {name} is missing; this kind of RoPE scaling needs it.")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"config.json: {name} is {show(repr(value))}, expected a number.")
+        if not (abs(value) <= 1e30 and math.isfinite(value) and value > 0):
+            raise InputError(f"config.json: {name} is {show(str(value))}, expected a finite number above 0.")
+        return float(value)
+
+    def boolean(self, key: str, fallback: bool = False) -> bool:
+        value = self.raw.get(key)
+        if value is None:
+            value = self.family.defaults.get(key, fallback)
+        if not isinstance(value, bool):
+            raise InputError(f"config.json: {key} is {show(repr(value))}, expected true or false.")
+        return value
+
+    def flag(self, rule: bool | str) -> bool:
+        return self.boolean(rule) if isinstance(rule, str) else rule
+
+
+def parse_config(
+    raw: Mapping[str, Any], family_name: str | None = None, true_bits: int | None = None
+) -> tuple[ModelConfig, Family, list[str]]:
+    """A parsed config.json -> (ModelConfig, family, notes for the user).
+
+    Args:
+        family_name: `--family`, which decides instead of `architectures`.
+        true_bits: bits that the manifest declares, for int3 and int2 codes held in nibbles.
+
+    Raises InputError naming the key, what it holds and what was expected.
+    """
+    family = family_of(raw, family_name)
+    read = _Reader(raw, family)
+    notes: list[str] = []
+    if raw.get("auto_map"):
+        notes.append("auto_map names code inside the checkpoint: ignored, the forward pass is ours.")
+
+    hidden, heads = read.integer("hidden_size"), read.integer("num_heads")
+    kv_heads = _kv_heads(read, heads)
+    if raw.get(read.key("head_dim")) is None and "head_dim" not in family.defaults and hidden % heads:
+        raise InputError(
+            f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is absent."
+        )
+    head_dim = read.integer("head_dim", hidden // heads)
+    if head_dim % 2:
+        raise InputError(f"config.json: head_dim is {head_dim}, expected an even number (RoPE turns pairs).")
+    if heads % kv_heads:
+        raise InputError(
+            f"config.json: {heads} attention heads cannot share {kv_heads} key/value heads evenly; expected a divisor."
+        )
+    inner = read.integer("intermediate_size")
+    if family.intermediate_halved:
+        if inner % 2:
+            raise InputError(f"config.json: intermediate_size {inner} of a {family.name} model must be even.")
+        inner //= 2
+    layers = read.integer("num_layers")
+    max_position = read.integer("max_position")
+    theta, scaling = _rope(read, max_position)
+    if scaling is not None and scaling.kind == "yarn" and max_position <= scaling.original_max_position:
+        max_position = int(scaling.original_max_position * scaling.factor)
+    window, window_layers = _window(read, layers)
+    _refuse_other_maths(raw, family)
+    experts = read.integer("num_experts") if "experts.{e}.gate" in family.linears else 0
+    per_token = read.integer("experts_per_token") if experts else 0
+    if per_token > experts:
+        raise InputError(f"config.json: num_experts_per_tok {per_token} is more than the {experts} experts.")
+
+    vocab = read.integer("vocab_size")
+    bos, eos = _special_ids(read, vocab)
+    config = ModelConfig(
+        family=family.name,
+        architecture=family.architecture,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab,
+        norm_eps=read.number(raw, read.key("norm_eps"), float(family.defaults.get("norm_eps", 1e-6))),
+        rope_theta=theta,
+        max_position=max_position,
+        rope_scaling=scaling,
+        sliding_window=window,
+        window_layers=window_layers,
+        tie_embeddings=read.boolean("tie_word_embeddings"),
+        qkv_bias=read.flag(family.qkv_bias),
+        o_bias=read.flag(family.o_bias),
+        mlp_bias=read.flag(family.mlp_bias),
+        qk_norm=family.qk_norm,
+        logn_attention=family.name == "qwen" and read.boolean("use_logn_attn"),
+        num_experts=experts,
+        experts_per_token=per_token,
+        bos_token_id=bos,
+        eos_token_ids=eos,
+        dtype=_dtype(raw),
+        quantization=parse_quantization(raw, true_bits),
+    )
+    return config, family, notes
+
+
+def _kv_heads(read: _Reader, heads: int) -> int:
+    key = read.key("num_kv_heads")
+    if key in read.raw and read.raw[key] is None:
+        return heads
+    return read.integer("num_kv_heads", heads)
+
+
+def _window(read: _Reader, layers: int) -> tuple[int | None, tuple[int, ...] | None]:
+    rule, raw = read.family.window, read.raw
+    if rule == "none" or (rule == "layers" and not read.boolean("use_sliding_window")):
+        return None, None
+    window = raw["sliding_window"] if "sliding_window" in raw else read.family.defaults.get("sliding_window")
+    if window is None:
+        return None, None
+    if isinstance(window, bool) or not isinstance(window, int) or not 0 < window <= 2**31:
+        raise InputError(
+            f"config.json: sliding_window is {show(repr(window))}, expected a whole number above 0."
+        )
+    if rule == "all":
+        return window, None
+    types = raw.get("layer_types")
+    if types is not None:
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(types, list) or len(types) != layers or any(t not in known for t in types):
+            raise InputError(
+                f"config.json: layer_types must list one of {known} for each of the {layers} layers."
+            )
+        return window, tuple(i for i, t in enumerate(types) if t == "sliding_attention")
+    first = raw.get("max_window_layers", read.family.defaults.get("max_window_layers"))
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        raise InputError(f"config.json: max_window_layers is {show(repr(first))}, expected a whole number.")
+    return window, tuple(range(first, layers))
+
+
+def _rope(read: _Reader, max_position: int) -> tuple[float, RopeScaling | None]:
+    raw = read.raw
+    params: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters", "rotary"):  # `rotary`: InternLM's own spelling
+        value = raw.get(key)
+        if value is None or (key == "rotary" and read.family.name != "internlm"):
+            continue
+        if not isinstance(value, dict):
+            raise InputError(f"config.json: {key} is {show(repr(value))}, expected an object or null.")
+        params |= value
+    theta_key = read.key("rope_theta")
+    theta = params.get("rope_theta", params.get("base", raw.get(theta_key)))
+    theta = read.number({theta_key: theta}, theta_key, float(read.family.defaults.get("rope_theta", 10000.0)))
+    partial = params.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if partial is None and read.family.name == "qwen":
+        partial = raw.get("rotary_pct")
+    if partial not in (None, 1, 1.0):
+        raise InputError(
+            f"config.json: partial_rotary_factor {show(repr(partial))}: only whole heads are rotated here."
+        )
+    kind = params.get("rope_type", params.get("type", "default"))
+    if kind in (None, "default", "origin"):
+        return theta, None
+    if kind not in ("linear", "dynamic", "yarn", "llama3"):
+        raise InputError(
+            f"config.json: RoPE scaling {show(repr(kind))} is not supported; expected default, linear, dynamic, yarn or llama3."
+        )
+    if params.get("truncate", True) is not True:
+        raise InputError("config.json: yarn with truncate false is not supported.")
+    factor = read.number(params, "factor", 1.0 if "base" in params else None, "RoPE scaling factor")
+    original = params.get("original_max_position_embeddings", raw.get("original_max_position_embeddings"))
+    if original is None or kind in ("linear", "dynamic"):
+        original = max_position
+    if isinstance(original, bool) or not isinstance(original, int) or not 0 < original <= 2**31:
+        raise InputError(
+            f"config.json: original_max_position_embeddings is {show(repr(original))}, expected a length."
+        )
+    typed: RopeKind = kind
+    scaling = RopeScaling(kind=typed, factor=factor, original_max_position=original)
+    if typed == "llama3":
+        low = read.number(params, "low_freq_factor", 1.0)
+        high = read.number(params, "high_freq_factor", 4.0)
+        if high <= low:
+            raise InputError(f"config.json: high_freq_factor {high} must be above low_freq_factor {low}.")
+        return theta, RopeScaling(typed, factor, original, low, high)
+    if typed == "yarn":
+        return theta, RopeScaling(
+            typed,
+            factor,
+            original,
+            attention_factor=_yarn_attention(read, params, factor),
+            beta_fast=read.number(params, "beta_fast", 32.0),
+            beta_slow=read.number(params, "beta_slow", 1.0),
+        )
+    return theta, scaling
+
+
+def _yarn_attention(read: _Reader, params: Mapping[str, Any], factor: float) -> float | None:
+    """Stated outright, or from mscale and mscale_all_dim as transformers does, or None: 0.1 ln(factor) + 1."""
+    if params.get("attention_factor") is not None:
+        return read.number(params, "attention_factor", None)
+    if not params.get("mscale") or not params.get("mscale_all_dim"):
+        return None
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    top, bottom = (read.number(params, key, None) for key in ("mscale", "mscale_all_dim"))
+    return mscale(top) / mscale(bottom)
+
+
+def _refuse_other_maths(raw: Mapping[str, Any], family: Family) -> None:
+    """Keys that would change what the family computes, with the only values that our forward pass has."""
+    activation = raw.get("hidden_act")
+    if activation is not None and activation not in ("silu", "swish"):
+        raise InputError(
+            f"config.json: hidden_act {show(repr(activation))}: a {family.name} model here has silu."
+        )
+    if family.name == "qwen":
+        if raw.get("no_bias") not in (None, True):
+            raise InputError("config.json: no_bias false: Qwen models with further biases are not supported.")
+        if raw.get("scale_attn_weights") not in (None, True):
+            raise InputError("config.json: scale_attn_weights false is not supported.")
+
+
+def _special_ids(read: _Reader, vocab: int) -> tuple[int | None, tuple[int, ...]]:
+    def ids(key: str) -> tuple[int, ...]:
+        value = read.raw[key] if key in read.raw else read.family.defaults.get(key)
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        for item in items:
+            if isinstance(item, bool) or not isinstance(item, int):
+                raise InputError(
+                    f"config.json: {key} is {show(repr(value))}, expected a token id or a list of them."
+                )
+        # -1 and ids beyond the vocabulary stand in published configs for "none"
+        return tuple(dict.fromkeys(item for item in items if 0 <= item < vocab))
+
+    bos = ids("bos_token_id")
+    return (bos[0] if bos else None), ids("eos_token_id")
+
+
+def _dtype(raw: Mapping[str, Any]) -> Literal["float16", "bfloat16", "float32"]:
+    name = raw.get("dtype", raw.get("torch_dtype"))
+    if isinstance(name, str):
+        name = name.removeprefix("torch.")
+    if name == "float16":
+        return "float16"
+    if name == "bfloat16":
+        return "bfloat16"
+    if name is None or name in ("float32", "auto", "float64"):
+        return "float32"
+    raise InputError(f"config.json: dtype {show(repr(name))}, expected float16, bfloat16 or float32.")
+
+
+def parse_quantization(raw: Mapping[str, Any], true_bits: int | None = None) -> QuantFormat | None:
+    """`quantization_config` -> QuantFormat, None where absent. Raises InputError, by name, for all but AWQ "gemm"."""
+    quant = raw.get("quantization_config")
+    if quant is None:
+        return None
+    if not isinstance(quant, dict):
+        raise InputError(f"config.json: quantization_config is {show(repr(quant))}, expected an object.")
+    method, version = quant.get("quant_method"), quant.get("version", "gemm")
+    if method != "awq" or not isinstance(version, str) or version.lower() != "gemm":
+        found = f"{method!s} ({version!s})" if method == "awq" else str(method)
+        raise InputError(
+            f"config.json: the checkpoint is quantized with {show(found)!r}; only quant_method awq, version gemm, "
+            "is read. Start from the original float checkpoint."
+        )
+    bits = quant.get("bits", quant.get("w_bit"))
+    group = quant.get("group_size", quant.get("q_group_size"))
+    if bits != 4 or isinstance(bits, bool):
+        raise InputError(f"config.json: quantization_config.bits is {show(repr(bits))}, expected 4.")
+    if isinstance(group, bool) or group not in GROUP_SIZES:
+        raise InputError(
+            f"config.json: quantization_config.group_size is {show(repr(group))}, expected one of {GROUP_SIZES}."
+        )
+    if quant.get("zero_point", True) is not True:
+        raise InputError(
+            "config.json: quantization_config.zero_point is not true: AWQ without zero points is not read."
+        )
+    skipped = quant.get("modules_to_not_convert")
+    if skipped is None:
+        skipped = []
+    if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
+        raise InputError("config.json: quantization_config.modules_to_not_convert must be a list of names.")
+    if true_bits is not None and true_bits not in (2, 3, 4):
+        raise InputError(f"tmq/manifest.json: bits is {show(repr(true_bits))}, expected 2, 3 or 4.")
+    return QuantFormat(4 if true_bits is None else true_bits, int(group), tuple(skipped))

@@ -1,0 +1,399 @@
+"""Output folders that are finished, unfinished (ours) or foreign, and never look like another of these.
+
+The first file is run.json (the fingerprint), the last is manifest.json (every file with its digest). Both lie in the
+subfolder tmq/ of an AWQ checkpoint and at the root of a workspace or of statistics; so does work/, which holds the lock and
+the journal of what is written, and is removed before the manifest is written. No time, host or path stands in the manifest.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path, PurePosixPath
+from threading import Lock
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from convert.errors import InputError
+from convert.files import (
+    FolderLock,
+    atomic_write,
+    json_bytes,
+    make_folder,
+    remove_temporaries,
+    safetensors_chunks,
+    sha256_bytes,
+    sha256_file,
+    sync_folder,
+    temp_path,
+    write_failure,
+)
+from convert.json_files import INDEX_LIMIT, read_object, show
+
+FORMAT = 1
+TOOL = "turbomind-quant"
+Layout = Literal["tmq", "root"]
+
+
+class FolderState(Enum):
+    """What a folder is to us. ABSENT: it does not exist or holds nothing."""
+
+    ABSENT = "absent"
+    FINISHED = "finished"
+    UNFINISHED = "unfinished"
+    FOREIGN = "foreign"
+
+
+def base_of(folder: Path) -> Path:
+    """The folder of run.json and manifest.json: tmq/ where it is there, else the root."""
+    tmq = folder / "tmq"
+    return tmq if tmq.is_dir() else folder
+
+
+def folder_state(folder: Path) -> FolderState:
+    """Finished, unfinished, foreign or absent; decided by run.json and manifest.json alone."""
+    if not folder.exists():
+        return FolderState.ABSENT
+    base = base_of(folder)
+    if _is_ours(base / "run.json"):
+        return FolderState.FINISHED if (base / "manifest.json").is_file() else FolderState.UNFINISHED
+    # a start that was killed before its first file leaves nothing but the lock
+    skeleton = {"tmq", "work", "lock", temp_path(Path("run.json")).name}
+    if all(path.name in skeleton for path in folder.rglob("*")):
+        return FolderState.ABSENT
+    return FolderState.FOREIGN
+
+
+def _is_ours(run_file: Path) -> bool:
+    if not run_file.is_file():
+        return False
+    try:
+        return bool(read_object(run_file).get("tool") == TOOL)
+    except InputError as error:
+        if run_file.parent.name == "tmq":
+            raise InputError(
+                f"{show(str(run_file))} is damaged ({error}), so this folder can be neither read nor resumed. Remove the folder "
+                "and start again."
+            ) from error
+        return False
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest that was read and is intact. `data` is the whole document."""
+
+    data: dict[str, Any]
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Relative path -> {bytes, sha256, tensors}."""
+        return {entry["path"]: entry for entry in self.data["files"]}
+
+    def check_sizes(self, folder: Path) -> None:
+        """Raises InputError naming every listed file that is absent or has another size."""
+        wrong = []
+        for name, entry in self.files.items():
+            path = folder / name
+            if not path.is_file():
+                wrong.append(f"{show(name)} is absent")
+            elif path.stat().st_size != entry["bytes"]:
+                wrong.append(f"{show(name)} has {path.stat().st_size:,} bytes, expected {entry['bytes']:,}")
+        if wrong:
+            raise InputError(
+                f"{show(str(folder))} does not match its manifest: {'; '.join(wrong[:5])}{'; ...' if len(wrong) > 5 else ''}. "
+                "Copy it again or quantize again."
+            )
+
+    def check_digests(self, folder: Path) -> None:
+        """Raises InputError naming every listed file whose content is not what was written."""
+        self.check_sizes(folder)
+        wrong = [n for n, entry in self.files.items() if sha256_file(folder / n) != entry["sha256"]]
+        if wrong:
+            raise InputError(
+                f"{show(str(folder))}: the content of {', '.join(map(show, wrong[:5]))} is not what the manifest lists (sha256). "
+                "Copy it again or quantize again."
+            )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check manifest.json of a finished folder. Raises InputError when it is damaged, edited or newer than us."""
+    return Manifest(_read_manifest_file(base_of(folder) / "manifest.json"))
+
+
+def _read_manifest_file(path: Path) -> dict[str, Any]:
+    data = read_object(path, INDEX_LIMIT)
+    where = show(str(path))
+    if data.get("format") != FORMAT:
+        raise InputError(
+            f"{where} has format {show(repr(data.get('format')))}, this version reads {FORMAT}. Use the version that wrote it."
+        )
+    if data.get("digest") != _self_digest(data):
+        raise InputError(
+            f"{where} was edited or damaged: its own digest does not match. Copy it again from the source."
+        )
+    files = data.get("files")
+    if not isinstance(files, list):
+        raise InputError(f"{where} lists no files. Copy it again.")
+    for entry in files:
+        name = entry.get("path") if isinstance(entry, dict) else None
+        pure = PurePosixPath(name) if isinstance(name, str) else None
+        if not pure or pure.is_absolute() or ".." in pure.parts or "\0" in str(name):
+            raise InputError(
+                f"{where} lists {show(repr(name))}: expected a path inside the folder. It was tampered with."
+            )
+        if type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
+            raise InputError(f"{where}: the entry of {show(str(name))} lacks bytes or sha256. Copy it again.")
+    return data
+
+
+def _self_digest(data: Mapping[str, Any]) -> str:
+    return sha256_bytes(json_bytes({key: value for key, value in data.items() if key != "digest"}))
+
+
+class OutputFolder:
+    """An output folder while it is being written. Use as a context manager: it holds the folder's lock.
+
+    `resumed`: an earlier, equal run had begun. `finished`: that run had only its manifest's name to change, which is done now.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, lock: FolderLock) -> None:
+        self.folder, self.layout = folder, layout
+        self.base = folder / "tmq" if layout == "tmq" else folder
+        self.work = self.base / "work"
+        self.resumed = False
+        self.finished = False
+        self._lock = lock
+        self._journal_lock = Lock()  # files may be written by several threads
+        self._journal: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def begin(
+        cls, folder: Path, fingerprint: Mapping[str, Any], *, restart: bool = False, layout: Layout = "tmq"
+    ) -> "OutputFolder":
+        """Start or resume. The fingerprint is a flat JSON object; field names appear in messages.
+
+        Raises InputError when the folder is finished, foreign, in use, or unfinished with another fingerprint.
+        """
+        _refuse_occupied(folder)
+        base = folder / "tmq" if layout == "tmq" else folder
+        make_folder(base)
+        out = cls(folder, layout, FolderLock(base / "work" / "lock"))
+        out._lock.acquire()
+        try:
+            out._start(json.loads(json_bytes(fingerprint)), restart)
+        except BaseException:
+            out.close()
+            raise
+        return out
+
+    def _start(self, fingerprint: dict[str, Any], restart: bool) -> None:
+        state = _refuse_occupied(self.folder)  # again, now that nobody else can change it
+        if state is FolderState.UNFINISHED and restart:
+            self._discard()
+            state = FolderState.ABSENT
+        if state is FolderState.UNFINISHED:
+            run = read_object(self.base / "run.json", INDEX_LIMIT)
+            _compare(run.get("fingerprint"), fingerprint, self.folder)
+            self.resumed = True
+            if self._complete_rename():
+                return
+            self._journal = self._read_journal()
+        self._clean()
+        if not self.resumed:
+            run = {"tool": TOOL, "format": FORMAT, "fingerprint": fingerprint}
+            atomic_write(self.base / "run.json", json_bytes(run))
+
+    def _clean(self) -> None:
+        for place in {self.folder, self.base, self.work, *self._parents()}:
+            remove_temporaries(place)
+
+    def _parents(self) -> set[Path]:
+        return {(self.folder / name).parent for name in self._journal if (self.folder / name).parent.is_dir()}
+
+    def write(self, name: str, data: bytes | list[bytes], tensors: Mapping[str, Any] | None = None) -> None:
+        """Write a file of the output atomically and note it, with its digest, in the journal. `name` is relative, with /."""
+        self._write(name, data if isinstance(data, bytes) else b"".join(data), tensors)
+
+    def _write(self, name: str, data: Any, tensors: Mapping[str, Any] | None) -> None:
+        path = self.folder / name
+        make_folder(path.parent)
+        self._note({"path": name, "state": "begun"})
+        size, digest = atomic_write(path, data)
+        entry: dict[str, Any] = {"path": name, "bytes": size, "sha256": digest}
+        if tensors is not None:
+            entry["tensors"] = dict(tensors)
+        self._note({**entry, "state": "done"})
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, json_bytes(value))
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a safetensors file; the same tensors give the same bytes."""
+        shapes = {
+            key: [str(t.dtype).removeprefix("torch."), list(t.shape)] for key, t in sorted(tensors.items())
+        }
+        self._write(name, safetensors_chunks(tensors), shapes)
+
+    def save_raw(self, name: str, tensor: Tensor) -> None:
+        """Write the bytes of a tensor, little-endian and row-major, without a header."""
+        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        described = {"": [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]}
+        self._write(name, [memoryview(flat.numpy())], described)
+
+    def copy(self, source: Path, name: str) -> None:
+        """Copy a file into the output, byte for byte."""
+
+        def chunks() -> Any:
+            with source.open("rb") as file:
+                while chunk := file.read(2**22):
+                    yield chunk
+
+        self._write(name, chunks(), None)
+
+    def has(self, name: str) -> bool:
+        """Whether the file is done: written by this or an earlier run, with the size and digest of the journal."""
+        entry = self._journal.get(name)
+        path = self.folder / name
+        if entry is None or entry["state"] != "done" or not path.is_file():
+            return False
+        return path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]
+
+    def finish(self, facts: Mapping[str, Any], report: Mapping[str, Any] | None = None) -> None:
+        """Remove the working state and write the manifest: its `facts` plus the list of files. Ends with the lock released.
+
+        `report` (seconds, memory: what differs between equal runs) goes to report.json, which the manifest does not list.
+        """
+        if report is not None:
+            atomic_write(self.base / "report.json", json_bytes(report))
+        files = [
+            {key: value for key, value in entry.items() if key != "state"}
+            for _, entry in sorted(self._journal.items())
+            if entry["state"] == "done"
+        ]
+        data = {**json.loads(json_bytes(facts)), "format": FORMAT, "tool": TOOL, "files": files}
+        data["digest"] = _self_digest(data)
+        # Under its temporary name the manifest is complete before the journal goes: a kill in between loses nothing.
+        path = self.base / "manifest.json"
+        try:
+            with temp_path(path).open("wb") as file:
+                file.write(json_bytes(data))
+                file.flush()
+                os.fsync(file.fileno())
+            sync_folder(self.base)
+        except OSError as error:
+            raise write_failure(path, error) from error
+        self._complete_rename()
+
+    def _complete_rename(self) -> bool:
+        path = self.base / "manifest.json"
+        temp = temp_path(path)
+        if not temp.is_file():
+            return False
+        try:
+            Manifest(_read_manifest_file(temp)).check_sizes(self.folder)
+        except InputError:  # it was being written when the run was killed: the journal is still whole
+            temp.unlink()
+            return False
+        self._lock.release()
+        try:
+            shutil.rmtree(self.work, ignore_errors=False)
+            temp.replace(path)
+            sync_folder(self.base)
+        except OSError as error:
+            raise write_failure(path, error) from error
+        self.finished = True
+        return True
+
+    def close(self) -> None:
+        """Release the lock; what is done stays for the next run."""
+        self._lock.release()
+
+    def __enter__(self) -> "OutputFolder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        path = self.work / "files.jsonl"
+        try:
+            with self._journal_lock, path.open("ab") as file:
+                file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise write_failure(path, error) from error
+        self._journal[entry["path"]] = entry
+
+    def _read_journal(self) -> dict[str, dict[str, Any]]:
+        path = self.work / "files.jsonl"
+        journal: dict[str, dict[str, Any]] = {}
+        raw = path.read_bytes() if path.is_file() else b""
+        for line in raw.split(b"\n"):
+            try:
+                entry = json.loads(line)
+                journal[entry["path"]] = entry
+            except (ValueError, KeyError, TypeError):
+                continue  # the line that was being written when the run was killed: its file counts as not done
+        if raw and not raw.endswith(b"\n"):
+            with path.open("ab") as file:
+                file.write(b"\n")
+        return journal
+
+    def _discard(self) -> None:
+        """Remove what the unfinished run wrote, and nothing else."""
+        self._journal = self._read_journal()
+        self._clean()
+        for name in self._journal:
+            (self.folder / name).unlink(missing_ok=True)
+        self._journal = {}
+        for path in self.work.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (self.base / "run.json").unlink()
+        sync_folder(self.base)
+
+
+def _refuse_occupied(folder: Path) -> FolderState:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(
+            f"the output {show(str(folder))} is a file: expected a folder that is absent, empty or unfinished."
+        )
+    state = folder_state(folder)
+    if state is FolderState.FINISHED:
+        raise InputError(
+            f"the output folder {show(str(folder))} is finished already; nothing was touched. Choose another one, or remove it."
+        )
+    if state is FolderState.FOREIGN:
+        raise InputError(
+            f"the output folder {show(str(folder))} holds files that are not ours; nothing was touched. Choose an empty or new one."
+        )
+    return state
+
+
+def _compare(old: Any, new: Mapping[str, Any], folder: Path) -> None:
+    if not isinstance(old, dict):
+        raise InputError(
+            f"run.json of {show(str(folder))} has no fingerprint. Discard the run with --restart."
+        )
+    differences = [
+        f"{key} was {_brief(old.get(key))}, is {_brief(new.get(key))}"
+        for key in sorted(set(old) | set(new))
+        if old.get(key) != new.get(key)
+    ]
+    if differences:
+        raise InputError(
+            f"{show(str(folder))} holds an unfinished run with other settings: {'; '.join(differences)}. Give the earlier "
+            "settings to resume it, or --restart to discard it."
+        )
+
+
+def _brief(value: Any) -> str:
+    return show(json.dumps(value, sort_keys=True, ensure_ascii=False), 80)
