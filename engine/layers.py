@@ -64,8 +64,10 @@ def fuse_linears(parts: Sequence[LinearWeights]) -> LinearWeights | None:
         return LinearWeights(torch.cat(floats), bias)
     if len(quantized) < len(weights) or len({(w.group_size, w.bits) for w in quantized}) > 1:
         return None
-    joined = (torch.cat([getattr(w, name) for w in quantized]) for name in ("codes", "scales", "zeros"))
-    return LinearWeights(Quantized(*joined, quantized[0].group_size, quantized[0].bits), bias)
+    codes, scales, zeros = (
+        torch.cat([getattr(w, name) for w in quantized]) for name in ("codes", "scales", "zeros")
+    )
+    return LinearWeights(Quantized(codes, scales, zeros, quantized[0].group_size, quantized[0].bits), bias)
 
 
 def _bias(part: LinearWeights) -> Tensor:

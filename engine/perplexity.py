@@ -1,0 +1,342 @@
+"""Perplexity over non-overlapping windows, KL divergence and top-1 agreement with a reference, one forward pass for both.
+
+W windows of L tokens, T tokens of a batch, H hidden size, V vocabulary. Protocol: the text is tokenized once, cut into
+windows of L tokens, the tail dropped; in each window token i predicts token i + 1, so it has L - 1 predictions;
+PPL = exp(mean over windows of the mean negative log-likelihood). Logits, softmax and sums are float32 (sums over
+windows float64). Batches go through all blocks one after another, or, for a streamed model, all batches go through
+one block before the next is read.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convert.config import ModelConfig
+from convert.errors import InputError, UsageError
+from engine.attention import Attend, causal_attend
+from engine.kv_simulation import KVSimulation
+from engine.model import Model, StreamedBlocks
+
+LOGITS_BYTES = 64 * 2**20  # float32 logits that exist at a time
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+AttendFactory = Callable[[int, int, ModelConfig], Attend]  # batch, length, config
+Progress = Callable[
+    [int, int], None
+]  # batches done, batches in all; one block of a streamed pass counts as one
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer: ids with the model's own rule for a leading BOS, and a digest."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def digest(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class EvalTokens:
+    """A tokenized text. ids (N,) int64; `bos`: the first of them is the model's BOS."""
+
+    ids: Tensor
+    bos: bool
+    text: str  # its name, for the record
+    text_digest: str
+    tokenizer_digest: str
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """One model on one text. `nll` and `kl_windows` hold the mean over each window's predictions, in nats."""
+
+    ppl: float
+    nll: tuple[float, ...]
+    tokens: int
+    windows: int
+    seqlen: int
+    bos: bool
+    text: str
+    text_digest: str
+    tokenizer_digest: str
+    dtype: str
+    device: str
+    kv_bits: int
+    kv_mode: str | None
+    seconds: float
+    kl: float | None = None  # KL(reference || this), nats a token
+    top1: float | None = None  # share of predictions whose likeliest token is the reference's
+    kl_windows: tuple[float, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model's normed hidden states on the first windows, (L, H) each, and its head (V, H): logits are made again."""
+
+    hidden: tuple[Tensor, ...]
+    lm_head: Tensor
+    ids: Tensor  # (W, L) the windows they belong to
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """PPL of b minus PPL of a, and its 95 % interval, from the differences of the windows' NLL (Student's t)."""
+
+    difference: float
+    low: float
+    high: float
+
+
+def tokenize(text: str, name: str, text_digest: str, tokenizer: Tokenizer, config: ModelConfig) -> EvalTokens:
+    """The whole text at once. Raises InputError for a token that the model does not have."""
+    ids = torch.tensor(tokenizer.encode(text), dtype=torch.int64)
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < config.vocab_size:
+        raise InputError(
+            f"The tokenizer gives token {int(ids.max())}, but the model's vocabulary has {config.vocab_size} tokens: "
+            "the tokenizer belongs to another model."
+        )
+    bos = bool(len(ids)) and int(ids[0]) == config.bos_token_id
+    return EvalTokens(ids, bos, name, text_digest, tokenizer.digest())
+
+
+def cut_windows(tokens: EvalTokens, seqlen: int, config: ModelConfig, limit: int | None = None) -> Tensor:
+    """(W, L) int64: the first `limit` windows (None: all). Raises InputError where the text is shorter than one."""
+    if seqlen < 2:
+        raise UsageError(
+            f"--seqlen is {seqlen}: a window needs at least 2 tokens, one to predict from the other."
+        )
+    if seqlen > config.max_position:
+        raise UsageError(
+            f"--seqlen is {seqlen}, but the model's context is {config.max_position} tokens: ask for at most that."
+        )
+    count = len(tokens.ids) // seqlen
+    if count == 0:
+        raise InputError(
+            f"{tokens.text} has {len(tokens.ids)} tokens, which is less than one window of {seqlen}. "
+            "Give a longer text or a smaller --seqlen."
+        )
+    windows = tokens.ids[: count * seqlen].view(count, seqlen)
+    return windows if limit is None else windows[:limit]
+
+
+@torch.no_grad()
+def perplexity(
+    model: Model,
+    tokens: EvalTokens,
+    seqlen: int = 2048,
+    *,
+    windows: int | None = None,
+    kv: KVSimulation | None = None,
+    reference: Reference | None = None,
+    make_attend: AttendFactory | None = None,
+    progress: Progress | None = None,
+) -> PerplexityResult:
+    """Perplexity of `model` on the first `windows` windows (None: all) of `tokens`.
+
+    Args:
+        kv: what keys and values go through; None leaves them as they are.
+        reference: KL and top-1 agreement are measured on its windows, which must be the first of these.
+        make_attend: attention of complete sequences instead of the torch one (a GPU's kernels); excludes `kv`.
+
+    Raises InputError for a text shorter than a window, or a loss that is not finite, naming the window.
+    """
+    return perplexity_and_reference(
+        model,
+        tokens,
+        seqlen,
+        keep=0,
+        windows=windows,
+        kv=kv,
+        reference=reference,
+        make_attend=make_attend,
+        progress=progress,
+    )[0]
+
+
+@torch.no_grad()
+def perplexity_and_reference(
+    model: Model,
+    tokens: EvalTokens,
+    seqlen: int = 2048,
+    *,
+    keep: int,
+    windows: int | None = None,
+    kv: KVSimulation | None = None,
+    reference: Reference | None = None,
+    make_attend: AttendFactory | None = None,
+    progress: Progress | None = None,
+) -> tuple[PerplexityResult, Reference]:
+    """As `perplexity`, and the first `keep` windows as a reference for other models, from the same pass.
+
+    Kept hidden states take keep * L * H elements of the model's dtype on its device.
+    """
+    started = time.perf_counter()
+    cut = cut_windows(tokens, seqlen, model.config, windows)
+    if reference is not None:
+        _check_reference(reference, cut, model.lm_head.shape[0])
+    nll: list[float] = []
+    divergence: list[tuple[float, float]] = []
+    kept: list[Tensor] = []
+    attend = make_attend or (lambda batch, length, config: causal_attend(batch, length, config, kv))
+    for hidden in forward_windows(model, cut, attend, progress):
+        index = len(nll)
+        nll.append(_mean_nll(model, hidden, cut[index].to(model.device)))
+        if not math.isfinite(nll[-1]):
+            raise InputError(
+                f"The loss of window {index} is {nll[-1]}: the model's activations overflow in "
+                f"{_name(model.dtype)} or its weights are damaged. Try --dtype float32 or bfloat16, or `quantize verify`."
+            )
+        if reference is not None and index < len(reference.hidden):
+            divergence.append(_divergence(model, hidden, reference, index))
+        if index < keep:
+            kept.append(hidden.clone())
+    result = PerplexityResult(
+        ppl=math.exp(math.fsum(nll) / len(nll)),
+        nll=tuple(nll),
+        tokens=len(tokens.ids),
+        windows=len(nll),
+        seqlen=seqlen,
+        bos=tokens.bos,
+        text=tokens.text,
+        text_digest=tokens.text_digest,
+        tokenizer_digest=tokens.tokenizer_digest,
+        dtype=_name(model.dtype),
+        device=model.device.type,
+        kv_bits=16 if kv is None else kv.bits,
+        kv_mode=None if kv is None else kv.mode,
+        seconds=time.perf_counter() - started,
+        kl=math.fsum(kl for kl, _ in divergence) / len(divergence) if divergence else None,
+        top1=math.fsum(top for _, top in divergence) / len(divergence) if divergence else None,
+        kl_windows=tuple(kl for kl, _ in divergence),
+    )
+    return result, Reference(tuple(kept), model.lm_head, cut[: len(kept)])
+
+
+@torch.no_grad()
+def forward_windows(
+    model: Model, windows: Tensor, make_attend: AttendFactory, progress: Progress | None = None
+) -> Iterator[Tensor]:
+    """Normed hidden states (L, H) of each window of windows (W, L), in order.
+
+    A streamed model reads each block once for all windows, so W * L * H elements are held; any other runs batch by batch.
+    """
+    length = windows.shape[1]
+    size = max(1, BATCH_TOKENS.get(model.device.type, 2048) // length)
+    batches = windows.split(size)
+    is_streamed = isinstance(model.blocks, StreamedBlocks)
+    groups: Sequence[Sequence[Tensor]] = [batches] if is_streamed else [[batch] for batch in batches]
+    steps = len(model.blocks) if is_streamed else len(groups)
+    for done, group in enumerate(groups):
+        ticks = (lambda block: progress(block, steps)) if progress is not None and is_streamed else None
+        for hidden in _forward(model, group, make_attend, ticks):
+            yield from hidden.view(-1, length, hidden.shape[-1])
+        if progress is not None and not is_streamed:
+            progress(done + 1, steps)
+
+
+def _forward(
+    model: Model, batches: Sequence[Tensor], make_attend: AttendFactory, tick: Callable[[int], None] | None
+) -> Iterator[Tensor]:
+    """Each batch (B, L) -> normed hidden states (B * L, H); block by block over all of them."""
+    length = batches[0].shape[1]
+    states = [model.embed(batch.flatten().to(model.device)) for batch in batches]
+    plans = {}
+    for rows in {len(batch) for batch in batches}:
+        positions = torch.arange(length, device=model.device).repeat(rows)
+        plans[rows] = (positions, model.rotary(positions), make_attend(rows, length, model.config))
+    for done, block in enumerate(model.blocks):
+        for i, batch in enumerate(batches):
+            positions, angles, attend = plans[len(batch)]
+            states[i] = block(states[i], positions, attend, angles=angles)
+        if tick is not None:
+            tick(done + 1)
+    return (model.norm(state) for state in states)
+
+
+def paired_difference(a: PerplexityResult, b: PerplexityResult) -> PairedDifference:
+    """PPL(b) - PPL(a) on the same windows. With d the mean difference of NLL and h the half-width of its 95 % interval:
+    PPL(a) (exp(d -+ h) - 1). Raises InputError where texts, tokens or windows differ, or there is one window only."""
+    same = ("text_digest", "tokenizer_digest", "seqlen", "windows", "bos")
+    differing = [name for name in same if getattr(a, name) != getattr(b, name)]
+    if differing:
+        raise InputError(
+            f"The two results differ in {', '.join(differing)}: only results on the same windows can be compared pairwise."
+        )
+    count = len(a.nll)
+    if count < 2:
+        raise InputError("An interval needs at least 2 windows: give a longer text or a smaller --seqlen.")
+    differences = [y - x for x, y in zip(a.nll, b.nll, strict=True)]
+    mean = math.fsum(differences) / count
+    variance = math.fsum((d - mean) ** 2 for d in differences) / (count - 1)
+    half = student_t_975(count - 1) * math.sqrt(variance / count)
+    low, middle, high = (a.ppl * math.expm1(mean + sign * half) for sign in (-1, 0, 1))
+    return PairedDifference(middle, low, high)
+
+
+def student_t_975(degrees: int) -> float:
+    """97.5 % quantile of Student's t: exact for 1 and 2 degrees, else Abramowitz and Stegun 26.7.5 (error below 0.006)."""
+    if degrees == 1:
+        return math.tan(0.475 * math.pi)
+    if degrees == 2:
+        return 0.95 * math.sqrt(2 / (1 - 0.95**2))
+    z, n = 1.959963984540054, degrees
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    fourth = (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160
+    return z + first / n + second / n**2 + third / n**3 + fourth / n**4
+
+
+def _mean_nll(model: Model, hidden: Tensor, window: Tensor) -> float:
+    """hidden (L, H), window (L,) -> mean over its L - 1 predictions, nats."""
+    total = 0.0
+    step = _rows(model.lm_head.shape[0])
+    for start in range(0, len(window) - 1, step):
+        rows = hidden[start : min(start + step, len(window) - 1)]
+        targets = window[start + 1 : start + 1 + len(rows)]
+        total += F.cross_entropy(model.head(rows), targets, reduction="sum").double().item()
+    return total / (len(window) - 1)
+
+
+def _divergence(model: Model, hidden: Tensor, reference: Reference, index: int) -> tuple[float, float]:
+    """Mean KL(reference || model) in nats, and share of equal likeliest tokens, over the L - 1 predictions of a window."""
+    count = len(hidden) - 1
+    expected = reference.hidden[index]
+    kl = agree = 0.0
+    step = _rows(2 * model.lm_head.shape[0])
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        ours = model.head(hidden[rows]).log_softmax(-1)
+        theirs = F.linear(expected[rows], reference.lm_head).float().log_softmax(-1).to(ours.device)
+        kl += F.kl_div(ours, theirs, reduction="sum", log_target=True).double().item()
+        agree += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
+    return kl / count, agree / count
+
+
+def _rows(vocab_size: int) -> int:
+    return max(16, LOGITS_BYTES // (4 * vocab_size))
+
+
+def _check_reference(reference: Reference, windows: Tensor, vocab_size: int) -> None:
+    if reference.lm_head.shape[0] != vocab_size:
+        raise InputError(
+            f"The reference predicts {reference.lm_head.shape[0]} tokens and this model {vocab_size}: "
+            "KL divergence needs one vocabulary."
+        )
+    count = len(reference.hidden)
+    if count > len(windows) or not torch.equal(reference.ids, windows[:count]):
+        raise InputError(
+            "The reference was run on other windows: give both the same text, tokenizer and --seqlen."
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
