@@ -1,10 +1,10 @@
-"""One decoder block as the weight files of a TurboMind workspace, and back. Pure: names and tensors, no disk.
+"""One decoder block as the weight files of a TurboMind workspace. Pure: names and tensors, no disk. Back: `workspace_blocks`.
 
 K in features, N out features, g group size, D head_dim, R rank of tp. Dialects: "0.6.5" (plain tensors, config.yaml) and
 "0.1" (32 x 32 tiles, scales_zeros, w13, config.ini; LMDeploy 0.0.14 to 0.5.3). Layout rules: `convert.turbomind_layout`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,10 +15,9 @@ from convert import turbomind_layout as layout
 from convert.checkpoint import BlockWeights, LinearWeights
 from convert.config import ModelConfig
 from convert.errors import InputError
-from convert.families import bias_roles
 from convert.turbomind_layout import Linear
 from kernels.int4 import Quantized
-from kernels.packing import SEQUENTIAL_ORDER, pack_columns, unpack_columns
+from kernels.packing import SEQUENTIAL_ORDER, pack_columns
 
 Dialect = Literal["0.6.5", "0.1"]
 WeightType = Literal["float16", "bfloat16", "int4"]
@@ -58,6 +57,11 @@ class Packing:
     @property
     def attn_bias(self) -> bool:
         return self.config.qkv_bias or self.config.o_bias
+
+    @property
+    def fuses_gate_up(self) -> bool:
+        """Whether gate and up lie in one matrix w13."""
+        return self.dialect == "0.1" and self.weight_type == "int4"
 
     @property
     def rank_rows(self) -> tuple[int, int]:
@@ -132,7 +136,7 @@ def _mlp_files(
     inner, tp = packing.intermediate_size, packing.tp
     gates, ups = (layout.split_rows(layout.pad_rows(linear, inner), tp) for linear in (gate, up))
     downs = layout.split_columns(layout.pad_columns(down, inner, packing.group_size or 1), tp)
-    if packing.dialect == "0.1" and packing.weight_type == "int4":
+    if packing.fuses_gate_up:
         fused = [layout.interleave_gate_up(one, other) for one, other in zip(gates, ups, strict=True)]
         yield from _rank_files(prefix + "w13", fused, packing)
     else:
@@ -203,118 +207,3 @@ def encode(linear: Linear, dialect: Dialect) -> Linear:
     if "bias" in linear:
         tensors["bias"] = linear["bias"].contiguous()
     return tensors
-
-
-def decode(tensors: Linear, dialect: Dialect) -> Linear:
-    """Inverse of `encode`. Raises InputError for zero points that are no integers from 0 to 15."""
-    linear: Linear = {}
-    if "weight" in tensors:
-        linear["weight"] = tensors["weight"].t().contiguous()
-    elif dialect == "0.1":
-        scales, zeros = layout.split_scales_zeros(tensors["scales_zeros"])
-        linear = {"qweight": layout.unpack_tiles(tensors["qweight"]).t().contiguous()}
-        linear |= {"scales": scales.t().contiguous(), "zeros": zeros.t().contiguous()}
-    else:
-        zeros = tensors["zeros"]
-        if not bool(((zeros == zeros.round()) & (zeros >= 0) & (zeros <= 15)).all()):
-            raise InputError(
-                "zero points are not integers from 0 to 15: the file is damaged or of another dialect."
-            )
-        linear = {"qweight": unpack_columns(tensors["qweight"], SEQUENTIAL_ORDER).t().contiguous()}
-        linear |= {
-            "scales": tensors["scales"].t().contiguous(),
-            "zeros": zeros.t().to(torch.uint8).contiguous(),
-        }
-    if "bias" in tensors:
-        linear["bias"] = tensors["bias"]
-    return linear
-
-
-Read = Callable[[str, int, str, tuple[int, ...], torch.dtype], Tensor]  # (module, rank, part, shape, dtype)
-
-
-def read_linear(
-    read: Read, module: str, rank: int, shape: tuple[int, int], packing: Packing, bias: bool
-) -> Linear:
-    """One rank's linear with `shape` (N, K), read part by part and decoded."""
-    rows, cols = shape
-    groups = cols // GROUP_SIZE
-    wanted: dict[str, tuple[tuple[int, ...], torch.dtype]]
-    if packing.weight_type != "int4":
-        wanted = {"weight": ((cols, rows), packing.dtype)}
-    elif packing.dialect == "0.1":
-        wanted = {
-            "qweight": ((cols // 32, rows // 32, 128), torch.int32),
-            "scales_zeros": ((groups, rows), torch.int32),
-        }
-    else:
-        wanted = {
-            "qweight": ((cols, rows // 8), torch.int32),
-            "scales": ((groups, rows), torch.float16),
-            "zeros": ((groups, rows), torch.float16),
-        }
-    if bias:
-        wanted["bias"] = ((rows,), packing.dtype)
-    return decode({part: read(module, rank, part, *kind) for part, kind in wanted.items()}, packing.dialect)
-
-
-def read_block(
-    index: int, read: Read, read_plain: Callable[[str, tuple[int, ...]], Tensor], packing: Packing
-) -> BlockWeights:
-    """The inverse of `block_files`: a block in the checkpoint's own order, padding and copies removed."""
-    config, tp = packing.config, packing.tp
-    prefix = f"layers.{index}."
-    hidden, ranks = config.hidden_size, range(tp)
-    norms = {
-        role: read_plain(f"{prefix}{name}.weight", (hidden,))
-        for role, name in (("attn_norm", "attention_norm"), ("mlp_norm", "ffn_norm"))
-    }
-    query_rows, kv_rows = packing.rank_rows
-    width = query_rows + 2 * kv_rows
-    bias = packing.attn_bias
-    qkv = [read_linear(read, prefix + "attention.w_qkv", r, (width, hidden), packing, bias) for r in ranks]
-    q, k, v = layout.split_qkv(qkv, query_rows, kv_rows)
-    k, v = (layout.unreplicate_heads(part, config.head_dim, packing.replication) for part in (k, v))
-    q, k = (layout.separate_rope(part, config.head_dim) for part in (q, k))
-    outs = [read_linear(read, prefix + "attention.wo", r, (hidden, query_rows), packing, bias) for r in ranks]
-    linears = {"q": q, "k": k, "v": v, "o": layout.join_columns(outs)}
-    if config.num_experts:
-        router = read_plain(f"{prefix}moe_ffn.gate.weight", (hidden, config.num_experts))
-        linears["router"] = {"weight": router.t().contiguous()}
-        for expert in range(config.num_experts):
-            mlp = _read_mlp(read, f"{prefix}moe_ffn.experts.{expert}.", packing)
-            linears |= {f"experts.{expert}.{role}": linear for role, linear in mlp.items()}
-    else:
-        linears |= _read_mlp(read, prefix + "feed_forward.", packing)
-    keep = bias_roles(config)
-    return BlockWeights(index, {role: _weights(part, role in keep) for role, part in linears.items()}, norms)
-
-
-def _read_mlp(read: Read, prefix: str, packing: Packing) -> dict[str, Linear]:
-    config, tp, inner = packing.config, packing.tp, packing.intermediate_size
-    hidden, rows = config.hidden_size, inner // tp
-    if packing.dialect == "0.1" and packing.weight_type == "int4":
-        fused = [read_linear(read, prefix + "w13", r, (2 * rows, hidden), packing, False) for r in range(tp)]
-        pairs = [layout.separate_gate_up(linear) for linear in fused]
-        gate, up = (layout.join_rows([pair[i] for pair in pairs]) for i in range(2))
-    else:
-        gate, up = (
-            layout.join_rows(
-                [read_linear(read, prefix + w, r, (rows, hidden), packing, False) for r in range(tp)]
-            )
-            for w in ("w1", "w3")
-        )
-    downs = [read_linear(read, prefix + "w2", r, (hidden, rows), packing, False) for r in range(tp)]
-    size = config.intermediate_size
-    down = layout.join_columns(downs)
-    groups = -(-size // GROUP_SIZE)
-    cut = {name: part[:, : groups if name in ("scales", "zeros") else size] for name, part in down.items()}
-    gate, up = (layout.map_rows(linear, lambda part: part[:size]) for linear in (gate, up))
-    return {"gate": gate, "up": up, "down": {name: part.contiguous() for name, part in cut.items()}}
-
-
-def _weights(linear: Linear, has_bias: bool) -> LinearWeights:
-    bias = linear["bias"] if has_bias else None
-    if "weight" in linear:
-        return LinearWeights(linear["weight"], bias)
-    return LinearWeights(Quantized(linear["qweight"], linear["scales"], linear["zeros"], GROUP_SIZE), bias)

@@ -1,0 +1,186 @@
+"""A TurboMind workspace as a `Checkpoint`: files checked against the configuration, then read back block by block.
+
+Files have no header: sizes derived from the configuration, and digests where there is a manifest of ours, are the only
+guard. Written by us or by LMDeploy itself, dialect 0.6.5 (config.yaml) or 0.1 (config.ini).
+"""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from convert.checkpoint import BlockWeights, Checkpoint
+from convert.config import ModelConfig, QuantFormat
+from convert.errors import InputError
+from convert.hf_config import parse_config
+from convert.json_files import read_bytes, read_failure, read_object, show
+from convert.manifest import FolderState, folder_state, read_manifest
+from convert.turbomind_config import Shape, parse_config_yaml
+from convert.workspace_blocks import Shapes, file_shapes, read_block
+from convert.workspace_tensors import GROUP_SIZE, Dialect, Packing
+
+CONFIG_BYTES = 2**20
+
+
+def open_workspace(folder: Path) -> "WorkspaceCheckpoint":
+    """Open a workspace of either dialect. Raises InputError when it is unfinished, damaged or contradicts itself."""
+    weights = folder / "triton_models" / "weights"
+    notes: list[str] = []
+    state = folder_state(folder)
+    if state is FolderState.UNFINISHED:
+        raise InputError(
+            f"{show(str(folder))} is an unfinished workspace: its manifest is missing. Give the command that was writing "
+            "it again and it will resume, or discard it with --restart."
+        )
+    if state is FolderState.FINISHED:
+        read_manifest(folder).check_sizes(folder)
+    else:
+        notes.append("no manifest: written by another program, so digests could not be checked")
+    if (weights / "config.yaml").is_file():
+        dialect: Dialect = "0.6.5"
+        path = weights / "config.yaml"
+        config, shape = parse_config_yaml(_text(path), show(str(path)))
+    elif (weights / "config.ini").is_file():
+        from convert.workspace_ini import parse_config_ini
+
+        dialect = "0.1"
+        path = weights / "config.ini"
+        config, shape = parse_config_ini(_text(path), show(str(path)))
+    else:
+        raise InputError(
+            f"{show(str(weights))} holds neither config.yaml (0.6) nor config.ini (0.1): it is no TurboMind workspace."
+        )
+    tokenizer = folder / "triton_models" / "tokenizer"
+    config = _with_source_facts(config, shape, tokenizer, str(path), notes)
+    return WorkspaceCheckpoint(folder, config, shape, dialect, tokenizer, notes)
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_bytes(path, CONFIG_BYTES).decode("utf8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{show(str(path))} is not UTF-8 text (byte {error.start}): convert again."
+        ) from error
+
+
+def _with_source_facts(
+    stated: ModelConfig, shape: Shape, tokenizer: Path, where: str, notes: list[str]
+) -> ModelConfig:
+    """The stated model, completed from the source's config.json where that lies beside the tokenizer and agrees."""
+    quantization = QuantFormat(4, GROUP_SIZE) if shape.weight_type == "int4" else None
+    file = tokenizer / "config.json"
+    if not file.is_file():
+        notes.append("no config.json beside the tokenizer: padding and copied KV heads, if any, are kept")
+        return replace(stated, quantization=quantization)
+    source, _, _ = parse_config(read_object(file))
+    for name in ("hidden_size", "num_layers", "num_heads", "head_dim", "vocab_size"):
+        if getattr(source, name) != getattr(stated, name):
+            raise InputError(
+                f"{show(where)} says {name} {getattr(stated, name)}, but {show(str(file))} says {getattr(source, name)}: "
+                "the workspace mixes two models. Pack it again."
+            )
+    return replace(source, dtype=stated.dtype, quantization=quantization)
+
+
+class WorkspaceCheckpoint(Checkpoint):
+    """`shape` is the packing as the configuration states it; `packing` derives the sizes of the files from it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        shape: Shape,
+        dialect: Dialect,
+        tokenizer: Path,
+        notes: list[str],
+    ) -> None:
+        kind = "workspace-0.1" if dialect == "0.1" else "workspace-0.6.5"
+        super().__init__(folder, kind, config, tokenizer, notes)  # type: ignore[arg-type]
+        self.weights = folder / "triton_models" / "weights"
+        self.shape = shape
+        self.packing = Packing(config, shape.tp, shape.weight_type, dialect)  # type: ignore[arg-type]
+        expected = (self.packing.intermediate_size, config.num_kv_heads * self.packing.replication)
+        if expected != (shape.intermediate_size, shape.num_kv_heads):
+            raise InputError(
+                f"{show(str(folder))}: the configuration states an intermediate size of {shape.intermediate_size} and "
+                f"{shape.num_kv_heads} KV heads, where tp {shape.tp} of this model gives {expected[0]} and {expected[1]}. "
+                "Pack the model again."
+            )
+        self.check_files()
+
+    def weight_files(self) -> list[Path]:
+        return sorted(path for path in self.weights.iterdir() if path.suffix not in (".yaml", ".ini"))
+
+    def expected_files(self) -> dict[str, int]:
+        """File name -> bytes, from the configuration alone."""
+        shapes = self._outer_shapes()
+        for index in range(self.config.num_layers):
+            shapes |= file_shapes(self.packing, index)
+        return {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
+
+    def check_files(self) -> None:
+        """Raises InputError naming every weight file that is absent or has another size than the configuration asks for."""
+        wrong = []
+        for name, size in self.expected_files().items():
+            path = self.weights / name
+            if not path.is_file():
+                wrong.append(f"{show(name)} is absent")
+            elif path.stat().st_size != size:
+                wrong.append(f"{show(name)} has {path.stat().st_size:,} bytes, expected {size:,}")
+        if wrong:
+            raise InputError(
+                f"{show(str(self.path))}: {len(wrong)} weight files do not fit the configuration: {'; '.join(wrong[:4])}"
+                f"{'; ...' if len(wrong) > 4 else ''}. The engine would read them as garbage. Pack the model again."
+            )
+
+    def block(self, index: int) -> BlockWeights:
+        shapes = file_shapes(self.packing, index)
+        return read_block(index, lambda name: self._read(name, *shapes[name]), self.packing)
+
+    def embedding(self) -> Tensor:
+        return self._outer("tok_embeddings", 1)[: self.config.vocab_size]
+
+    def final_norm(self) -> Tensor:
+        return self._outer("norm", 0)
+
+    def lm_head(self) -> Tensor:
+        return self._outer("output", 0)[: self.config.vocab_size]
+
+    def _outer_shapes(self) -> Shapes:
+        hidden, tp, dtype = self.config.hidden_size, self.packing.tp, self.packing.dtype
+        rows = -(-self.config.vocab_size // tp) * tp
+        shapes: Shapes = {"norm.weight": ((hidden,), dtype)}
+        if self.packing.dialect == "0.1":
+            return shapes | {
+                f"{name}.weight": ((rows, hidden), dtype) for name in ("tok_embeddings", "output")
+            }
+        for rank in range(tp):
+            shapes[f"tok_embeddings.{rank}.weight"] = ((rows, hidden // tp), dtype)
+            shapes[f"output.{rank}.weight"] = ((rows // tp, hidden), dtype)
+        return shapes
+
+    def _outer(self, module: str, axis: int) -> Tensor:
+        shapes = self._outer_shapes()
+        parts = [self._read(name, *kind) for name, kind in shapes.items() if name.startswith(module + ".")]
+        return torch.cat(parts, dim=axis)
+
+    def _read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        path = self.weights / name
+        try:
+            raw = bytearray(path.read_bytes())
+        except OSError as error:
+            raise read_failure(path, error) from error
+        if len(raw) != math.prod(shape) * dtype.itemsize:
+            raise InputError(
+                f"{show(str(path))} has {len(raw):,} bytes, expected {math.prod(shape) * dtype.itemsize:,}: it is cut "
+                "short or of another model. Pack the model again."
+            )
+        tensor = torch.frombuffer(raw, dtype=dtype).view(shape)
+        if dtype.is_floating_point:
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                raise InputError(f"{show(str(path))}: {bad} values are NaN or infinite. The file is damaged.")
+        return tensor

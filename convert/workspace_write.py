@@ -1,0 +1,279 @@
+"""Writes a TurboMind workspace from a float or AWQ checkpoint: pre-flight, weight files, config, tokenizer, manifest.
+
+Streams block by block with a few threads; memory is bounded by that many blocks. Needs no GPU and no LMDeploy.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convert.checkpoint import Checkpoint
+from convert.errors import InputError
+from convert.files import check_free_space, check_output_place
+from convert.json_files import read_object, show
+from convert.manifest import OutputFolder
+from convert.turbomind_config import Shape, chat_template_name, config_yaml
+from convert.workspace_tensors import (
+    GROUP_SIZE,
+    Dialect,
+    Packing,
+    WeightType,
+    as_float,
+    block_files,
+    legal_tp,
+    misfits,
+)
+
+WEIGHTS = "triton_models/weights"
+TOKENIZER = "triton_models/tokenizer"
+TOKENIZER_FILES = ("tokenizer.model", "qwen.tiktoken", "merges.txt")
+PACKED_FAMILIES = {
+    "0.6.5": ("llama", "mistral", "qwen2", "internlm", "internlm2", "qwen", "mixtral"),
+    "0.1": ("llama", "internlm", "internlm2", "qwen"),
+}
+
+
+@dataclass(frozen=True)
+class PackResult:
+    """What was written. Rates are over the whole time, reading and hashing included."""
+
+    out: Path
+    files: int
+    weight_bytes: int
+    elapsed_s: float
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "files": self.files,
+            "weight_bytes": self.weight_bytes,
+            "elapsed_s": self.elapsed_s,
+            "gb_per_s": self.weight_bytes / self.elapsed_s / 1e9,
+            "notes": list(self.notes),
+        }
+
+
+def plan_packing(source: Checkpoint, tp: int, dialect: Dialect, dtype: str | None = None) -> Packing:
+    """The packing of a checkpoint, or InputError that says what does not fit and which tp values do.
+
+    Args:
+        dtype: float16 or bfloat16 for float checkpoints; None follows the source (float32 becomes float16).
+    """
+    config = source.config
+    if config.family not in PACKED_FAMILIES[dialect]:
+        known = ", ".join(PACKED_FAMILIES[dialect])
+        raise InputError(
+            f"{show(str(source.path))} is a {config.family} model, which TurboMind's dialect {dialect} does not read: "
+            f"expected one of {known}. LMDeploy and vLLM of today load the AWQ checkpoint itself."
+        )
+    packing = Packing(config, tp, _weight_type(source, dtype), dialect)
+    reasons = misfits(packing)
+    if reasons:
+        legal = legal_tp(config, packing.weight_type, dialect)
+        cure = f"tp may be {', '.join(map(str, legal))}" if legal else "no tp fits; quantize with --pad"
+        raise InputError(
+            f"{show(str(source.path))} cannot be packed with tp {tp}: {'; '.join(reasons)}. {cure}."
+        )
+    return packing
+
+
+def _weight_type(source: Checkpoint, dtype: str | None) -> WeightType:
+    quantization = source.config.quantization
+    if quantization is None:
+        chosen = dtype or source.config.dtype
+        return "bfloat16" if chosen == "bfloat16" else "float16"
+    if dtype == "bfloat16":
+        raise InputError("int4 weights go with float16 in TurboMind: leave --dtype bfloat16 out.")
+    where = show(str(source.path))
+    if quantization.bits != 4:
+        raise InputError(
+            f"{where} has {quantization.bits}-bit codes: TurboMind reads int4 only. Quantize with --bits 4."
+        )
+    if quantization.group_size != GROUP_SIZE:
+        raise InputError(
+            f"{where} has groups of {quantization.group_size}: TurboMind's int4 kernels know only {GROUP_SIZE}. "
+            "Quantize again with --group-size 128 (and --pad where the model's sizes need it)."
+        )
+    if quantization.modules_to_not_convert:
+        listed = ", ".join(quantization.modules_to_not_convert[:4])
+        raise InputError(
+            f"{where} leaves linears in float ({listed}): TurboMind wants all of them quantized. "
+            "Quantize again with --pad instead of --keep-ragged."
+        )
+    return "int4"
+
+
+def outer_files(source: Checkpoint, packing: Packing) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """(file name, how to make its tensor) of embeddings, final norm and output matrix."""
+    config, tp, dtype = packing.config, packing.tp, packing.dtype
+    rows = -(-config.vocab_size // tp) * tp
+
+    def padded(matrix: Tensor, name: str) -> Tensor:
+        cast = as_float(matrix, dtype, name)
+        missing = rows - cast.shape[0]
+        return cast if missing == 0 else torch.cat([cast, cast.new_zeros(missing, cast.shape[1])])
+
+    def part(module: str, axis: int, rank: int) -> Tensor:
+        matrix = source.embedding() if module == "tok_embeddings" else source.lm_head()
+        return padded(matrix, module).chunk(tp, dim=axis)[rank].contiguous()
+
+    yield "norm.weight", lambda: as_float(source.final_norm(), dtype, "norm.weight")
+    if packing.dialect == "0.1":
+        yield "tok_embeddings.weight", lambda: padded(source.embedding(), "tok_embeddings")
+        yield "output.weight", lambda: padded(source.lm_head(), "output")
+        return
+    for rank in range(tp):
+        yield f"tok_embeddings.{rank}.weight", partial(part, "tok_embeddings", 1, rank)
+        yield f"output.{rank}.weight", partial(part, "output", 0, rank)
+
+
+def write_workspace(
+    source: Checkpoint,
+    out: Path,
+    *,
+    tp: int = 1,
+    dialect: Dialect = "0.6.5",
+    dtype: str | None = None,
+    chat_template: str | None = None,
+    restart: bool = False,
+    workers: int = 2,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> PackResult:
+    """Write a workspace; resumes an unfinished one of the same settings, file by file.
+
+    Args:
+        chat_template: LMDeploy's name of the chat format; None finds it in the checkpoint's own template.
+        progress: called with (blocks done, blocks in all).
+
+    Raises InputError when the model cannot be packed so or the folder is occupied, ResourceError on a full disk.
+    """
+    start = time.perf_counter()
+    check_output_place(out, source.path)
+    packing = plan_packing(source, tp, dialect, dtype)
+    chat = chat_template or chat_template_name(_chat_template(source.tokenizer_dir))
+    check_free_space(out, estimate_bytes(packing), "packing")
+    fingerprint = {
+        "command": "pack",
+        "source": source.digest(),
+        "dialect": dialect,
+        "tp": tp,
+        "weight_type": packing.weight_type,
+        "chat_template": chat,
+        "torch": torch.__version__,
+    }
+    with OutputFolder.begin(out, fingerprint, restart=restart, layout="root") as folder:
+        if not folder.finished:
+            for name, make in outer_files(source, packing):
+                _save(folder, name, make)
+            _write_blocks(source, packing, folder, workers, progress)
+            _write_config(source, packing, folder, chat)
+            _copy_tokenizer(source.tokenizer_dir, folder)
+            _copy_kv_parameters(source, packing, folder)
+            source.check_unchanged()
+            facts = {**fingerprint, "kind": "workspace", "bits": 4 if packing.weight_type == "int4" else 16}
+            folder.finish(facts, {"elapsed_s": time.perf_counter() - start})
+    weights = [path for path in (out / WEIGHTS).iterdir() if path.suffix == ".weight" or ".q" in path.name]
+    size = sum(path.stat().st_size for path in (out / WEIGHTS).iterdir())
+    return PackResult(out, len(weights), size, time.perf_counter() - start, tuple(source.notes))
+
+
+def estimate_bytes(packing: Packing) -> int:
+    """Bytes of the weight files, from the shapes alone."""
+    from convert.families import linear_shapes
+
+    config = packing.config
+    per_weight = 0.5 + 4 / GROUP_SIZE if packing.weight_type == "int4" else 2
+    linears = sum(rows * cols for rows, cols in linear_shapes(config).values())
+    return int(config.num_layers * linears * per_weight + 4 * config.vocab_size * config.hidden_size)
+
+
+def _save(folder: OutputFolder, name: str, make: Callable[[], Tensor]) -> None:
+    path = f"{WEIGHTS}/{name}"
+    if not folder.has(path):
+        folder.save_raw(path, make())
+
+
+def _write_blocks(
+    source: Checkpoint,
+    packing: Packing,
+    folder: OutputFolder,
+    workers: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    total = packing.config.num_layers
+
+    def pack(index: int) -> None:
+        for name, tensor in block_files(source.block(index), packing):
+            path = f"{WEIGHTS}/{name}"
+            if not folder.has(path):
+                folder.save_raw(path, tensor)
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        futures: list[Future[None]] = [pool.submit(pack, index) for index in range(total)]
+        try:
+            for done, future in enumerate(futures, start=1):
+                future.result()
+                progress(done, total)
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+
+def _write_config(source: Checkpoint, packing: Packing, folder: OutputFolder, chat: str) -> None:
+    shape = Shape(
+        tp=packing.tp,
+        group_size=packing.group_size,
+        weight_type=packing.weight_type,
+        intermediate_size=packing.intermediate_size,
+        num_kv_heads=packing.config.num_kv_heads * packing.replication,
+        attn_bias=packing.attn_bias,
+    )
+    if packing.dialect == "0.1":
+        from convert.workspace_ini import config_ini
+
+        text, name = config_ini(packing.config, shape, chat), "config.ini"
+    else:
+        text, name = config_yaml(packing.config, shape, packing.config.family, chat), "config.yaml"
+    folder.write(f"{WEIGHTS}/{name}", text.encode())
+
+
+def _chat_template(tokenizer_dir: Path) -> str | None:
+    file = tokenizer_dir / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf8")
+    settings = tokenizer_dir / "tokenizer_config.json"
+    template = read_object(settings).get("chat_template") if settings.is_file() else None
+    return template if isinstance(template, str) else None
+
+
+def _copy_tokenizer(source: Path, folder: OutputFolder) -> None:
+    """Tokenizer files to triton_models/tokenizer (0.6) and to the root (0.7.1 and later look there)."""
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    names += sorted(path.name for pattern in ("*.json", "*.py", "*.jinja") for path in source.glob(pattern))
+    ours = {"run.json", "manifest.json", "report.json"}
+    for name in names:
+        if name in ours:
+            continue
+        for target in (f"{TOKENIZER}/{name}", name):
+            folder.copy(source / name, target)
+
+
+def _copy_kv_parameters(source: Checkpoint, packing: Packing, folder: OutputFolder) -> None:
+    parameters = source.path / "tmq" / "kv_params.safetensors"
+    if not parameters.is_file():
+        return
+    folder.copy(parameters, "kv_params.safetensors")
+    if packing.dialect == "0.1":
+        from convert.workspace_ini import kv_scale_files
+
+        for name, tensor in kv_scale_files(parameters, packing.config, packing.tp):
+            folder.save_raw(f"{WEIGHTS}/{name}", tensor)
