@@ -1,0 +1,59 @@
+"""Hidden states of the calibration text on their way through the model: embedding, and one block applied in batches.
+
+S samples, L tokens a sample, H hidden size. A batch holds whole samples; its size depends on the device kind alone, so
+that the same run gives the same bytes.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from convert.checkpoint import BlockWeights, Checkpoint
+from convert.config import ModelConfig
+from engine.model import Block, Tap, causal_attend
+from engine.rope import rotary
+
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+def batch_samples(seqlen: int, device: torch.device | str) -> int:
+    """Samples in one forward pass."""
+    return max(1, BATCH_TOKENS.get(torch.device(device).type, 2048) // seqlen)
+
+
+def embed_tokens(ckpt: Checkpoint, tokens: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """tokens (S, L) int64 -> hidden states (S, L, H) before the first block."""
+    rows = ckpt.embedding()
+    return rows[tokens.flatten()].view(*tokens.shape, rows.shape[1]).to(device=device, dtype=dtype)
+
+
+def advance(
+    stream: Tensor, weights: BlockWeights, config: ModelConfig, dtype: torch.dtype, tap: Tap | None = None
+) -> Tensor:
+    """The block with these weights on the hidden states (S, L, H), on their device; `tap` sees every batch."""
+    device = stream.device
+    block = Block(config, weights, dtype, device)
+    out = torch.empty_like(stream)
+    for rows in sample_slices(stream, device):
+        part = stream[rows]
+        out[rows] = forward_batch(block, part, config, tap)
+    return out
+
+
+def sample_slices(stream: Tensor, device: torch.device | str) -> Iterator[slice]:
+    """Slices of the samples, a batch each."""
+    step = batch_samples(stream.shape[1], device)
+    return (slice(start, start + step) for start in range(0, stream.shape[0], step))
+
+
+@torch.no_grad()
+def forward_batch(block: Block, part: Tensor, config: ModelConfig, tap: Tap | None = None) -> Tensor:
+    """Hidden states (B, L, H) of B samples -> the same after the block."""
+    batch, length, width = part.shape
+    positions = torch.arange(length, device=part.device).repeat(batch)
+    attend = causal_attend(batch, length, config)
+    flat = block(
+        part.reshape(batch * length, width), positions, attend, tap, angles=rotary(config, positions)
+    )
+    return flat.view(batch, length, width)
