@@ -1,0 +1,47 @@
+"""Every limit of the server, in one place. Constants shape the API and stand in its OpenAPI description; `Limits` is configuration.
+
+They are applied before a prompt is tokenized. Nothing else in `serve` holds a number that bounds a request.
+"""
+
+from dataclasses import dataclass, fields
+
+MAX_N = 8  # answers to one prompt
+MAX_PROMPTS = 16  # prompts in one completion request
+MAX_MESSAGES = 1024  # messages of a conversation
+MAX_STOP = 4  # stop strings
+MAX_STOP_CHARS = 64
+MAX_LOGPROBS = 20  # alternatives reported for a token
+MAX_LOGIT_BIAS = 1024  # biased tokens
+MAX_TEMPERATURE = 2.0
+MAX_PENALTY = 2.0  # presence and frequency, both signs
+MAX_REPETITION_PENALTY = 10.0
+MAX_TOP_K = 1_000_000
+MAX_NAME_CHARS = 256  # model names, user names
+SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
+SESSION_MIN, SESSION_MAX = -1, 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server bears. Sizes in bytes, times in seconds, the rest counts."""
+
+    body_bytes: int = 1 << 20
+    header_bytes: int = 16 << 10
+    connections: int = 4096
+    header_s: float = 10.0  # from the first byte of a request (or the connection) to the end of its headers
+    body_s: float = 30.0  # to the end of its body
+    keep_alive_s: float = 15.0
+    prompt_s: float = 10.0  # to render the chat template and tokenize
+    request_s: float = 600.0  # from submission to the last token
+    delivery_s: float = 60.0  # beyond request_s, for a client that reads slowly
+    health_s: float = 10.0  # for the one-token request behind /health
+    pending: int = 512  # sequences running or waiting
+    pending_per_client: int = 512  # of one API key, or of one address where there are no keys
+    sessions: int = 1024  # conversations kept for /v1/chat/interactive
+    session_idle_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not value > 0:
+                raise ValueError(f"The limit {field.name} is {value}: expected a number above 0.")
