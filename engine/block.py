@@ -7,15 +7,15 @@ parts run it on tensors that are handed in, `Block` on layers made for inference
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
 from engine.attention import Attend
-from engine.layers import Linear, functional_linear, fuse_linears, make_linear
+from engine.layers import Layer, Linear, functional_linear, fuse_linears, make_gated, make_linear
 from engine.ops import TORCH_OPS, Ops
 from engine.rope import Rotary, apply_rope, rotary
 
@@ -31,7 +31,9 @@ class _Parts:
 
     config: ModelConfig
     index: int
-    linears: Mapping[str, Linear]  # "qkv" and "gate_up" may stand for their parts
+    linears: Mapping[
+        str, Linear
+    ]  # "qkv" may stand for q, k, v; "gate_up", which is silu(gate) * up, for gate and up
     norms: Mapping[str, Tensor]
     ops: Ops
     reduce: Reduce | None
@@ -89,12 +91,10 @@ def _mlp(parts: _Parts, h: Tensor, tap: Tap | None) -> Tensor:
 def _gated(parts: _Parts, h: Tensor, prefix: str, tap: Tap | None) -> Tensor:
     """down(silu(gate(h)) * up(h)) of the MLP or of the expert with this prefix."""
     linears = parts.linears
-    fused = linears.get(prefix + "gate_up")
-    if fused is not None:
-        gate_up = fused(h)
+    if prefix + "gate_up" in linears:
+        inner = linears[prefix + "gate_up"](h)
     else:
-        gate_up = torch.cat((linears[prefix + "gate"](h), linears[prefix + "up"](h)), dim=-1)
-    inner = parts.ops.silu_mul(gate_up)
+        inner = F.silu(linears[prefix + "gate"](h)) * linears[prefix + "up"](h)
     if tap is not None:
         tap(prefix + "down_in", inner)
     return linears[prefix + "down"](inner)
@@ -179,6 +179,24 @@ def mlp_forward(h: Tensor, weights: BlockWeights, config: ModelConfig, tap: Tap 
     return _mlp(_functional(weights, config, h), h, tap)
 
 
+def _inference_layers(
+    weights: BlockWeights, dtype: torch.dtype, device: torch.device | str, ops: Ops
+) -> dict[str, Layer]:
+    """q/k/v joined to one layer, each gate/up pair to another, where their formats allow it."""
+    left = dict(weights.linears)
+    layers: dict[str, Layer] = {}
+    qkv = fuse_linears([left[role] for role in ("q", "k", "v")])
+    if qkv is not None:
+        left = {role: part for role, part in left.items() if role not in ("q", "k", "v")} | {"qkv": qkv}
+    for gate in [role for role in left if role.endswith("gate")]:
+        prefix = gate.removesuffix("gate")
+        gated = make_gated(left[gate], left[prefix + "up"], dtype, device, ops.silu_mul)
+        if gated is not None:
+            layers[prefix + "gate_up"] = gated
+            del left[gate], left[prefix + "up"]
+    return layers | {role: make_linear(part, dtype, device) for role, part in left.items()}
+
+
 class Block:
     """A decoder block for inference: weights converted and joined once, q/k/v as one product, gate/up as another."""
 
@@ -191,15 +209,7 @@ class Block:
         ops: Ops = TORCH_OPS,
         reduce: Reduce | None = None,
     ) -> None:
-        build = partial(make_linear, dtype=dtype, device=device)
-        joined = dict(weights.linears)
-        prefixes = [f"experts.{e}." for e in range(config.num_experts)] or [""]
-        groups = [("qkv", ("q", "k", "v"))] + [(p + "gate_up", (p + "gate", p + "up")) for p in prefixes]
-        for name, roles in groups:
-            fused = fuse_linears([joined[role] for role in roles])
-            if fused is not None:
-                joined = {role: part for role, part in joined.items() if role not in roles} | {name: fused}
-        self.linears = {role: build(part) for role, part in joined.items()}
+        self.linears = _inference_layers(weights, dtype, device, ops)
         self.norms = {role: norm.to(device=device, dtype=dtype) for role, norm in weights.norms.items()}
         self._parts = _Parts(config, weights.index, self.linears, self.norms, ops, reduce)
         self.config, self.index = config, weights.index

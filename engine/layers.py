@@ -1,9 +1,12 @@
 """Linear layers: `y = x W^T + b` over float or int4 weights. They know shapes and devices, not what they are for.
 
-M tokens, N out features, K in features.
+M tokens, N out features, K in features, I intermediate size. On a GPU int4 weights stay packed and the kernels of
+`kernels/w4a16.py` read them; on the CPU they become floats once, when the layer is made: the product is faster there.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +15,21 @@ from torch import Tensor
 from convert.checkpoint import LinearWeights
 from kernels.int4 import Quantized
 
-Linear = Callable[[Tensor], Tensor]  # (M, K) -> (M, N)
+if TYPE_CHECKING:
+    from kernels.w4a16 import W4Weight
+
+
+class Linear(Protocol):
+    """(M, K) -> (M, N)."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+class Layer(Linear, Protocol):
+    """A linear made for inference, which owns its weights."""
+
+    @property
+    def size_bytes(self) -> int: ...
 
 
 class DenseLinear:
@@ -29,6 +46,36 @@ class DenseLinear:
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 
+class DenseGated(DenseLinear):
+    """silu(gate) * up of one product with gate's rows first: (M, K) -> (M, I)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, silu_mul: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(weight, bias)
+        self._silu_mul = silu_mul
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._silu_mul(super().__call__(x))
+
+
+class Int4Linear:
+    """A product that reads packed int4 weights on a GPU; of paired gate and up rows, silu(gate) * up."""
+
+    def __init__(self, weights: LinearWeights, up: LinearWeights | None, device: torch.device | str) -> None:
+        from kernels.w4a16 import pair, w4a16_linear
+
+        self.weight = _prepare(weights, device)
+        if up is not None:
+            self.weight = pair(self.weight, _prepare(up, device))
+        self._product = w4a16_linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._product(x, self.weight, is_dependent=True)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.weight.size_bytes + (0 if self.weight.bias is None else self.weight.bias.nbytes)
+
+
 def dense_weight(weight: Tensor | Quantized, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """The weight (N, K) as floats of `dtype`; differentiable where it is a tensor already."""
     if isinstance(weight, Quantized):
@@ -43,10 +90,38 @@ def functional_linear(weights: LinearWeights, dtype: torch.dtype, device: torch.
     return lambda x: F.linear(x, weight, bias)
 
 
-def make_linear(weights: LinearWeights, dtype: torch.dtype, device: torch.device | str) -> DenseLinear:
-    """A layer for inference. On the CPU int4 weights become floats here, once: a dequantized product is faster there."""
+def runs_packed(weights: LinearWeights, device: torch.device | str) -> bool:
+    """True where the int4 kernels take the weight as it is; otherwise it is dequantized when its layer is made."""
+    if not isinstance(weights.weight, Quantized) or torch.device(device).type != "cuda":
+        return False
+    from kernels.w4a16_layout import GROUP_SIZES
+
+    return weights.weight.group_size in GROUP_SIZES
+
+
+def make_linear(weights: LinearWeights, dtype: torch.dtype, device: torch.device | str) -> Layer:
+    """A layer for inference on the device."""
+    if runs_packed(weights, device):
+        return Int4Linear(weights, None, device)
     bias = None if weights.bias is None else weights.bias.to(device=device, dtype=dtype)
     return DenseLinear(dense_weight(weights.weight, dtype, device), bias)
+
+
+def make_gated(
+    gate: LinearWeights,
+    up: LinearWeights,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    silu_mul: Callable[[Tensor], Tensor],
+) -> Layer | None:
+    """silu(gate(x)) * up(x) as one layer, (M, K) -> (M, I); None where the two differ in format."""
+    fused = fuse_linears((gate, up))
+    if fused is None:
+        return None
+    if runs_packed(gate, device):
+        return Int4Linear(gate, up, device)
+    bias = None if fused.bias is None else fused.bias.to(device=device, dtype=dtype)
+    return DenseGated(dense_weight(fused.weight, dtype, device), bias, silu_mul)
 
 
 def fuse_linears(parts: Sequence[LinearWeights]) -> LinearWeights | None:
@@ -71,7 +146,17 @@ def fuse_linears(parts: Sequence[LinearWeights]) -> LinearWeights | None:
 
 
 def _bias(part: LinearWeights) -> Tensor:
+    """The bias (N,), zeros where there is none."""
     if part.bias is not None:
         return part.bias
-    rows = part.weight.shape[0]
-    return torch.zeros(rows, dtype=torch.float32)
+    like = part.weight.scales if isinstance(part.weight, Quantized) else part.weight
+    return like.new_zeros(part.weight.shape[0])
+
+
+def _prepare(weights: LinearWeights, device: torch.device | str) -> "W4Weight":
+    from kernels.w4a16 import prepare
+
+    assert isinstance(weights.weight, Quantized)
+    bias = None if weights.bias is None else weights.bias.to(device)
+    # int3 and int2 codes lie in the same nibbles: the kernels need not know
+    return prepare(replace(weights.weight.to(device), bits=4), bias)
