@@ -1,0 +1,164 @@
+"""The paged KV cache of a whole model, and attention over it as the closure that the forward pass calls.
+
+T tokens of a step, B sequences, W blocks of a table, Hq and Hkv heads, D head size. Pages, rounding and kernels are those of
+`kernels/kv8.py` and `kernels/attention.py`. Which block belongs to whom is decided by the scheduler.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convert.config import ModelConfig
+from convert.errors import ResourceError
+from engine.attention import window_of
+from engine.config import GIB, EngineConfig
+from kernels.attention import allocate_workspace, decode_attention, prefill_attention
+from kernels.kv8 import StaticKV, allocate_cache, cache_block_bytes, store_kv
+
+CPU_CACHE_BYTES = 1 * GIB  # on the CPU, where the rest of the memory is not the engine's alone
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """Where the tokens of a step belong. Tokens lie flat: `decodes` single tokens, then chunks of prompts, then padding.
+
+    slots (T,) int64, -1 for padding; tables (B, W) int32; lengths (B,) int32 tokens of each sequence with those of this step,
+    the decoding sequences first; query_lens and context_lens are the chunks' numbers on the host.
+    """
+
+    slots: Tensor
+    tables: Tensor
+    lengths: Tensor
+    decodes: int
+    query_lens: Sequence[int] = ()
+    context_lens: Sequence[int] = ()
+
+
+class PagedCache:
+    """Keys and values of `num_blocks` blocks for every layer; a rank of a tensor-parallel group holds its own heads."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        engine: EngineConfig,
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        static: Sequence[StaticKV] | None = None,
+    ) -> None:
+        self.config, self.num_blocks, self.block_size = config, num_blocks, engine.block_size
+        self.layers = [
+            allocate_cache(
+                num_blocks,
+                config.num_kv_heads,
+                config.head_dim,
+                engine.kv_bits,
+                dtype,
+                device,
+                block_size=engine.block_size,
+                static=None if static is None else static[layer],
+            )
+            for layer in range(config.num_layers)
+        ]
+        self.scale = config.head_dim**-0.5
+        self.windows = [window_of(config, layer) for layer in range(config.num_layers)]
+        self.workspace = allocate_workspace(
+            engine.max_batch, config.num_heads, config.num_kv_heads, config.head_dim, device
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        parts = (part for layer in self.layers for part in (layer.k, layer.v, layer.params))
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def fill_random(self, seed: int = 0) -> None:
+        """Random bits that are valid keys and values, for measurements of decode at a length that nobody prefilled."""
+        generator = torch.Generator(self.layers[0].k.device).manual_seed(seed)
+        for layer in self.layers:
+            for pages in (layer.k, layer.v):
+                if layer.bits == 8:
+                    pages.random_(-(2**15), 2**15, generator=generator)
+                else:
+                    pages.normal_(generator=generator)
+            if layer.params is not None:
+                layer.params[..., 0] = 1 / 64
+                layer.params[..., 1] = 0
+
+
+class PagedAttend:
+    """`Attend` of one step: write the new keys and values, then read each sequence's pages."""
+
+    def __init__(self, cache: PagedCache, batch: StepBatch) -> None:
+        self._cache, self._batch = cache, batch
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        store_kv(self._cache.layers[layer], k, v, self._batch.slots)
+        return self.read(layer, q)
+
+    def read(self, layer: int, q: Tensor) -> Tensor:
+        """Attention of q (T, Hq, D) over the pages: (T, Hq * D), zeros for padding."""
+        cache, batch = self._cache, self._batch
+        pages, window, count = cache.layers[layer], cache.windows[layer], batch.decodes
+        if count == len(q):
+            return decode_attention(
+                q, pages, batch.tables, batch.lengths, cache.scale, window, workspace=cache.workspace
+            ).flatten(1)
+        out = torch.zeros_like(q)
+        if count:
+            decode_attention(
+                q[:count],
+                pages,
+                batch.tables[:count],
+                batch.lengths[:count],
+                cache.scale,
+                window,
+                workspace=cache.workspace,
+                out=out[:count],
+            )
+        stop = count + sum(batch.query_lens)
+        if stop > count:
+            out[count:stop] = prefill_attention(
+                q[count:stop],
+                pages,
+                batch.tables[count:],
+                batch.query_lens,
+                batch.context_lens,
+                cache.scale,
+                window,
+            )
+        return out.flatten(1)
+
+
+def block_bytes(config: ModelConfig, engine: EngineConfig, dtype: torch.dtype) -> int:
+    """Bytes that one block takes in all layers of this rank."""
+    per_layer = cache_block_bytes(
+        config.num_kv_heads,
+        config.head_dim,
+        engine.kv_bits,
+        dtype,
+        block_size=engine.block_size,
+        is_static=engine.kv_mode == "static",
+    )
+    return per_layer * config.num_layers
+
+
+def plan_blocks(
+    config: ModelConfig, engine: EngineConfig, dtype: torch.dtype, free_bytes: int, context_length: int
+) -> int:
+    """How many blocks the cache gets, at most what `max_batch` sequences of the full context can use.
+
+    Raises ResourceError where not one block fits.
+    """
+    size_bytes = block_bytes(config, engine, dtype)
+    budget_bytes = engine.cache_bytes
+    if budget_bytes is None:
+        budget_bytes = int(free_bytes * engine.cache_fraction)
+    blocks = min(budget_bytes // size_bytes, engine.max_batch * -(-context_length // engine.block_size))
+    if blocks < 1:
+        raise ResourceError(
+            f"The KV cache has {budget_bytes / GIB:.2f} GiB, but one block of {engine.block_size} tokens takes "
+            f"{size_bytes / GIB:.3f} GiB: free memory on the device, raise the cache size, or use --kv-bits 8."
+        )
+    return blocks

@@ -1,0 +1,126 @@
+"""Runs a step plan on a model: flat tokens, tables and slots go to the device, logits to the sampler. Knows no requests.
+
+T tokens of a step, B segments, W blocks of a table. On the CPU a step is padded to a few rows, because BLAS takes another path
+for one to three rows a thread: with the padding, and attention done for each sequence alone, a row of a linear has the same bits
+whoever shares its batch.
+"""
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.cache import PagedAttend, PagedCache, StepBatch
+from engine.config import EngineConfig
+from engine.graphs import DecodeGraphs
+from engine.model import Model
+from engine.sampling import PendingSample, Sampler
+from engine.scheduler import Segment, StepPlan
+from engine.transfer import upload
+
+Ints = npt.NDArray[np.int64]
+
+
+class Runner(Protocol):
+    """What the engine core needs of a model: its limits, and steps that run. `lookahead` steps may be in flight."""
+
+    num_blocks: int
+    block_size: int
+    context_length: int
+    vocab_size: int
+    lookahead: int
+
+    def run(self, plan: StepPlan) -> PendingSample | None:
+        """Start a step; the tokens of the segments with `samples`, in order, or None where none draws."""
+        ...
+
+
+class ModelRunner:
+    """A model with its cache and sampler on one device."""
+
+    def __init__(self, model: Model, cache: PagedCache, config: EngineConfig, context_length: int) -> None:
+        self.model, self.cache, self.config = model, cache, config
+        self.num_blocks, self.block_size = cache.num_blocks, cache.block_size
+        self.context_length, self.vocab_size = context_length, len(model.lm_head)
+        self.device = model.device
+        self.lookahead = 1 if self.device.type == "cuda" else 0
+        self.sampler = Sampler(config.max_batch, self.vocab_size, self.device)
+        width = -(-context_length // cache.block_size)
+        self._tables = np.zeros((config.max_batch, width), dtype=np.int32)
+        self._filled = np.zeros(config.max_batch, dtype=np.int64)  # blocks in each row of the tables
+        self._prompt_lengths = np.zeros(config.max_batch, dtype=np.int64)
+        self._graphs: DecodeGraphs | None = None
+        if self.device.type == "cuda" and config.cuda_graphs:
+            self._graphs = DecodeGraphs(model, cache, self.sampler.last_tokens, config.graph_batches, width)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> PendingSample | None:
+        for join in plan.joins:
+            self.sampler.join(join.row, join.sampling, join.seed, join.prompt_ids, join.output_ids)
+            self._filled[join.row] = 0
+            self._prompt_lengths[join.row] = len(join.prompt_ids)
+        rows = np.array([segment.row for segment in plan.segments])
+        for segment in plan.segments:
+            self._keep_table(segment)
+        if self._graphs is not None and plan.is_decode and len(rows) <= self._graphs.largest:
+            starts = np.array([segment.start for segment in plan.segments])
+            fields = np.stack([rows, starts, self._slots(rows, starts), self._prompt_lengths[rows]])
+            logits, index = self._graphs.run(fields, self._tables[rows])
+            return self.sampler.sample(logits, tuple(rows.tolist()), index)
+        return self._run_eagerly(plan, rows)
+
+    def _run_eagerly(self, plan: StepPlan, rows: Ints) -> PendingSample | None:
+        lengths = np.array([segment.length for segment in plan.segments])
+        starts = np.array([segment.start for segment in plan.segments])
+        ends = np.cumsum(lengths)
+        tokens = int(ends[-1])
+        positions = np.arange(tokens) - np.repeat(ends - lengths, lengths) + np.repeat(starts, lengths)
+        owners = np.repeat(rows, lengths)
+        decodes = sum(not segment.token_ids for segment in plan.segments)
+        given = [token for segment in plan.segments for token in segment.token_ids]
+        pad = self._padding(tokens)
+        fields = np.zeros((4, tokens + pad), dtype=np.int64)
+        fields[0, decodes:tokens] = given
+        fields[1, :tokens] = positions
+        fields[2] = -1
+        fields[2, :tokens] = self._slots(owners, positions)
+        fields[3, :tokens] = self._prompt_lengths[owners]
+        ids, places, slots, prompt_lengths = upload(self.device, fields)
+        index = upload(self.device, rows)
+        if decodes:
+            ids[:decodes] = self.sampler.last_tokens[index[:decodes]]
+        width = int(self._filled[rows].max())
+        batch = StepBatch(
+            slots,
+            upload(self.device, self._tables[rows, :width]),
+            upload(self.device, (starts + lengths).astype(np.int32)),
+            decodes,
+            lengths[decodes:].tolist(),
+            (starts + lengths)[decodes:].tolist(),
+        )
+        hidden = self.model.hidden(ids, places, PagedAttend(self.cache, batch), prompt_lengths)
+        drawing = np.array([i for i, segment in enumerate(plan.segments) if segment.samples], dtype=np.int64)
+        if not len(drawing):
+            return None
+        last = ends[drawing] - 1
+        spare = self._padding(len(last))
+        chosen = upload(self.device, np.concatenate([last, np.zeros(spare, dtype=np.int64)]))
+        logits = self.model.head(hidden[chosen])[: len(last)]
+        picked = rows[drawing]
+        return self.sampler.sample(logits, tuple(picked.tolist()), upload(self.device, picked))
+
+    def _keep_table(self, segment: Segment) -> None:
+        if self._filled[segment.row] != len(segment.blocks):
+            self._tables[segment.row, : len(segment.blocks)] = segment.blocks
+            self._filled[segment.row] = len(segment.blocks)
+
+    def _slots(self, rows: Ints, positions: Ints) -> Ints:
+        blocks = self._tables[rows, positions // self.block_size].astype(np.int64)
+        return blocks * self.block_size + positions % self.block_size
+
+    def _padding(self, rows: int) -> int:
+        """Rows to add on the CPU so that each thread has four or more; none where sequences never share a batch."""
+        if self.device.type != "cpu" or self.config.max_batch == 1:
+            return 0
+        return max(-(-rows // 4) * 4, 4 * torch.get_num_threads()) - rows
