@@ -90,18 +90,22 @@ def functional_linear(weights: LinearWeights, dtype: torch.dtype, device: torch.
     return lambda x: F.linear(x, weight, bias)
 
 
-def runs_packed(weights: LinearWeights, device: torch.device | str) -> bool:
-    """True where the int4 kernels take the weight as it is; otherwise it is dequantized when its layer is made."""
-    if not isinstance(weights.weight, Quantized) or torch.device(device).type != "cuda":
+def runs_packed_groups(group_size: int, device: torch.device | str) -> bool:
+    """True where the device has int4 kernels for this group size; otherwise weights are dequantized."""
+    if torch.device(device).type != "cuda":
         return False
     from kernels.w4a16_layout import GROUP_SIZES
 
-    return weights.weight.group_size in GROUP_SIZES
+    return group_size in GROUP_SIZES
+
+
+def _runs_packed(weights: LinearWeights, device: torch.device | str) -> bool:
+    return isinstance(weights.weight, Quantized) and runs_packed_groups(weights.weight.group_size, device)
 
 
 def make_linear(weights: LinearWeights, dtype: torch.dtype, device: torch.device | str) -> Layer:
     """A layer for inference on the device."""
-    if runs_packed(weights, device):
+    if _runs_packed(weights, device):
         return Int4Linear(weights, None, device)
     bias = None if weights.bias is None else weights.bias.to(device=device, dtype=dtype)
     return DenseLinear(dense_weight(weights.weight, dtype, device), bias)
@@ -118,7 +122,7 @@ def make_gated(
     fused = fuse_linears((gate, up))
     if fused is None:
         return None
-    if runs_packed(gate, device):
+    if _runs_packed(gate, device):
         return Int4Linear(gate, up, device)
     bias = None if fused.bias is None else fused.bias.to(device=device, dtype=dtype)
     return DenseGated(dense_weight(fused.weight, dtype, device), bias, silu_mul)

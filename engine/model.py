@@ -15,7 +15,9 @@ from convert.checkpoint import Checkpoint
 from convert.config import ModelConfig
 from engine.attention import Attend, causal_attend
 from engine.block import Block, Tap, attention_forward, block_forward, mlp_forward
-from engine.ops import TORCH_OPS, Ops
+from engine.layers import runs_packed_groups
+from engine.ops import TORCH_OPS, Ops, ops_for
+from engine.parallel import TensorParallel, gather_logits, shard_block, shard_config, shard_head
 from engine.rope import Rotary, rotary
 
 __all__ = [
@@ -46,17 +48,38 @@ def compute_dtype(config: ModelConfig, device: torch.device | str, asked: str = 
 
 
 def load_block(
-    ckpt: Checkpoint, index: int, device: torch.device | str, dtype: torch.dtype, ops: Ops = TORCH_OPS
+    ckpt: Checkpoint,
+    index: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    ops: Ops = TORCH_OPS,
+    parallel: TensorParallel | None = None,
 ) -> Block:
-    """One block, read now; for passes that hold one block at a time."""
-    return Block(ckpt.config, ckpt.block(index), dtype, device, ops)
+    """One block, or this rank's part of it, read now; for passes that hold one block at a time."""
+    weights, config = ckpt.block(index), ckpt.config
+    if parallel is None:
+        return Block(config, weights, dtype, device, ops)
+    weights = shard_block(weights, config, parallel.rank, parallel.size)
+    return Block(_rank_config(config, parallel), weights, dtype, device, ops, parallel.all_reduce)
+
+
+def _rank_config(config: ModelConfig, parallel: TensorParallel) -> ModelConfig:
+    group_size = None if config.quantization is None else config.quantization.group_size
+    return shard_config(config, parallel.rank, parallel.size, group_size)
 
 
 class StreamedBlocks(Sequence[Block]):
     """The blocks of a checkpoint, each read when it is asked for and held by nobody else."""
 
-    def __init__(self, ckpt: Checkpoint, device: torch.device | str, dtype: torch.dtype, ops: Ops) -> None:
-        self._arguments = (device, dtype, ops)
+    def __init__(
+        self,
+        ckpt: Checkpoint,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        ops: Ops,
+        parallel: TensorParallel | None = None,
+    ) -> None:
+        self._arguments = (device, dtype, ops, parallel)
         self._ckpt = ckpt
 
     def __len__(self) -> int:
@@ -87,9 +110,13 @@ class Model:
         lm_head: Tensor,
         ops: Ops = TORCH_OPS,
         notes: Sequence[str] = (),
+        parallel: TensorParallel | None = None,
     ) -> None:
-        """embedding and lm_head (V, H), final_norm (H,): in the compute dtype, on the device; the same tensor if tied."""
-        self.config, self.blocks, self.ops = config, blocks, ops
+        """embedding and lm_head (V, H), final_norm (H,): in the compute dtype, on the device; the same tensor if tied.
+
+        With `parallel`, blocks and config are this rank's, and lm_head may be its rows of the head.
+        """
+        self.config, self.blocks, self.ops, self.parallel = config, blocks, ops, parallel
         self.embedding, self.final_norm, self.lm_head = embedding, final_norm, lm_head
         self.notes = list(notes)
 
@@ -100,18 +127,39 @@ class Model:
         dtype: torch.dtype,
         *,
         streamed: bool = False,
-        ops: Ops = TORCH_OPS,
+        ops: Ops | None = None,
+        parallel: TensorParallel | None = None,
     ) -> "Model":
-        """Load it whole, or, `streamed`, hold one block at a time and read each again for every pass."""
+        """Load it whole, or, `streamed`, hold one block at a time and read each again for every pass.
+
+        `parallel` loads this rank's part. `ops` None: the fused kernels on a GPU, torch elsewhere.
+        """
+        ops = ops or ops_for(device)
         config, notes = ckpt.config, list(ckpt.notes)
-        if config.quantization is not None and torch.device(device).type == "cpu":
+        fmt = config.quantization
+        if fmt is not None and not runs_packed_groups(fmt.group_size, device):
             when = "each time a block is read" if streamed else "once, at load"
-            notes.append(f"int4 weights are dequantized to {str(dtype).removeprefix('torch.')} {when} (CPU).")
+            why = (
+                "on the CPU"
+                if torch.device(device).type == "cpu"
+                else f"no kernel takes group size {fmt.group_size}"
+            )
+            notes.append(f"int4 weights become {str(dtype).removeprefix('torch.')} {when} ({why}).")
         embedding = ckpt.embedding().to(device=device, dtype=dtype)
         lm_head = embedding if config.tie_embeddings else ckpt.lm_head().to(device=device, dtype=dtype)
         final_norm = ckpt.final_norm().to(device=device, dtype=dtype)
-        blocks: Sequence[Block] = StreamedBlocks(ckpt, device, dtype, ops)
-        return Model(config, embedding, blocks if streamed else list(blocks), final_norm, lm_head, ops, notes)
+        blocks: Sequence[Block] = StreamedBlocks(ckpt, device, dtype, ops, parallel)
+        if parallel is not None:
+            config = _rank_config(config, parallel)
+            lm_head = shard_head(lm_head, parallel.rank, parallel.size)
+        return Model(
+            config, embedding, blocks if streamed else list(blocks), final_norm, lm_head, ops, notes, parallel
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """V: width of the logits, on every rank."""
+        return self.embedding.shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -135,7 +183,10 @@ class Model:
 
     def head(self, x: Tensor) -> Tensor:
         """Normed hidden states (T, H) -> logits (T, V) float32."""
-        return F.linear(x, self.lm_head).float()
+        logits = F.linear(x, self.lm_head).float()
+        if self.parallel is None or self.lm_head.shape[0] == self.vocab_size:
+            return logits
+        return gather_logits(self.parallel.all_gather(logits))
 
     def hidden(
         self,

@@ -42,3 +42,8 @@ class Ops:
 
 
 TORCH_OPS = Ops("torch", rms_norm, add_rms_norm, silu_mul)
+
+
+def ops_for(device: torch.device | str) -> Ops:
+    """The operations that run best on this device without gradients."""
+    return TORCH_OPS
