@@ -1,0 +1,172 @@
+"""`quantize awq`: the resumable run. Blocks go through the search and into the AWQ checkpoint, one finished file each.
+
+A run that is killed anywhere and started again ends in the same bytes: the shard and the record of a block are written
+before the hidden states behind it, and a block without all of them is done again from the last saved states.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calib_data.blocks import CalibrationSet
+from convert.awq import AwqWriter
+from convert.checkpoint import Checkpoint
+from convert.config import QuantFormat
+from convert.errors import UsageError
+from convert.manifest import OutputFolder
+from kernels.int4 import bits_per_weight
+from quant.calibrate import StatisticsFolder
+from quant.config import QuantConfig
+from quant.fingerprint import device_kind, library_versions
+from quant.frontier import Frontier
+from quant.kv import KV_FILE, kv_parameters
+from quant.plan import needs_float_stream, ragged_roles
+from quant.progress import Progress, gpu_peak_gib, peak_rss_gib
+from quant.records import Streams
+from quant.report import above_rtn, far_above
+from quant.walk import first_streams, range_record, ranges_of, report_record, walk
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run says of itself; the manifest holds the same, layer by layer."""
+
+    path: Path
+    seconds: float
+    first_layer: int
+    layers: list[dict[str, Any]]
+    warnings: list[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"path": str(self.path)}
+
+
+def check_statistics_use(quant: QuantConfig) -> None:
+    """Raises UsageError where saved statistics are given to a preset that needs the text itself."""
+    if quant.preset != "fast":
+        raise UsageError(
+            f"--stats goes with --preset fast alone: {quant.preset} needs the calibration text itself. Leave --stats out, or "
+            f"choose --preset fast."
+        )
+
+
+def quantize_model(
+    ckpt: Checkpoint,
+    quant: QuantConfig,
+    source: CalibrationSet | StatisticsFolder | None,
+    folder: OutputFolder,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+) -> RunResult:
+    """Write the AWQ checkpoint into `folder` and finish it. `source` is None for `rtn` without KV parameters.
+
+    Resumes where an earlier run stopped. Raises InputError for damaged weights or text, ResourceError for a full disk or GPU.
+    """
+    begin = time.monotonic()
+    if isinstance(source, StatisticsFolder):
+        check_statistics_use(quant)
+    layers = ckpt.config.num_layers
+    ragged = ragged_roles(ckpt.config, quant.group_size)
+    writer = AwqWriter(folder, ckpt, quant_format(ckpt, quant, ragged))
+    frontier = Frontier(folder.work)
+    resumed = frontier.resume(writer.has_block)
+    records = resumed.records
+    start = _start(ckpt, quant, source, device, dtype, resumed.tensors)
+    progress.start(layers, resumed.first, frontier.notes)
+    for step in walk(ckpt, quant, start, device, dtype, resumed.first):
+        writer.write_block(step.index, step.result.weights)
+        record = {
+            "reports": [report_record(report, step.index) for report in step.result.reports],
+            "warnings": step.warnings,
+            "ranges": None if step.ranges is None else range_record(step.ranges),
+        }
+        records.append(record)
+        frontier.record(step.index, record)
+        if step.index + 1 < layers and frontier.is_due():
+            frontier.save(step.index + 1, _saved(step.result.streams))
+        progress.layer(step.index, step.result.reports, step.warnings)
+    progress.stop()
+    ckpt.check_unchanged()
+    reports = [report for record in records for report in record["reports"]]
+    warnings = list(source.warnings) if isinstance(source, CalibrationSet) else []
+    warnings += [warning for record in records for warning in record["warnings"]]
+    warnings += [
+        f"{role} stays float16 in every layer: K is no multiple of {quant.group_size}." for role in ragged
+    ]
+    if quant.kv_bits == 8 and all(record["ranges"] is not None for record in records):
+        parameters, notes = kv_parameters([ranges_of(record["ranges"]) for record in records])
+        folder.save_tensors(KV_FILE, parameters)
+        warnings += notes
+    standing_out = above_rtn(reports) + far_above(reports)
+    writer.finish_files()
+    facts = {
+        "kind": "awq",
+        "bits": quant.bits,
+        "group_size": quant.group_size,
+        "bits_per_weight": round(bits_per_weight(quant.bits, quant.group_size), 6),
+        "source": {
+            "digest": ckpt.digest(),
+            "family": ckpt.config.family,
+            "padded_from": ckpt.config.padded_from,
+        },
+        "calibration": _calibration_facts(source),
+        "config": asdict(quant),
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device_kind(device),
+        "versions": library_versions(),
+        "layers": reports,
+        "warnings": warnings,
+        "standing_out": standing_out,
+    }
+    seconds = time.monotonic() - begin
+    report = {
+        "seconds": round(seconds, 3),
+        "resumed_at_layer": resumed.first,
+        "peak_rss_gib": round(peak_rss_gib(), 3),
+        "gpu_peak_gib": round(gpu_peak_gib(), 3),
+        "threads": torch.get_num_threads(),
+        "notes": frontier.notes,
+    }
+    folder.finish(facts, report)
+    return RunResult(folder.folder, seconds, resumed.first, reports, warnings + standing_out)
+
+
+def quant_format(ckpt: Checkpoint, quant: QuantConfig, ragged: list[str]) -> QuantFormat:
+    """The stored format; `modules_to_not_convert` by role where some linears stay float."""
+    return QuantFormat(quant.bits, quant.group_size, tuple(ragged))
+
+
+def _start(
+    ckpt: Checkpoint,
+    quant: QuantConfig,
+    source: CalibrationSet | StatisticsFolder | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    saved: dict[str, torch.Tensor] | None,
+) -> Streams | StatisticsFolder | None:
+    if not isinstance(source, CalibrationSet):
+        return source
+    if saved is None:
+        return first_streams(ckpt, source.tokens, quant, device, dtype)
+    quantized = saved["quantized"].to(device)
+    return Streams(saved["fp"].to(device) if needs_float_stream(quant) else quantized, quantized)
+
+
+def _saved(streams: Streams | None) -> dict[str, torch.Tensor]:
+    if streams is None:
+        return {}
+    if streams.fp is streams.quantized:
+        return {"quantized": streams.quantized}
+    return {"fp": streams.fp, "quantized": streams.quantized}
+
+
+def _calibration_facts(source: CalibrationSet | StatisticsFolder | None) -> dict[str, Any] | None:
+    if source is None:
+        return None
+    if isinstance(source, CalibrationSet):
+        return source.provenance
+    return {"statistics": source.digest, **source.facts["calibration"]}

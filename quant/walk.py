@@ -1,0 +1,108 @@
+"""The blocks of a model through the search one after another, with the ranges of K and V. No files: run and table use it.
+
+S samples, L tokens a sample, H hidden size, Hkv key heads.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convert.checkpoint import Checkpoint
+from convert.errors import ResourceError
+from quant.blocks import quantize_block
+from quant.calibrate import StatisticsFolder
+from quant.config import QuantConfig
+from quant.kv import folded_ranges
+from quant.plan import needs_float_stream
+from quant.progress import gpu_peak_gib
+from quant.records import BlockResult, LinearReport, Streams
+from quant.statistics import BlockStatistics
+from quant.streams import embed_tokens
+
+HeadRanges = dict[str, tuple[Tensor, Tensor]]  # "k" and "v" -> minima and maxima (Hkv,), after RoPE
+
+
+@dataclass(frozen=True)
+class Step:
+    """One block done. `ranges` is None where no text ran through it."""
+
+    index: int
+    result: BlockResult
+    ranges: HeadRanges | None
+
+    @property
+    def warnings(self) -> list[str]:
+        """The warnings of its linears, by layer name."""
+        return [
+            f"layer {self.index}, {report.role}: {warning}"
+            for report in self.result.reports
+            for warning in report.warnings
+        ]
+
+
+def first_streams(
+    ckpt: Checkpoint, tokens: Tensor, quant: QuantConfig, device: torch.device, dtype: torch.dtype
+) -> Streams:
+    """Hidden states before the first block; two streams only where the preset looks at both."""
+    start = embed_tokens(ckpt, tokens, device, dtype)
+    return Streams(start.clone() if needs_float_stream(quant) else start, start)
+
+
+def walk(
+    ckpt: Checkpoint,
+    quant: QuantConfig,
+    source: Streams | StatisticsFolder | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    first: int = 0,
+) -> Iterator[Step]:
+    """Quantize the blocks from `first` on. `source`: streams before that block, saved statistics, or None (`rtn`).
+
+    Raises ResourceError when the device runs out of memory, with the numbers.
+    """
+    streams = source if isinstance(source, Streams) else None
+    for index in range(first, ckpt.config.num_layers):
+        weights = ckpt.block(index)
+        saved = source.block(index) if isinstance(source, StatisticsFolder) else None
+        block = BlockStatistics(index, with_grams=False)
+        tap = block.tap_ranges if streams is not None else None
+        try:
+            result = quantize_block(
+                weights, ckpt.config, quant, saved.grams if saved else streams, device, dtype, tap=tap
+            )
+        except torch.OutOfMemoryError as error:
+            total = torch.cuda.get_device_properties(device).total_memory / 2**30
+            raise ResourceError(
+                f"layer {index}: the GPU ran out of memory (at most {gpu_peak_gib():.1f} of {total:.1f} GiB were ours). The "
+                f"layers before are saved. Free the GPU and give the same command again, or start anew with fewer --samples, "
+                f"a smaller --seqlen or --device cpu."
+            ) from error
+        ranges: HeadRanges | None = None
+        if saved is not None:
+            ranges = folded_ranges(saved.ranges, weights, result.weights)
+        elif block.low:
+            ranges = {name: (low.cpu(), high.cpu()) for name, (low, high) in block.head_ranges().items()}
+        streams = result.streams
+        yield Step(index, result, ranges)
+
+
+def range_record(ranges: HeadRanges) -> dict[str, list[list[float]]]:
+    """Ranges as JSON; float32 values survive exactly."""
+    return {name: [low.float().tolist(), high.float().tolist()] for name, (low, high) in ranges.items()}
+
+
+def ranges_of(record: dict[str, list[list[float]]]) -> HeadRanges:
+    """Inverse of `range_record`."""
+    return {name: (torch.tensor(low), torch.tensor(high)) for name, (low, high) in record.items()}
+
+
+def report_record(report: LinearReport, index: int) -> dict[str, object]:
+    """A report as JSON for the manifest; a number that is not finite becomes null."""
+    record = report.to_json()
+    for key, value in record.items():
+        if isinstance(value, float) and not torch.isfinite(torch.tensor(value)):
+            record[key] = None
+    record["values"] = {k: v for k, v in report.values.items() if v == v and abs(v) != float("inf")}
+    return {"layer": index, **record}
