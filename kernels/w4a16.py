@@ -1,0 +1,198 @@
+"""W4A16 products, y = x @ dequant(w).T: checks operands and picks kernel and tile by shape, from a table for each GPU.
+
+M tokens, N rows of the weight, K in features. Kernels: `w4a16_gemv` (one token), `w4a16_gemm` (a few to some hundred),
+`w4a16_prefill` (more). `tuned/*.json` is written by scripts/tune_kernels.py; a GPU without one uses `tuned/defaults.json`.
+"""
+
+import functools
+import json
+import math
+import re
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.w4a16_gemm import GemmTile, Workspace, launch_gemm
+from kernels.w4a16_gemv import GemvTile, launch_gemv
+from kernels.w4a16_layout import W4Weight, concat, pair, prepare, restore
+from kernels.w4a16_prefill import PrefillTile, dequantize_then_matmul
+
+__all__ = ["W4Weight", "concat", "pair", "prepare", "restore", "w4a16_linear", "w4a16_reference"]
+
+Tile = GemvTile | GemmTile | PrefillTile
+TILE_KINDS: dict[str, type[GemvTile] | type[GemmTile] | type[PrefillTile]] = {
+    "gemv": GemvTile,
+    "gemm": GemmTile,
+    "prefill": PrefillTile,
+}
+DTYPES = (torch.float16, torch.bfloat16)
+INDEX_LIMIT = 2**31  # the kernels index with int32
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a table: the tile for K x N weights and at most `tokens` tokens."""
+
+    k: int
+    n: int
+    tokens: int
+    tile: Tile
+
+
+def w4a16_linear(
+    x: Tensor, weight: W4Weight, residual: Tensor | None = None, *, is_dependent: bool = False
+) -> Tensor:
+    """f(x @ dequant(weight).T + bias) + residual, where f is the identity, or silu(gate) * up for a paired weight.
+
+    x (..., K) fp16 or bf16 (on the CPU also float32); residual (..., out_features) of the dtype of x. Returns
+    (..., out_features) in the dtype of x. On the GPU sums are float32 with one rounding at the end (two with a bias,
+    residual or paired weight in the prefill regime), and the same inputs give the same bits. On the CPU the torch reference runs.
+    `is_dependent` starts the kernel before the one ahead of it in the stream has ended (programmatic dependent launch):
+    correct behind any kernel, faster where the neighbours do so too.
+    A first call on a device allocates scratch memory: make it before capturing a CUDA graph, and keep products of one
+    device in one stream.
+    Raises ValueError where a dtype, shape or device does not fit.
+    """
+    _check(x, weight, residual)
+    if x.device.type == "cpu":
+        return w4a16_reference(x, weight, residual)
+    rows = x.reshape(-1, weight.in_features)
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    out = torch.empty(rows.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
+    if rows.shape[0]:
+        flat = None if residual is None else residual.reshape(-1, weight.out_features).contiguous()
+        tile = pick(table_of(x.device), rows.shape[0], weight)
+        run_tile(tile, rows, weight, out, flat, is_dependent)
+    return out.view(*x.shape[:-1], weight.out_features)
+
+
+def run_tile(
+    tile: Tile,
+    x: Tensor,
+    weight: W4Weight,
+    out: Tensor,
+    residual: Tensor | None = None,
+    is_dependent: bool = False,
+) -> None:
+    """Write the product of x (M, K) to out (M, out_features) with a given tile; for the dispatcher and for tuning."""
+    if isinstance(tile, GemvTile):
+        launch_gemv(x, weight, tile, out, residual, is_dependent)
+    elif isinstance(tile, GemmTile):
+        launch_gemm(
+            x, weight, tile, multiprocessors(x.device), workspace_of(x.device), out, residual, is_dependent
+        )
+    elif weight.is_paired or weight.bias is not None or residual is not None:
+        product = torch.empty(x.shape[0], weight.rows, dtype=x.dtype, device=x.device)
+        dequantize_then_matmul(x, weight, tile, product)
+        out.copy_(_epilogue(product, weight, residual))
+    else:
+        dequantize_then_matmul(x, weight, tile, out)
+
+
+def w4a16_reference(x: Tensor, weight: W4Weight, residual: Tensor | None = None) -> Tensor:
+    """The same in torch: float32 throughout, rounded once to the dtype of x."""
+    product = x.float() @ restore(weight).dequantize().t()
+    return _epilogue(product, weight, residual).to(x.dtype)
+
+
+def _epilogue(product: Tensor, weight: W4Weight, residual: Tensor | None) -> Tensor:
+    """f(product (..., N) + bias) + residual in the dtype of `product`."""
+    if weight.bias is not None:
+        product = product + weight.bias.to(product.dtype)
+    if weight.is_paired:
+        product = F.silu(product[..., 0::2]) * product[..., 1::2]
+    return product if residual is None else product + residual.to(product.dtype)
+
+
+def _check(x: Tensor, weight: W4Weight, residual: Tensor | None) -> None:
+    if x.dtype not in DTYPES and not (x.dtype == torch.float32 and x.device.type == "cpu"):
+        raise ValueError(f"x is {x.dtype}; W4A16 kernels take torch.float16 or torch.bfloat16.")
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(f"x has {x.shape[-1]} features, the weight takes K = {weight.in_features}.")
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device} and the weight on {weight.device}; both must be on one device.")
+    if residual is not None:
+        expected = (*x.shape[:-1], weight.out_features)
+        if tuple(residual.shape) != expected or residual.dtype != x.dtype or residual.device != x.device:
+            raise ValueError(
+                f"residual is {tuple(residual.shape)} {residual.dtype} on {residual.device}, expected {expected} "
+                f"{x.dtype} on {x.device}."
+            )
+
+
+def parse_table(document: dict[str, Any]) -> tuple[Entry, ...]:
+    """Entries of a table as read from JSON. Raises ValueError where a row names no kernel or lacks a field."""
+    entries = []
+    for row in document["entries"]:
+        fields = {key: value for key, value in row.items() if key not in ("k", "n", "tokens", "kernel")}
+        try:
+            tile = TILE_KINDS[row["kernel"]](**fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"row {row} of a tile table is no tile of {sorted(TILE_KINDS)}: {error}"
+            ) from error
+        entries.append(Entry(row["k"], row["n"], row["tokens"], tile))
+    return tuple(entries)
+
+
+@functools.cache
+def table_for(name: str) -> tuple[Entry, ...]:
+    """The table of the GPU called `name` ("NVIDIA H200" -> tuned/nvidia-h200.json), or the defaults."""
+    folder = resources.files("kernels") / "tuned"
+    file = folder / (re.sub(r"[^a-z0-9]+", "-", name.lower()) + ".json")
+    if not file.is_file():
+        file = folder / "defaults.json"
+    return parse_table(json.loads(file.read_text()))
+
+
+def pick(table: tuple[Entry, ...], tokens: int, weight: W4Weight) -> Tile:
+    """The tile of the shape nearest to that of `weight` (by ratios), of the smallest number of tokens that is enough."""
+    if tokens * max(weight.rows, weight.in_features) >= INDEX_LIMIT:
+        return PrefillTile(0)
+
+    def distance(entry: Entry) -> float:
+        size = entry.k * entry.n / (weight.in_features * weight.rows)
+        return abs(math.log(size)) + 0.5 * abs(math.log(entry.n / weight.rows))
+
+    nearest = min(table, key=distance)
+    shape = [entry for entry in table if (entry.k, entry.n) == (nearest.k, nearest.n)]
+    enough = [entry for entry in shape if entry.tokens >= tokens]
+    chosen = (
+        min(enough, key=lambda entry: entry.tokens) if enough else max(shape, key=lambda entry: entry.tokens)
+    )
+    return chosen.tile
+
+
+@functools.cache
+def _device_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+@functools.cache
+def _workspace(index: int) -> Workspace:
+    return Workspace.on(torch.device("cuda", index))
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def table_of(device: torch.device) -> tuple[Entry, ...]:
+    return table_for(_device_name(_index(device)))
+
+
+def multiprocessors(device: torch.device) -> int:
+    return _multiprocessors(_index(device))
+
+
+def workspace_of(device: torch.device) -> Workspace:
+    return _workspace(_index(device))
