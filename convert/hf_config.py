@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from convert.config import ModelConfig, QuantFormat, RopeKind, RopeScaling
 from convert.errors import InputError
-from convert.families import Family, family_of
+from convert.families import Family, family_named, family_of
 from convert.json_files import show
 
 FIELDS = {  # our field -> key of config.json; a family's `keys` override
@@ -357,3 +357,23 @@ def parse_quantization(raw: Mapping[str, Any], true_bits: int | None = None) -> 
     if true_bits is not None and true_bits not in (2, 3, 4):
         raise InputError(f"tmq/manifest.json: bits is {show(repr(true_bits))}, expected 2, 3 or 4.")
     return QuantFormat(4 if true_bits is None else true_bits, int(group), tuple(skipped))
+
+
+def updated_config(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """A copy of config.json whose sizes are those of `config`, which padding may have changed."""
+    family = family_named(config.family)
+    document = dict(raw)
+    sizes: dict[str, int | float] = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size * (2 if family.intermediate_halved else 1),
+        "num_heads": config.num_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "norm_eps": config.norm_eps,
+        "head_dim": config.head_dim,
+    }
+    for field, value in sizes.items():
+        key = family.keys.get(field, FIELDS[field])
+        implied = {"num_kv_heads": config.num_heads, "head_dim": config.hidden_size // config.num_heads}
+        if key in document or implied.get(field) != value:
+            document[key] = value
+    return document

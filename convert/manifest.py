@@ -243,7 +243,7 @@ class OutputFolder:
         """Write the bytes of a tensor, little-endian and row-major, without a header."""
         flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         described = {"": [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]}
-        self._write(name, [memoryview(flat.numpy())], described)
+        self._write(name, [flat.numpy().data], described)
 
     def copy(self, source: Path, name: str) -> None:
         """Copy a file into the output, byte for byte."""
@@ -261,7 +261,11 @@ class OutputFolder:
         path = self.folder / name
         if entry is None or entry["state"] != "done" or not path.is_file():
             return False
-        return path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]
+        return bool(path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"])
+
+    def written(self) -> dict[str, dict[str, Any]]:
+        """Path -> journal entry of every file that is done, by path."""
+        return {name: entry for name, entry in sorted(self._journal.items()) if entry["state"] == "done"}
 
     def finish(self, facts: Mapping[str, Any], report: Mapping[str, Any] | None = None) -> None:
         """Remove the working state and write the manifest: its `facts` plus the list of files. Ends with the lock released.
@@ -272,8 +276,7 @@ class OutputFolder:
             atomic_write(self.base / "report.json", json_bytes(report))
         files = [
             {key: value for key, value in entry.items() if key != "state"}
-            for _, entry in sorted(self._journal.items())
-            if entry["state"] == "done"
+            for entry in self.written().values()
         ]
         data = {**json.loads(json_bytes(facts)), "format": FORMAT, "tool": TOOL, "files": files}
         data["digest"] = _self_digest(data)

@@ -95,7 +95,9 @@ def _entry(file: str, path: Path, key: str, value: Any, base: int) -> TensorInfo
     where = f"{file}: tensor {show(key)!r}"
     if not isinstance(value, dict):
         raise InputError(f"{where} has no description in the header. The file is damaged; copy it again.")
-    dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+    dtype: Any = value.get("dtype")
+    shape: Any = value.get("shape")
+    offsets: Any = value.get("data_offsets")
     if dtype not in DTYPES:
         raise InputError(f"{where} has the unknown dtype {show(repr(dtype))}. Known: {', '.join(DTYPES)}.")
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:

@@ -1,0 +1,129 @@
+"""Exact zero-padding of a checkpoint, so that every K is a multiple of the group size. The function computed stays the same.
+
+H hidden size, I intermediate size, D head_dim. Added channels are zero throughout: zero rows and columns of the linears, zero
+embedding columns, zero heads (their output meets zero columns of o). RMSNorm divides by the root of the mean over H' channels
+instead of H, so its weight is multiplied by sqrt(H / H') and eps by H / H': w' x / sqrt(sum / H' + eps') = w x / sqrt(sum / H + eps).
+Whole KV groups are added, each a KV head with its query heads, so that every query head keeps its KV head.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from math import sqrt
+from pathlib import Path
+
+from torch import Tensor
+
+from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights
+from convert.config import ModelConfig
+from convert.errors import InputError
+from convert.families import linear_shapes, norm_shapes
+from kernels.int4 import Quantized
+
+
+def padded_config(config: ModelConfig, multiple: int = 128) -> ModelConfig:
+    """The config after padding; the same object where nothing needs it. Raises InputError where padding cannot be exact."""
+    hidden = _up(config.hidden_size, multiple)
+    inner = _up(config.intermediate_size, multiple)
+    kv_heads = config.num_kv_heads
+    while kv_heads * config.query_group * config.head_dim % multiple:
+        kv_heads += 1
+    if (hidden, inner, kv_heads) == (config.hidden_size, config.intermediate_size, config.num_kv_heads):
+        return config
+    if config.quantization is not None:
+        raise InputError("--pad works on float checkpoints: this one is quantized already. Pad its source.")
+    heads = kv_heads * config.query_group
+    implied = (
+        config.hidden_size // config.num_heads == config.head_dim
+        and config.hidden_size % config.num_heads == 0
+    )
+    if implied and hidden == heads * config.head_dim or _states_head_dim(config):
+        return dataclasses.replace(
+            config,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            norm_eps=config.norm_eps * config.hidden_size / hidden,
+            padded_from=(config.hidden_size, config.num_heads, config.num_kv_heads),
+        )
+    raise InputError(
+        f"--pad would give {heads} heads of {config.head_dim} beside a hidden size of {hidden}, which a {config.family} config.json "
+        "cannot say. Use a smaller --group-size, or --keep-ragged."
+    )
+
+
+def _states_head_dim(config: ModelConfig) -> bool:
+    """Families whose config.json has a key for head_dim that every loader honours."""
+    return config.family in ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen")
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def pad_checkpoint(ckpt: Checkpoint, multiple: int = 128) -> Checkpoint:
+    """`ckpt` padded so that hidden size, intermediate size and heads x head_dim are multiples of `multiple`, or itself."""
+    config = padded_config(ckpt.config, multiple)
+    return ckpt if config is ckpt.config else PaddedCheckpoint(ckpt, config)
+
+
+class PaddedCheckpoint(Checkpoint):
+    """A view of another checkpoint; every tensor is padded as it is read."""
+
+    def __init__(self, inner: Checkpoint, config: ModelConfig) -> None:
+        note = (
+            f"padded with zeros: hidden {inner.config.hidden_size} -> {config.hidden_size}, heads {inner.config.num_heads}/"
+            f"{inner.config.num_kv_heads} -> {config.num_heads}/{config.num_kv_heads}, intermediate "
+            f"{inner.config.intermediate_size} -> {config.intermediate_size}; the same function"
+        )
+        super().__init__(inner.path, inner.kind, config, inner.tokenizer_dir, [*inner.notes, note])
+        self.inner = inner
+        self._norm_scale = sqrt(inner.config.hidden_size / config.hidden_size)
+
+    def weight_files(self) -> list[Path]:
+        return self.inner.weight_files()
+
+    def check_unchanged(self) -> None:
+        self.inner.check_unchanged()
+
+    def embedding(self) -> Tensor:
+        return _zeros_behind(self.inner.embedding(), (self.config.vocab_size, self.config.hidden_size))
+
+    def lm_head(self) -> Tensor:
+        return _zeros_behind(self.inner.lm_head(), (self.config.vocab_size, self.config.hidden_size))
+
+    def final_norm(self) -> Tensor:
+        return self._norm(self.inner.final_norm())
+
+    def block(self, index: int) -> BlockWeights:
+        block = self.inner.block(index)
+        shapes = linear_shapes(self.config)
+        linears = {role: _linear(linear, shapes[role]) for role, linear in block.linears.items()}
+        return BlockWeights(index, linears, self._norms(block.norms))
+
+    def _norms(self, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        per_head = set(norm_shapes(self.config)) - {
+            "attn_norm",
+            "mlp_norm",
+        }  # these run over head_dim, which stays
+        return {role: norm if role in per_head else self._norm(norm) for role, norm in norms.items()}
+
+    def _norm(self, weight: Tensor) -> Tensor:
+        # float32: the factor is no power of two, so a 16-bit product would lose what padding promises to keep
+        return _zeros_behind(weight.float() * self._norm_scale, (self.config.hidden_size,))
+
+
+def _linear(linear: LinearWeights, shape: tuple[int, int]) -> LinearWeights:
+    if isinstance(linear.weight, Quantized):
+        raise InputError("--pad works on float checkpoints: this one is quantized already. Pad its source.")
+    bias = None if linear.bias is None else _zeros_behind(linear.bias, shape[:1])
+    return LinearWeights(_zeros_behind(linear.weight, shape), bias)
+
+
+def _zeros_behind(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tensor in the leading corner of a zero tensor of `shape`."""
+    if tuple(tensor.shape) == shape:
+        return tensor
+    padded = tensor.new_zeros(shape)
+    padded[tuple(slice(extent) for extent in tensor.shape)] = tensor
+    return padded
