@@ -65,7 +65,7 @@ def dequantize_kv(
     codes: Tensor, scale: Tensor, zero: Tensor, bits: int = 8, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """(code - half) * scale + zero for codes (..., Hkv, D), scale and zero (..., Hkv) or (Hkv,): fp32, then rounded to dtype."""
-    centred = codes.float() - 2 ** (bits - 1)
+    centred: Tensor = codes.float() - 2 ** (bits - 1)
     return (centred * scale.float()[..., None] + zero.float()[..., None]).to(dtype)
 
 

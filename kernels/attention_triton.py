@@ -1,0 +1,533 @@
+"""Triton kernel of paged decode attention; the contract and the torch reference are in `attention.py`.
+
+B sequences, Hq query heads, Hkv kv heads, R = Hq / Hkv rows of a tile, D head_dim, P tokens of a page, N tokens of a tile.
+
+How the work is shared out: the tiles of all sequences are cut into *units* of about equal length, so that one long sequence in
+a batch does not make the others wait. With C = ceil(total tiles / target), sequence b gets ceil(tiles_b / C) units; every
+program derives this from context_lens alone, so the grid depends on shapes only and a CUDA graph serves any lengths. A unit
+leaves its normalised output and log2-sum-exp; they are merged in the order of the units, whoever does it, so the result is the
+same bits in every run. Few partials: the last unit to arrive merges. Many: a second kernel, one program a query head.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention import DecodeWorkspace
+from .kv8 import KVCache
+from .kv8_triton import cache_mode, cache_pointers, high_half, low_half
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # no inline assembly there; plain twins give the same bits
+LOG2E = 1.4426950408889634
+
+
+@triton.jit
+def low_codes(words, ASM: tl.constexpr):
+    """int16 words -> fp16 u8 - 128 of the low bytes. 0x6400 | u8 is 1024 + u8 in fp16, and the subtraction is exact."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t, c; mov.b32 c, 0x64806480; lop3.b32 t, $1, 0x00ff00ff, 0x64006400, 0xea; sub.rn.f16x2 $0, t, c; }",
+            "=r,r",
+            [words],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return ((words & 0xFF) - 128).to(tl.float16)
+
+
+@triton.jit
+def high_codes(words, ASM: tl.constexpr):
+    """int16 words -> fp16 u8 - 128 of the high bytes."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t, c; mov.b32 c, 0x64806480; prmt.b32 t, $1, 0x64646464, 0x4341; sub.rn.f16x2 $0, t, c; }",
+            "=r,r",
+            [words],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return (((words >> 8) & 0xFF) - 128).to(tl.float16)
+
+
+@triton.jit
+def share_tiles(lens_ptr, row, batch, target, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """Of each sequence: length, first visible tile, tiles from there on, units (one for an empty sequence: it writes zeros)."""
+    lens = tl.load(lens_ptr + row, mask=row < batch, other=0)
+    first = tl.zeros_like(lens)
+    if WINDOW > 0:
+        first = tl.maximum(lens - WINDOW, 0) // TILE
+    tiles = (lens + TILE - 1) // TILE - first
+    most = tl.maximum((tl.sum(tiles, 0) + target - 1) // target, 1)
+    units = tl.where(row < batch, tl.maximum((tiles + most - 1) // most, 1), 0)
+    return lens, first, tiles, units
+
+
+@triton.jit
+def find_unit(
+    lens_ptr, batch, target, unit, TILE: tl.constexpr, WINDOW: tl.constexpr, BATCH_PAD: tl.constexpr
+):
+    """Which tiles a unit covers: sequence, its length, index of its first unit, its number of units, tiles a unit, first tile.
+
+    The sequence is `batch` or more where the unit is not used.
+    """
+    row = tl.arange(0, BATCH_PAD)
+    lens, first, tiles, units = share_tiles(lens_ptr, row, batch, target, TILE, WINDOW)
+    ends = tl.cumsum(units, 0)
+    seq = tl.sum((ends <= unit).to(tl.int32), 0)
+    here = row == seq
+    count = tl.sum(tl.where(here, units, 0), 0)
+    start = tl.sum(tl.where(here, ends, 0), 0) - count
+    length = tl.sum(tl.where(here, lens, 0), 0)
+    tile0 = tl.sum(tl.where(here, first, 0), 0)
+    each = (tl.sum(tl.where(here, tiles, 0), 0) + tl.maximum(count, 1) - 1) // tl.maximum(count, 1)
+    return seq, length, start, count, each, tile0
+
+
+@triton.jit
+def merge_units(
+    partial_ptr,
+    lse_ptr,
+    out_ptr,
+    start,
+    count,
+    num_heads,
+    head0,
+    out_row,
+    ROWS: tl.constexpr,
+    ROW_PAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """out[row] = sum_u 2^(lse_u - max) o_u / sum_u 2^(lse_u - max), STEP units at a time in their order."""
+    step = tl.arange(0, STEP)
+    rows = tl.arange(0, ROW_PAD)
+    dims = tl.arange(0, HEAD_DIM)
+    top = tl.full([ROW_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([ROW_PAD], tl.float32)
+    acc = tl.zeros([ROW_PAD, HEAD_DIM], tl.float32)
+    for begin in range(0, count, STEP):
+        ok = (begin + step < count)[:, None] & (rows < ROWS)[None, :]
+        index = (start + begin + step)[:, None] * num_heads + head0 + rows[None, :]  # (STEP, ROW_PAD)
+        lse = tl.load(lse_ptr + index, mask=ok, other=float("-inf"), cache_modifier=".cg")
+        part = tl.load(
+            partial_ptr + index[:, :, None] * HEAD_DIM + dims[None, None, :],
+            mask=ok[:, :, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        keep = tl.exp2(top - new_top)
+        weight = tl.exp2(lse - new_top[None, :])
+        total = total * keep + tl.sum(weight, 0)
+        acc = acc * keep[:, None] + tl.sum(part * weight[:, :, None], 0)
+        top = new_top
+    result = acc / total[:, None]
+    tl.store(
+        out_ptr + out_row * HEAD_DIM + rows[:, None] * HEAD_DIM + dims[None, :],
+        result.to(out_ptr.dtype.element_ty),
+        mask=(rows < ROWS)[:, None],
+    )
+
+
+@triton.jit(do_not_specialize=["batch", "target", "max_blocks"])
+def decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    params_ptr,
+    static_ptr,
+    tables_ptr,
+    lens_ptr,
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    arrivals_ptr,
+    batch,
+    max_blocks,
+    num_kv_heads,
+    target,
+    q_stride,
+    score_scale,
+    ROWS: tl.constexpr,
+    ROW_PAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MODE: tl.constexpr,
+    FUSED_MERGE: tl.constexpr,
+    ASM: tl.constexpr,
+    PDL: tl.constexpr,
+    TILE: tl.constexpr,
+    BATCH_PAD: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,
+    MERGE_STEP: tl.constexpr,
+):
+    """One unit of one kv head: online softmax over its tiles, for the R query heads that share them.
+
+    score = score_scale * q . k (score_scale holds log2 e, so exp is exp2). int8: with codes c = u8 - 128 exact in fp16,
+    q . k = k_scale * (q . c) + k_zero * sum(q) and p . v = (p * v_scale) . c + sum(p * v_zero): scales stay outside the products.
+    q (B, Hq, D) fp16/bf16, row stride q_stride; pages and params as in `kv8`; tables (B, max_blocks) int32; lens (B,) int32.
+    Products have 16-bit operands and fp32 accumulators (int8 pages: fp16 whatever q is); p is rounded to 16 bits.
+    ROW_PAD >= 16 rows (tensor core), those from ROWS on are zero; TILE divides PAGE; keys past the length weigh nothing, whatever
+    a stale page holds there (NaN too).
+    """
+    head = tl.program_id(0)
+    unit = tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    seq, length, start, count, each, tile0 = find_unit(lens_ptr, batch, target, unit, TILE, WINDOW, BATCH_PAD)
+    if seq >= batch:
+        return
+    num_heads = num_kv_heads * ROWS
+    rows = tl.arange(0, ROW_PAD)
+    tokens = tl.arange(0, TILE)
+    row_ok = rows < ROWS
+    out_row = seq.to(tl.int64) * num_heads + head * ROWS
+    if length == 0:
+        every = tl.arange(0, HEAD_DIM)
+        where = out_ptr + (out_row + rows)[:, None] * HEAD_DIM + every[None, :]
+        tl.store(where, tl.zeros([ROW_PAD, HEAD_DIM], out_ptr.dtype.element_ty), mask=row_ok[:, None])
+        return
+    begin = tile0 + (unit - start) * each
+    end = tl.minimum(begin + each, (length + TILE - 1) // TILE)
+    table = tables_ptr + seq.to(tl.int64) * max_blocks
+    page = tl.load(table + begin * TILE // PAGE).to(
+        tl.int64
+    )  # read one tile ahead: the address of a tile waits for it
+    # No unit is empty and every tile holds a visible key, so maxima and sums below are finite and positive.
+    first_seen = 0
+    if WINDOW > 0:
+        first_seen = length - WINDOW
+    top = tl.full([ROW_PAD], float("-inf"), tl.float32)
+    total = tl.zeros([ROW_PAD], tl.float32)
+    q_rows = q_ptr + seq.to(tl.int64) * q_stride + (head * ROWS + rows)[:, None] * HEAD_DIM
+    if MODE == 0:
+        dims = tl.arange(0, HEAD_DIM)
+        q = tl.load(q_rows + dims[None, :], mask=row_ok[:, None], other=0.0)
+        acc = tl.zeros([ROW_PAD, HEAD_DIM], tl.float32)
+        for tile in range(begin, end):
+            offset = ((page * num_kv_heads + head) * PAGE + tile * TILE % PAGE) * HEAD_DIM
+            page = tl.load(table + tl.minimum(tile + 1, end - 1) * TILE // PAGE).to(tl.int64)
+            position = tile * TILE + tokens
+            ok = position < length
+            where = offset + tokens[:, None] * HEAD_DIM + dims[None, :]
+            k = tl.load(k_ptr + where)
+            v = tl.load(v_ptr + where, mask=ok[:, None], other=0.0)
+            score = tl.dot(q, tl.trans(k)) * score_scale
+            if WINDOW > 0:
+                ok = ok & (position >= first_seen)
+            score = tl.where(ok[None, :], score, float("-inf"))
+            new_top = tl.maximum(top, tl.max(score, 1))
+            keep = tl.exp2(top - new_top)
+            p = tl.exp2(score - new_top[:, None])
+            total = total * keep + tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None])
+            top = new_top
+        acc = acc / total[:, None]
+    else:
+        HALF: tl.constexpr = HEAD_DIM // 2
+        dims = tl.arange(0, HALF)
+        q_low = tl.load(q_rows + dims[None, :], mask=row_ok[:, None], other=0.0).to(tl.float16)
+        q_high = tl.load(q_rows + HALF + dims[None, :], mask=row_ok[:, None], other=0.0).to(tl.float16)
+        q_sum = (tl.sum(q_low.to(tl.float32), 1) + tl.sum(q_high.to(tl.float32), 1)) * score_scale
+        acc_low = tl.zeros([ROW_PAD, HALF], tl.float32)
+        acc_high = tl.zeros([ROW_PAD, HALF], tl.float32)
+        p_zero = tl.zeros([ROW_PAD], tl.float32)  # sum of p * v_zero
+        if MODE == 2:
+            k_scale = tl.load(static_ptr + head) * score_scale
+            k_zero = tl.load(static_ptr + num_kv_heads + head)
+        else:
+            pair_ptr = params_ptr + (page * num_kv_heads + head) * (2 * PAGE) + begin * TILE % PAGE + tokens
+            k_next = tl.load(pair_ptr)
+            v_next = tl.load(pair_ptr + PAGE)
+        for tile in range(begin, end):
+            offset = ((page * num_kv_heads + head) * PAGE + tile * TILE % PAGE) * HALF
+            following = tl.minimum(tile + 1, end - 1)
+            page = tl.load(table + following * TILE // PAGE).to(tl.int64)
+            where = offset + tokens[:, None] * HALF + dims[None, :]
+            k = tl.load(k_ptr + where)
+            v = tl.load(v_ptr + where)
+            position = tile * TILE + tokens
+            ok = position < length
+            if WINDOW > 0:
+                ok = ok & (position >= first_seen)
+            k_words = tl.trans(k)
+            score = tl.dot(q_low, low_codes(k_words, ASM))
+            score = tl.dot(q_high, high_codes(k_words, ASM), score)
+            if MODE == 2:
+                score = score * k_scale + (q_sum * k_zero)[:, None]
+            else:
+                # One tile ahead, since only operands of a product are prefetched by the compiler.
+                k_pair = k_next
+                v_pair = v_next
+                pair_ptr = (
+                    params_ptr + (page * num_kv_heads + head) * (2 * PAGE) + following * TILE % PAGE + tokens
+                )
+                k_next = tl.load(pair_ptr)
+                v_next = tl.load(pair_ptr + PAGE)
+                score = (
+                    score * (low_half(k_pair) * score_scale)[None, :]
+                    + q_sum[:, None] * high_half(k_pair)[None, :]
+                )
+            score = tl.where(ok[None, :], score, float("-inf"))
+            new_top = tl.maximum(top, tl.max(score, 1))
+            keep = tl.exp2(top - new_top)
+            p = tl.exp2(score - new_top[:, None])
+            total = total * keep + tl.sum(p, 1)
+            if MODE == 1:
+                v_scale = tl.where(ok, low_half(v_pair), 0.0)
+                v_zero = tl.where(ok, high_half(v_pair), 0.0)
+                p_zero = p_zero * keep + tl.sum(p * v_zero[None, :], 1)
+                p = p * v_scale[None, :]
+            p16 = p.to(tl.float16)
+            acc_low = tl.dot(p16, low_codes(v, ASM), acc_low * keep[:, None])
+            acc_high = tl.dot(p16, high_codes(v, ASM), acc_high * keep[:, None])
+            top = new_top
+        if MODE == 2:
+            v_scale = tl.load(static_ptr + 2 * num_kv_heads + head)
+            v_zero = tl.load(static_ptr + 3 * num_kv_heads + head)
+            p_zero = total * v_zero
+            acc_low = acc_low * v_scale
+            acc_high = acc_high * v_scale
+        acc_low = (acc_low + p_zero[:, None]) / total[:, None]
+        acc_high = (acc_high + p_zero[:, None]) / total[:, None]
+
+    if count == 1:
+        out_rows = out_ptr + (out_row + rows)[:, None] * HEAD_DIM + dims[None, :]
+        if MODE == 0:
+            tl.store(out_rows, acc.to(out_ptr.dtype.element_ty), mask=row_ok[:, None])
+        else:
+            tl.store(out_rows, acc_low.to(out_ptr.dtype.element_ty), mask=row_ok[:, None])
+            tl.store(out_rows + HEAD_DIM // 2, acc_high.to(out_ptr.dtype.element_ty), mask=row_ok[:, None])
+    else:
+        index = unit * num_heads + head * ROWS + rows
+        partial_rows = partial_ptr + index[:, None] * HEAD_DIM + dims[None, :]
+        if MODE == 0:
+            tl.store(partial_rows, acc, mask=row_ok[:, None])
+        else:
+            tl.store(partial_rows, acc_low, mask=row_ok[:, None])
+            tl.store(partial_rows + HEAD_DIM // 2, acc_high, mask=row_ok[:, None])
+        tl.store(lse_ptr + index, tl.log2(total) + top, mask=row_ok)
+        if FUSED_MERGE:
+            tl.debug_barrier()  # every thread's stores are made before the one thread counts this unit
+            counter = arrivals_ptr + seq * num_kv_heads + head
+            arrived = tl.atomic_add(counter, 1, sem="acq_rel")
+            if arrived == count - 1:
+                tl.store(counter, 0)
+                merge_units(
+                    partial_ptr,
+                    lse_ptr,
+                    out_ptr,
+                    start,
+                    count,
+                    num_heads,
+                    head * ROWS,
+                    out_row,
+                    ROWS,
+                    MERGE_ROWS,
+                    HEAD_DIM,
+                    MERGE_STEP,
+                )
+
+
+@triton.jit(do_not_specialize=["batch", "target"])
+def merge_kernel(
+    lens_ptr,
+    out_ptr,
+    partial_ptr,
+    lse_ptr,
+    batch,
+    num_heads,
+    target,
+    HEAD_DIM: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PDL: tl.constexpr,
+    TILE: tl.constexpr,
+    BATCH_PAD: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One query head of one sequence: merge its units. Sequences of one unit are written already."""
+    head = tl.program_id(0)
+    seq = tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.arange(0, BATCH_PAD)
+    _lens, _first, _tiles, units = share_tiles(lens_ptr, row, batch, target, TILE, WINDOW)
+    start = tl.sum(tl.where(row < seq, units, 0), 0)
+    count = tl.sum(tl.where(row == seq, units, 0), 0)
+    if count > 1:
+        merge_units(
+            partial_ptr,
+            lse_ptr,
+            out_ptr,
+            start,
+            count,
+            num_heads,
+            head,
+            seq.to(tl.int64) * num_heads + head,
+            1,
+            1,
+            HEAD_DIM,
+            STEP,
+        )
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Tuning of one launch: tokens of a tile, warps, pipeline stages, programs meant to be resident on each multiprocessor."""
+
+    tile: int
+    num_warps: int
+    num_stages: int
+    per_sm: int
+
+
+# Tuned on an H200; see benchmarks/NOTES-attention.md. (bits, whether query heads share kv heads) -> config
+CONFIGS: dict[tuple[int, bool], DecodeConfig] = {
+    (16, False): DecodeConfig(64, 4, 2, 3),
+    (16, True): DecodeConfig(64, 4, 2, 3),
+    (8, False): DecodeConfig(64, 4, 3, 4),
+    (8, True): DecodeConfig(64, 4, 3, 4),
+}
+FUSED_MERGE_BYTES = 1 << 16  # partials that one program merges without being felt
+MERGE_ELEMENTS = 4096  # fp32 elements of partials in flight in a merging program
+
+
+@functools.lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 8  # the interpreter: any number does
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _target(config: DecodeConfig, num_kv_heads: int, device: torch.device) -> int:
+    """Units of one kv head that fill the device."""
+    return max(1, config.per_sm * _multiprocessors(device) // num_kv_heads)
+
+
+def max_units(max_batch: int, num_kv_heads: int, device: torch.device | str) -> int:
+    """Most units that a batch can have: each sequence has at most one more than its share of the target."""
+    return max_batch + max(_target(config, num_kv_heads, torch.device(device)) for config in CONFIGS.values())
+
+
+def launch_decode(
+    q: Tensor,
+    cache: KVCache,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int | None,
+    workspace: DecodeWorkspace | None,
+    out: Tensor | None,
+    *,
+    config: DecodeConfig | None = None,
+    fused_merge: bool | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """`decode_attention` on CUDA (or in the interpreter), arguments checked already. The last three are for tuning."""
+    batch, num_heads, head_dim = q.shape
+    num_kv_heads = cache.num_kv_heads
+    rows = num_heads // num_kv_heads
+    _check_limits(q, cache, block_tables, context_lens, rows)
+    config = config or CONFIGS[cache.bits, rows > 1]
+    tile = min(config.tile, cache.block_size)
+    target = _target(config, num_kv_heads, q.device)
+    capacity = block_tables.shape[1] * (
+        cache.block_size // tile
+    )  # tiles of the longest sequence that fits the table
+    units = min(target + batch, batch * max(capacity, 1))
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    if workspace is None:
+        workspace = DecodeWorkspace(
+            torch.empty(units, num_heads, head_dim, dtype=torch.float32, device=q.device),
+            torch.empty(units, num_heads, dtype=torch.float32, device=q.device),
+            torch.zeros(batch * num_kv_heads, dtype=torch.int32, device=q.device),
+        )
+    elif (
+        workspace.lse.numel() < units * num_heads
+        or workspace.partial.numel() < units * num_heads * head_dim
+        or workspace.arrivals.numel() < batch * num_kv_heads
+    ):
+        raise ValueError(
+            f"workspace has {workspace.lse.shape[0]} units and {workspace.arrivals.numel()} counters, but batch {batch} needs "
+            f"{units} and {batch * num_kv_heads}: allocate it for a larger batch."
+        )
+    if fused_merge is None:
+        fused_merge = min(target, capacity) * rows * head_dim * 4 <= FUSED_MERGE_BYTES
+    batch_pad = triton.next_power_of_2(batch)
+    merge_rows = triton.next_power_of_2(rows)
+    common = {"HEAD_DIM": head_dim, "WINDOW": window or 0, "PDL": pdl, "TILE": tile, "BATCH_PAD": batch_pad}
+    launch = {"launch_pdl": True} if pdl else {}
+    decode_kernel[(num_kv_heads, units)](
+        q,
+        *cache_pointers(cache),
+        block_tables,
+        context_lens,
+        out,
+        workspace.partial,
+        workspace.lse,
+        workspace.arrivals,
+        batch,
+        block_tables.stride(0),
+        num_kv_heads,
+        target,
+        q.stride(0),
+        scale * LOG2E,
+        ROWS=rows,
+        ROW_PAD=max(16, merge_rows),
+        PAGE=cache.block_size,
+        MODE=cache_mode(cache),
+        FUSED_MERGE=fused_merge,
+        ASM=not INTERPRETED,
+        MERGE_ROWS=merge_rows,
+        MERGE_STEP=max(1, MERGE_ELEMENTS // (merge_rows * head_dim)),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        enable_fp_fusion=True,
+        **common,
+        **launch,
+    )
+    if not fused_merge and capacity > 1:
+        merge_kernel[(num_heads, batch)](
+            context_lens,
+            out,
+            workspace.partial,
+            workspace.lse,
+            batch,
+            num_heads,
+            target,
+            STEP=32,
+            num_warps=4,
+            enable_fp_fusion=True,
+            **common,
+            **launch,
+        )
+    return out
+
+
+def _check_limits(q: Tensor, cache: KVCache, block_tables: Tensor, context_lens: Tensor, rows: int) -> None:
+    """What the kernel needs beyond the contract of `decode_attention`."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"q is {q.dtype}: the decode kernel takes float16 or bfloat16.")
+    if cache.bits == 16 and cache.k.dtype != q.dtype:
+        raise ValueError(f"q is {q.dtype} and the cache {cache.k.dtype}: expected one dtype.")
+    if cache.head_dim not in (32, 64, 128, 256):
+        raise ValueError(f"head_dim {cache.head_dim}: the decode kernel takes 32, 64, 128 or 256.")
+    if rows > 64:
+        raise ValueError(f"{rows} query heads share a kv head: the decode kernel takes at most 64.")
+    if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
+        raise ValueError(f"q has strides {q.stride()}: the heads of a token must be contiguous.")
+    if block_tables.stride(1) != 1 or not context_lens.is_contiguous():
+        raise ValueError("block_tables and context_lens must be contiguous along their last axis.")

@@ -1,0 +1,172 @@
+"""Paged attention: the torch reference against plain softmax attention, the decode kernel (in the interpreter) against it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.attention import (
+    DecodeWorkspace,
+    decode_attention,
+    decode_attention_reference,
+    prefill_attention,
+)
+from kernels.attention_triton import DecodeConfig, launch_decode, max_units
+from kernels.kv8 import KVCache, StaticKV, allocate_cache, store_kv
+
+PAGE = 16
+CONFIG = DecodeConfig(tile=16, num_warps=4, num_stages=2, per_sm=2)
+
+
+def filled_cache(
+    kind: str, lens: list[int], num_kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float16
+) -> tuple[KVCache, Tensor, list[tuple[Tensor, Tensor]]]:
+    """A cache whose unused slots hold NaN where the format can, block tables in a shuffled order with -1 past the end, and
+    the exact keys and values of each sequence (L, Hkv, D)."""
+    torch.manual_seed(0)
+    blocks = max(-(-n // PAGE) for n in lens) + 1
+    static = None
+    if kind == "static":
+        static = StaticKV(
+            *(
+                torch.linspace(a, b, num_kv_heads)
+                for a, b in ((0.02, 0.03), (0, 0.1), (0.03, 0.02), (-0.2, 0))
+            )
+        )
+    cache = allocate_cache(
+        len(lens) * blocks, num_kv_heads, head_dim, 16 if kind == "float" else 8, dtype, "cpu", block_size=PAGE, static=static
+    )  # fmt: skip
+    for part in (cache.k, cache.v) if kind == "float" else () if cache.params is None else (cache.params,):
+        part.fill_(float("nan"))
+    order = torch.randperm(len(lens) * blocks).view(len(lens), blocks).int()
+    tables = torch.full_like(order, -1)
+    exact = []
+    for row, length in enumerate(lens):
+        used = -(-length // PAGE)
+        tables[row, :used] = order[row, :used]
+        k, v = torch.randn(length, num_kv_heads, head_dim), torch.randn(length, num_kv_heads, head_dim) + 0.3
+        token = torch.arange(length)
+        store_kv(cache, k, v, tables[row].long()[token // PAGE] * PAGE + token % PAGE)
+        exact.append((k, v))
+    return cache, tables, exact
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_reference_is_softmax_attention(window: int | None):
+    cache, tables, exact = filled_cache("float", [21, 1], 2, 32, torch.float32)
+    q = torch.randn(2, 4, 32)
+    ours = decode_attention(q, cache, tables, torch.tensor([21, 1], dtype=torch.int32), 0.3, window)
+    for row, (k, v) in enumerate(exact):
+        seen = slice(None) if window is None else slice(max(0, k.shape[0] - window), None)
+        for head in range(4):
+            weights = (k[seen, head // 2] @ q[row, head] * 0.3).softmax(0)
+            assert torch.allclose(ours[row, head], weights @ v[seen, head // 2], atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["last-arriver", "second-kernel"])
+@pytest.mark.parametrize("kind", ["float", "dynamic", "static"])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "lens", "window"),
+    [
+        (2, 2, 32, [37, 5], None),
+        (8, 2, 64, [0, 70, 16], None),
+        (4, 1, 32, [70], 20),
+    ],
+    ids=["heads-own-keys", "shared-keys-and-an-empty-row", "window"],
+)
+def test_kernel_equals_the_reference(
+    kind: str, fused: bool, num_heads: int, num_kv_heads: int, head_dim: int, lens: list[int], window: int | None
+):  # fmt: skip
+    cache, tables, _ = filled_cache(kind, lens, num_kv_heads, head_dim)
+    q = torch.randn(len(lens), num_heads, head_dim).half()
+    context_lens = torch.tensor(lens, dtype=torch.int32)
+    scale = head_dim**-0.5
+    ours = launch_decode(
+        q, cache, tables, context_lens, scale, window, None, None, config=CONFIG, fused_merge=fused
+    )
+    reference = decode_attention_reference(q, cache, tables, context_lens, scale, window)
+    assert relative(ours, reference) < 1e-3  # fp16 rounding of p and of the output: 2^-11 each
+    assert all(ours[row].eq(0).all() for row, n in enumerate(lens) if n == 0)
+
+
+def test_workspace_is_left_ready_and_the_bits_repeat():
+    lens = [70, 33]
+    cache, tables, _ = filled_cache("dynamic", lens, 2, 32)
+    q, context_lens = torch.randn(2, 4, 32).half(), torch.tensor(lens, dtype=torch.int32)
+    units = max_units(2, 2, "cpu")
+    workspace = DecodeWorkspace(
+        torch.full((units, 4, 32), float("nan")), torch.full((units, 4), float("nan")), torch.zeros(4, dtype=torch.int32)
+    )  # fmt: skip
+    runs = [
+        launch_decode(q, cache, tables, context_lens, 0.2, None, workspace, None, config=CONFIG)
+        for _ in range(2)
+    ]
+    assert torch.equal(runs[0], runs[1])
+    assert workspace.arrivals.eq(0).all()
+
+
+def test_small_value_scales_keep_their_precision():
+    """Values of 1e-2 have scales near 4e-5, below fp16's normal range when multiplied with small weights."""
+    cache, tables, _ = filled_cache("dynamic", [70], 1, 32)
+    k, v = torch.randn(70, 1, 32), torch.randn(70, 1, 32) * 0.01
+    token = torch.arange(70)
+    store_kv(cache, k, v, tables[0].long()[token // PAGE] * PAGE + token % PAGE)
+    q, context_lens = torch.randn(1, 4, 32).half(), torch.tensor([70], dtype=torch.int32)
+    ours = launch_decode(q, cache, tables, context_lens, 0.2, None, None, None, config=CONFIG)
+    assert relative(ours, decode_attention_reference(q, cache, tables, context_lens, 0.2)) < 2e-3
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("kind", ["float", "dynamic"])
+def test_prefill_equals_attention_over_the_whole_sequence(kind: str, window: int | None):
+    """Two sequences: one prefilled whole, one whose last 5 tokens are a chunk; expected from torch's own attention."""
+    cache, tables, exact = filled_cache(kind, [19, 40], 2, 32, torch.float32)
+    q = torch.randn(19 + 5, 4, 32)
+    ours = prefill_attention(q, cache, tables, [19, 5], [19, 40], 0.2, window)
+    for (k, v), part, ours_part in zip(exact, q.split([19, 5]), ours.split([19, 5]), strict=True):
+        length = k.shape[0]
+        padded = torch.zeros(length, 4, 32)
+        padded[-len(part) :] = part
+        i, j = torch.arange(length)[:, None], torch.arange(length)[None]
+        mask = (j <= i) & (i - j < (window or length))
+        expected = F.scaled_dot_product_attention(
+            padded.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=mask, scale=0.2, enable_gqa=True
+        ).transpose(0, 1)[-len(part) :]  # fmt: skip
+        # int8 error: scores move by about q . error = 0.2 * sqrt(32) * 0.01, values by 0.01
+        assert torch.allclose(ours_part, expected, atol=1e-5 if kind == "float" else 0.03)
+
+
+def test_last_token_of_prefill_equals_decode():
+    cache, tables, _ = filled_cache("dynamic", [33], 2, 32)
+    q = torch.randn(1, 4, 32)
+    lens = torch.tensor([33], dtype=torch.int32)
+    decoded = decode_attention(q, cache, tables, lens, 0.2)
+    # prefill rounds the dequantized cache to the dtype of q, here fp32
+    assert torch.allclose(prefill_attention(q, cache, tables, [1], [33], 0.2), decoded, atol=1e-5)
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    cache, tables, _ = filled_cache("dynamic", [20, 3], 2, 32)
+    q, lens = torch.randn(2, 4, 32).half(), torch.tensor([20, 3], dtype=torch.int32)
+    for arguments, message in (
+        ((q[:, :3], cache, tables, lens, 1.0), "multiple of 2"),
+        ((q[..., :16], cache, tables, lens, 1.0), "expected"),
+        ((q, cache, tables.long(), lens, 1.0), "block_tables"),
+        ((q, cache, tables, lens.long(), 1.0), "context_lens"),
+        ((q, cache, tables, lens, 1.0, 0), "window 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode_attention(*arguments)
+    with pytest.raises(ValueError, match="float16 or bfloat16"):
+        launch_decode(q.float(), cache, tables, lens, 1.0, None, None, None)
+    small = DecodeWorkspace(torch.empty(1, 4, 32), torch.empty(1, 4), torch.zeros(4, dtype=torch.int32))
+    with pytest.raises(ValueError, match="allocate it for a larger batch"):
+        launch_decode(q, cache, tables, lens, 1.0, None, small, None, config=CONFIG)
+    with pytest.raises(ValueError, match="must sum to"):
+        prefill_attention(q, cache, tables, [1, 2], [20, 3], 1.0)
+    with pytest.raises(ValueError, match="one of each"):
+        prefill_attention(q, cache, tables, [2], [20], 1.0)
