@@ -42,7 +42,7 @@ class ModelRunner:
     def __init__(self, model: Model, cache: PagedCache, config: EngineConfig, context_length: int) -> None:
         self.model, self.cache, self.config = model, cache, config
         self.num_blocks, self.block_size = cache.num_blocks, cache.block_size
-        self.context_length, self.vocab_size = context_length, len(model.lm_head)
+        self.context_length, self.vocab_size = context_length, model.vocab_size
         self.device = model.device
         self.lookahead = 1 if self.device.type == "cuda" else 0
         self.sampler = Sampler(config.max_batch, self.vocab_size, self.device)

@@ -1,0 +1,173 @@
+"""From a checkpoint to an engine core: device and dtype, weights, how much cache fits, tokenizer. The one place that decides these."""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.config import ModelConfig
+from convert.errors import InputError, ResourceError, UsageError
+from engine.api import SamplingParams
+from engine.cache import CPU_CACHE_BYTES, PagedCache, block_bytes, plan_blocks
+from engine.config import GIB, EngineConfig
+from engine.core import EngineCore, TextTools
+from engine.kv_simulation import read_kv_params
+from engine.model import Model, compute_dtype
+from engine.parallel import TensorParallel
+from engine.runner import ModelRunner
+from engine.scheduler import Join, Segment, StepPlan
+from kernels.kv8 import StaticKV
+
+# Bytes for each logit while tokens are drawn: float32 logits, scaled and sorted, float64 probabilities and their sums.
+SAMPLING_BYTES = 40
+
+log = logging.getLogger(__name__)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`--device` as a torch device. Raises UsageError for one that this machine does not have."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            hint = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible!r})"
+            raise UsageError(
+                f"--device {name}: this machine shows {count} CUDA devices{hint}; use --device cpu."
+            )
+        return torch.device("cuda", device.index or 0)
+    return device
+
+
+def load_core(path: str | Path, config: EngineConfig) -> EngineCore:
+    """An engine on the model at `path`, with its tokenizer. Raises the errors of `convert.errors`."""
+    from engine.text import ModelText
+
+    ckpt = open_checkpoint(path)
+    return make_core(ckpt, config, ModelText(ckpt), name=Path(path).name)
+
+
+def make_core(
+    ckpt: Checkpoint, config: EngineConfig, text: TextTools | None = None, *, name: str = ""
+) -> EngineCore:
+    """An engine on an open checkpoint; without `text`, its events carry tokens alone."""
+    return EngineCore(make_runner(ckpt, config), config, text, name=name or ckpt.path.name)
+
+
+def make_runner(
+    ckpt: Checkpoint,
+    config: EngineConfig,
+    parallel: TensorParallel | None = None,
+    agree: Callable[[int], int] = lambda blocks: blocks,
+) -> ModelRunner:
+    """Weights and cache on the device. `agree` makes the ranks of a group use the same number of blocks.
+
+    Raises ResourceError where weights or cache do not fit, with numbers.
+    """
+    device = resolve_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if config.memory_cap_bytes is not None:
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_cap_bytes / total), device)
+    dtype = compute_dtype(ckpt.config, device, config.dtype)
+    context_length = _context_length(ckpt.config, config.context_length)
+    try:
+        model = Model.from_checkpoint(ckpt, device, dtype, parallel=parallel)
+        for note in model.notes:
+            log.info("%s", note)
+        free_bytes = _free_bytes(model, config, context_length)
+        blocks = agree(plan_blocks(model.config, config, dtype, free_bytes, context_length))
+        cache = PagedCache(model.config, config, blocks, dtype, device, _static(ckpt, config, parallel))
+        return ModelRunner(model, cache, config, context_length)
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"The model does not fit on {device}: {torch.cuda.memory_allocated(device) / GIB:.1f} GiB are taken, and the next "
+            "allocation failed. Use an int4 checkpoint, --kv-bits 8, a smaller cache, or --tp."
+        ) from error
+
+
+def _context_length(model: ModelConfig, asked: int | None) -> int:
+    scaling = model.rope_scaling
+    limit = model.max_position
+    if scaling is not None:
+        limit = max(limit, int(scaling.original_max_position * scaling.factor))
+    if asked is not None and asked > limit:
+        raise InputError(
+            f"A context of {asked} tokens was asked for, but the model's positions end at {limit}: ask for at most that."
+        )
+    return asked or limit
+
+
+def _static(
+    ckpt: Checkpoint, config: EngineConfig, parallel: TensorParallel | None
+) -> Sequence[StaticKV] | None:
+    """Static KV parameters of this rank's heads, where the configuration wants them."""
+    if config.kv_bits != 8 or config.kv_mode != "static":
+        return None
+    params = read_kv_params(ckpt.path, ckpt.config)
+    if parallel is None:
+        return params
+    heads = ckpt.config.num_kv_heads
+    count = max(1, heads // parallel.size)
+    first = parallel.rank * heads // parallel.size
+    kept = slice(first, first + count)
+    return [StaticKV(p.k_scale[kept], p.k_zero[kept], p.v_scale[kept], p.v_zero[kept]) for p in params]
+
+
+def _free_bytes(model: Model, config: EngineConfig, context_length: int) -> int:
+    """Bytes that the cache may share out: what is left beside the weights and the activations of the largest step."""
+    device = model.device
+    if device.type == "cpu":
+        blocks = -(-context_length // config.block_size)
+        wanted = max(CPU_CACHE_BYTES, block_bytes(model.config, config, model.dtype) * blocks)
+        return min(wanted, _available_memory() // 2)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    _largest_step(model, config)
+    activations = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    cap = min(config.memory_cap_bytes or total, total)
+    free = min(free, cap - torch.cuda.memory_reserved(device))
+    sampling = config.max_batch * model.vocab_size * SAMPLING_BYTES
+    return max(0, free - activations - sampling)
+
+
+def _largest_step(model: Model, config: EngineConfig) -> None:
+    """Run one chunk of `max_step_tokens` tokens on a cache of that size, made for this and dropped again."""
+    tokens = config.max_step_tokens
+    blocks = -(-tokens // config.block_size)
+    config = replace(config, kv_mode="dynamic", cuda_graphs=False)
+    cache = PagedCache(model.config, config, blocks, model.dtype, model.device)
+    runner = ModelRunner(model, cache, config, tokens)
+    segment = Segment(0, 0, tokens, (0,) * tokens, tuple(range(blocks)), samples=True)
+    pending = runner.run(StepPlan((segment,), (Join(0, SamplingParams(temperature=0.0), 0, (0,), ()),), ()))
+    assert pending is not None
+    pending.wait()
+
+
+def _available_memory() -> int:
+    """Bytes that this process may still take: what the kernel calls available, or what its cgroup leaves, whichever is less."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        if limit != "max":
+            available = min(available, int(limit) - used)
+    except (OSError, ValueError, KeyError):
+        pass  # not Linux, or no cgroup v2: what was read so far stands
+    return max(available, 0)

@@ -1,0 +1,166 @@
+"""The runner and the paged cache on tiny random models: batching against one request alone, int8 KV, chunks, preemption."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from convert.config import ModelConfig, RopeScaling
+from convert.errors import InputError, ResourceError
+from engine.api import Request, SamplingParams
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.loading import make_core
+from engine.model import Model, causal_attend
+from engine.random_weights import SHAPES, RandomCheckpoint, random_checkpoint
+
+CPU = torch.device("cpu")
+TINY = replace(SHAPES["tiny"], hidden_size=64, intermediate_size=96, num_heads=4, head_dim=16, vocab_size=300)
+WINDOW = replace(TINY, family="mistral", sliding_window=9)
+DYNAMIC = replace(TINY, max_position=32, rope_scaling=RopeScaling("dynamic", 4.0, 32))
+
+
+def checkpoint(config: ModelConfig = TINY) -> RandomCheckpoint:
+    ckpt = random_checkpoint("tiny", CPU, seed=3)
+    ckpt.config = config
+    return ckpt
+
+
+def engine(config: ModelConfig = TINY, **options) -> EngineCore:
+    settings = {
+        "device": "cpu",
+        "block_size": 16,
+        "max_batch": 8,
+        "max_step_tokens": 32,
+        "context_length": 128,
+    }
+    return make_core(checkpoint(config), EngineConfig(**{**settings, **options}))
+
+
+def generate(core: EngineCore, requests: list[Request]) -> dict[str, tuple[int, ...]]:
+    for request in requests:
+        core.add(request)
+    tokens: dict[str, tuple[int, ...]] = {request.id: () for request in requests}
+    while core.has_work:
+        for event in core.step():
+            assert event.error is None, event.error
+            tokens[event.request_id] += event.token_ids
+    assert core.blocks.free == core.blocks.total
+    return tokens
+
+
+def requests(count: int, sampling: SamplingParams, longest: int = 60) -> list[Request]:
+    generator = torch.Generator().manual_seed(count)
+    out = []
+    for i in range(count):
+        length = int(torch.randint(1, longest, (1,), generator=generator))
+        prompt = tuple(torch.randint(0, 300, (length,), generator=generator).tolist())
+        budget = int(torch.randint(1, sampling.max_tokens + 1, (1,), generator=generator))
+        out.append(Request(f"r{i}", prompt, replace(sampling, max_tokens=budget, seed=i)))
+    return out
+
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+
+
+@pytest.mark.parametrize("config", [TINY, WINDOW, DYNAMIC], ids=["full", "window", "dynamic-rope"])
+@pytest.mark.parametrize("kv_bits", [16, 8])
+def test_greedy_tokens_under_batching_equal_those_alone(config, kv_bits):
+    """I91, fp32 on the CPU: exactly. 32-token steps cut prompts into chunks, 12 blocks force preemptions."""
+    batch = requests(14, replace(GREEDY, max_tokens=60))
+    small = engine(config, kv_bits=kv_bits)
+    cache_bytes = 12 * small.runner.cache.size_bytes // small.runner.num_blocks
+    small = engine(config, kv_bits=kv_bits, cache_bytes=cache_bytes)
+    together = generate(small, batch)
+    assert small.scheduler.preemptions > 0
+    apart = engine(config, kv_bits=kv_bits)
+    for request in batch:
+        assert generate(apart, [request])[request.id] == together[request.id]
+
+
+def test_sampled_tokens_under_batching_equal_those_alone():
+    batch = requests(10, SamplingParams(temperature=0.9, top_p=0.9, max_tokens=16, repetition_penalty=1.1))
+    together = generate(engine(), batch)
+    apart = engine()
+    assert all(generate(apart, [r])[r.id] == together[r.id] for r in batch)
+
+
+@pytest.mark.parametrize("config", [TINY, WINDOW], ids=["full", "window"])
+def test_greedy_tokens_equal_those_of_full_forward_passes(config):
+    """The reference holds no cache: each token comes from a forward pass over the whole text so far."""
+    model = Model.from_checkpoint(checkpoint(config), CPU, torch.float32)
+    batch = requests(4, GREEDY)
+    got = generate(engine(config), batch)
+    for request in batch:
+        ids = list(request.prompt_ids)
+        for _ in range(request.sampling.max_tokens):
+            flat = torch.tensor(ids)
+            logits = model(flat, torch.arange(len(ids)), causal_attend(1, len(ids), config))
+            ids.append(int(logits[-1].argmax()))
+        assert got[request.id] == tuple(ids[len(request.prompt_ids) :])
+
+
+def test_logits_of_a_decode_step_are_bit_equal_alone_and_in_a_batch():
+    torch.set_num_threads(1)
+    seen: dict[str, list[torch.Tensor]] = {"alone": [], "batch": []}
+
+    def spy(core, name, row):
+        sample = core.runner.sampler.sample
+
+        def watched(logits, rows, index):
+            if row(rows) is not None:
+                seen[name].append(logits[row(rows)].clone())
+            return sample(logits, rows, index)
+
+        core.runner.sampler.sample = watched
+
+    first, *others = requests(6, replace(GREEDY, max_tokens=12), longest=12)
+    core = engine(max_step_tokens=128)
+    core.add(first)
+    owner = core.scheduler.waiting[0]
+    spy(core, "alone", lambda rows: rows.index(owner.row) if owner.row in rows else None)
+    while core.has_work:
+        core.step()
+    core = engine(max_step_tokens=128)
+    for request in [*others[:2], first, *others[2:]]:
+        core.add(request)
+    mine = core.scheduler.waiting[2]
+    spy(core, "batch", lambda rows: rows.index(mine.row) if mine.row in rows and not mine.finished else None)
+    while core.has_work:
+        core.step()
+    assert len(seen["alone"]) == first.sampling.max_tokens == len(seen["batch"])
+    assert all(torch.equal(a, b) for a, b in zip(seen["alone"], seen["batch"], strict=True))
+
+
+def test_int8_cache_moves_logits_little():
+    """Mean |difference| of log-probabilities with an int8 cache: 8 bits for each token and head, well below 0.05."""
+    prompt = tuple(torch.randint(0, 300, (50,), generator=torch.Generator().manual_seed(1)).tolist())
+    request = Request("r", prompt, SamplingParams(temperature=0.0, max_tokens=1, logprobs=20))
+    values = []
+    for kv_bits in (16, 8):
+        core = engine(kv_bits=kv_bits)
+        core.add(request)
+        events = core.step() + core.step()
+        values.append({i: v for i, _, v in events[0].logprobs[0].top})
+    shared = values[0].keys() & values[1].keys()
+    assert len(shared) > 15
+    assert sum(abs(values[0][i] - values[1][i]) for i in shared) / len(shared) < 0.05
+
+
+def test_cache_size_follows_bytes_and_context():
+    core = engine(
+        cache_bytes=10 * 2 * 2 * 2 * 16 * 16 * 4
+    )  # ten blocks: k and v, 2 layers, 2 heads, 16 tokens of 16 fp32
+    assert core.blocks.total == 10
+    assert core.context_length == 128
+    assert engine(cache_bytes=5 * 2 * 2 * 2 * 16 * 16 * 4).context_length == 80
+
+
+def test_a_cache_without_room_for_one_block_is_refused_with_numbers():
+    with pytest.raises(ResourceError, match="one block of 16 tokens"):
+        engine(cache_bytes=1000)
+
+
+def test_a_context_beyond_the_models_is_refused():
+    with pytest.raises(InputError, match="40000"):
+        engine(context_length=40000)
