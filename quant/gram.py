@@ -1,0 +1,164 @@
+"""Statistics of a linear's inputs and the losses that need nothing else: tr(dW G dW^T), its held-out twin, its Cholesky factor.
+
+M tokens, N out features, K in features, g group size, G = K / g groups. Knows no models and no search.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convert.errors import InputError
+
+EXCLUDED_MAX = 0.10  # share of tokens with a NaN or an infinity above which a run stops
+HOLD_EVERY = 8  # every 8th sample is kept from the fit, to judge each step by
+
+
+@dataclass(frozen=True)
+class InputStats:
+    """What the search knows of the inputs X of a linear.
+
+    gram: X^T X / M (K, K) float32 of all tokens; fit and hold: the same of the samples that steps are fitted on and
+    judged by (both equal to gram where there are too few samples to split). mean_abs: mean |x| (K,). tokens: M.
+    excluded: tokens left out because they held a NaN or an infinity.
+    """
+
+    gram: Tensor
+    fit: Tensor
+    hold: Tensor
+    mean_abs: Tensor
+    tokens: int
+    excluded: int = 0
+
+    @property
+    def dead(self) -> int:
+        """Channels that were zero in every token."""
+        return int((self.gram.diagonal() == 0).sum())
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """float32 products in TF32 on a GPU that has it: for sums of search and for learned rounding, never for Cholesky."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def outer_sum(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right (A, B) float32 of (M, A) and (M, B): operands in their own dtype, sums in float32."""
+    if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    return left.float().t() @ right.float()
+
+
+def observe(chunks: Iterable[Tensor], name: str, weights: Iterable[Tensor] | None = None) -> InputStats:
+    """Statistics over chunks (samples, L, K) of the inputs of the linear(s) `name`.
+
+    weights: a weight for each token, chunks (samples, L), mean 1. Tokens with a NaN or an infinity are left out and
+    counted; raises InputError above EXCLUDED_MAX of them.
+    """
+    parts: list[Tensor] = []  # fit, hold
+    total = torch.zeros(0)
+    seen = [0, 0]
+    excluded = sample = 0
+    weight_iter = iter(weights) if weights is not None else None
+    for chunk in chunks:
+        if not parts:
+            cols = chunk.shape[-1]
+            parts = [torch.zeros(cols, cols, device=chunk.device) for _ in range(2)]
+            total = torch.zeros(cols, dtype=torch.float64, device=chunk.device)
+        token_weight = next(weight_iter) if weight_iter is not None else None
+        numbers = torch.arange(sample, sample + len(chunk), device=chunk.device)
+        sample += len(chunk)
+        held = numbers % HOLD_EVERY == HOLD_EVERY - 1
+        for k, rows in enumerate((~held, held)):
+            x = chunk[rows].flatten(0, 1)
+            scale = None if token_weight is None else token_weight[rows].flatten()[:, None]
+            contribution = outer_sum(x, x if scale is None else x * scale.to(x.dtype))
+            size = x.abs().sum(0, dtype=torch.float32)
+            if not (contribution.isfinite().all() and size.isfinite().all()):
+                finite = x.isfinite().all(-1)
+                excluded += int((~finite).sum())
+                x = x[finite]
+                scale = None if scale is None else scale[finite]
+                contribution = outer_sum(x, x if scale is None else x * scale.to(x.dtype))
+                size = x.abs().sum(0, dtype=torch.float32)
+            parts[k] += contribution
+            total += size
+            seen[k] += len(x)
+    tokens = sum(seen)
+    if not parts or excluded > EXCLUDED_MAX * (tokens + excluded) or not tokens:
+        raise InputError(
+            f"{name}: {excluded} of {tokens + excluded} tokens have a NaN or an infinity in their activations, more than "
+            f"{EXCLUDED_MAX:.0%}. The weights or the compute dtype are unfit: try --dtype float32 or bfloat16."
+        )
+    fit, hold = parts
+    gram = (fit + hold) / tokens
+    split = seen[0] >= HOLD_EVERY // 2 * seen[1] > 0 and seen[1] >= 1024
+    return InputStats(
+        gram=gram,
+        fit=fit / seen[0] if split else gram,
+        hold=hold / seen[1] if split else gram,
+        mean_abs=(total / tokens).float(),
+        tokens=tokens,
+        excluded=excluded,
+    )
+
+
+def from_sums(gram_sum: Tensor, mean_abs: Tensor, tokens: int) -> InputStats:
+    """Statistics read back from a file: `gram_sum` is X^T X (K, K), not divided."""
+    gram = gram_sum.float() / max(tokens, 1)
+    return InputStats(gram, gram, gram, mean_abs.float(), tokens)
+
+
+def loss_rows(delta: Tensor, gram: Tensor) -> Tensor:
+    """Each row's share of tr(delta G delta^T): (N, K), (K, K) -> (N,)."""
+    return torch.matmul(delta, gram).mul_(delta).sum(-1)
+
+
+def diagonal_blocks(gram: Tensor, group_size: int) -> Tensor:
+    """The blocks of G that couple the columns of one group: (K, K) -> (G, g, g)."""
+    groups = gram.shape[0] // group_size
+    return (
+        gram.view(groups, group_size, groups, group_size)
+        .diagonal(dim1=0, dim2=2)
+        .permute(2, 0, 1)
+        .contiguous()
+    )
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """G with `damping` times its mean diagonal added to the diagonal; positive even for a matrix of zeros."""
+    mean = gram.diagonal().mean().clamp(min=1e-12)
+    return gram + torch.diag_embed((damping * mean).expand(gram.shape[0]))
+
+
+def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float] | None:
+    """Upper Cholesky factor U of the inverse of damped G (inverse = U^T U), rows divided by their diagonal.
+
+    Climbs a ladder of dampings until the factorization succeeds; returns U (K, K) float32 and the damping, or None.
+    One factorization of the reversed matrix suffices: J G J = L L^T gives U = J L^-1 J, J the reversal.
+    """
+    for step in (1, 3, 10, 30, 100, 1000):
+        reversed_gram = damped(gram, damping * step).flip(0, 1).contiguous()
+        lower, info = torch.linalg.cholesky_ex(reversed_gram)
+        if int(info):
+            continue
+        eye = torch.eye(len(gram), device=gram.device)
+        factor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
+        factor = factor / factor.diagonal()[:, None]
+        if bool(factor.isfinite().all()):
+            return factor.contiguous(), damping * step
+    return None
+
+
+def mean_loss(rows: Tensor) -> float:
+    """Sum of the rows' losses as a number that is never NaN in a report."""
+    value = float(rows.double().sum())
+    return value if math.isfinite(value) else float("inf")
