@@ -33,6 +33,7 @@ from convert.workspace_tensors import (
 
 WEIGHTS = "triton_models/weights"
 TOKENIZER = "triton_models/tokenizer"
+KV_PARAMETERS = "tmq/kv_params.safetensors"
 TOKENIZER_FILES = ("tokenizer.model", "qwen.tiktoken", "merges.txt")
 PACKED_FAMILIES = {
     "0.6.5": ("llama", "mistral", "qwen2", "internlm", "internlm2", "qwen", "mixtral"),
@@ -240,7 +241,8 @@ def _write_config(source: Checkpoint, packing: Packing, folder: OutputFolder, ch
     if packing.dialect == "0.1":
         from convert.workspace_ini import config_ini
 
-        text, name = config_ini(packing.config, shape, chat), "config.ini"
+        kv_int8 = (source.path / KV_PARAMETERS).is_file()
+        text, name = config_ini(packing.config, shape, chat, kv_int8), "config.ini"
     else:
         text, name = config_yaml(packing.config, shape, packing.config.family, chat), "config.yaml"
     folder.write(f"{WEIGHTS}/{name}", text.encode())
@@ -268,7 +270,7 @@ def _copy_tokenizer(source: Path, folder: OutputFolder) -> None:
 
 
 def _copy_kv_parameters(source: Checkpoint, packing: Packing, folder: OutputFolder) -> None:
-    parameters = source.path / "tmq" / "kv_params.safetensors"
+    parameters = source.path / KV_PARAMETERS
     if not parameters.is_file():
         return
     folder.copy(parameters, "kv_params.safetensors")

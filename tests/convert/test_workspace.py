@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights, open_checkpoint
@@ -113,6 +114,42 @@ def test_written_and_read_back_bit_for_bit(family: str, int4: bool, tp: int, tmp
         same_block(source.block(index), back.block(index))
     assert torch.equal(source.embedding(), back.embedding()) and torch.equal(source.lm_head(), back.lm_head())
     assert torch.equal(source.final_norm(), back.final_norm())
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("int4", [False, True], ids=["float", "int4"])
+def test_dialect_0_1_written_and_read_back_bit_for_bit(int4: bool, tp: int, tmp_path: Path) -> None:
+    source = tiny("llama", tmp_path, int4, head_dim=128, num_heads=4, intermediate_size=512)
+    write_workspace(source, tmp_path / "ws", tp=tp, dialect="0.1")
+    back = open_checkpoint(tmp_path / "ws")
+    assert back.kind == "workspace-0.1"
+    for index in range(source.config.num_layers):
+        same_block(source.block(index), back.block(index))
+    assert torch.equal(source.embedding(), back.embedding()) and torch.equal(source.lm_head(), back.lm_head())
+
+
+def test_static_kv_files_cover_the_heads_of_a_rank(tmp_path: Path) -> None:
+    source = tiny("llama", tmp_path, True, head_dim=128, num_heads=4, intermediate_size=512, num_layers=1)
+    (source.path / "tmq").mkdir()
+    scale, zero = torch.tensor([1.0, 2.0, 1.0, 1.0]), torch.tensor([0.0, 0.0, 0.0, 100.0])
+    parts = {
+        f"layers.0.{which}.{part}": value.clone()
+        for which in "kv"
+        for part, value in (("scale", scale), ("zero", zero))
+    }
+    save_file(parts, source.path / "tmq/kv_params.safetensors")
+    write_workspace(source, tmp_path / "ws", tp=2, dialect="0.1")
+    weights = tmp_path / "ws/triton_models/weights"
+    # rank 0: heads 0 and 1, ranges [-128, 127] and [-256, 254]; rank 1: [-128, 127] and [-28, 227]
+    first = torch.frombuffer(
+        bytearray((weights / "layers.0.past_kv_scale.0.weight").read_bytes()), dtype=torch.float32
+    )
+    assert first.tolist() == [2.0, -1.0, 2.0, -1.0]
+    second = torch.frombuffer(
+        bytearray((weights / "layers.0.past_kv_scale.1.weight").read_bytes()), dtype=torch.float32
+    )
+    assert torch.allclose(second, torch.tensor([355 / 255, 49.5, 355 / 255, 49.5]))
+    assert "quant_policy = 4" in (weights / "config.ini").read_text()
 
 
 def test_a_file_of_another_size_is_refused(tmp_path: Path) -> None:
