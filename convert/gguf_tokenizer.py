@@ -11,8 +11,16 @@ from typing import Any
 from convert.errors import InputError
 from convert.files import atomic_write, write_json
 from convert.json_files import show
+from convert.sentencepiece_model import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    SentencePieceModel,
+    sentencepiece_document,
+)
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types of GGUF
 
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 _GPT2 = {**_BYTES, "use_regex": True}  # use_regex is the splitter of GPT-2
@@ -50,9 +58,10 @@ def write_tokenizer(
     """Write tokenizer.json, tokenizer_config.json and the chat template. Raises InputError on an unknown tokenizer."""
     model = fields.get("tokenizer.ggml.model")
     tokens = fields.get("tokenizer.ggml.tokens")
-    if model != "gpt2":
+    if model not in ("gpt2", "llama"):
         raise InputError(
-            f"{show(file)}: its tokenizer is of the kind {show(repr(model))}; known: gpt2 (byte-level BPE). Use the model's safetensors."
+            f"{show(file)}: its tokenizer is of the kind {show(repr(model))}; known: gpt2 (byte-level BPE) and llama "
+            "(sentencepiece). Use the model's safetensors."
         )
     if not isinstance(tokens, list) or not 0 < len(tokens) <= vocab_size:
         raise InputError(
@@ -65,7 +74,10 @@ def write_tokenizer(
         )
     special = _special_tokens(file, fields, tokens)
     add_bos = _add_bos(fields)
-    document = _bpe_document(file, fields, tokens, kinds)
+    if model == "llama":
+        document = _sentencepiece_document(file, fields, tokens, kinds)
+    else:
+        document = _bpe_document(file, fields, tokens, kinds)
     document["post_processor"] = _template(
         special, add_bos, bool(fields.get("tokenizer.ggml.add_eos_token", False))
     )
@@ -88,7 +100,22 @@ def write_tokenizer(
 
 def _add_bos(fields: Mapping[str, Any]) -> bool:
     stated = fields.get("tokenizer.ggml.add_bos_token")
-    return bool(fields.get("tokenizer.ggml.pre") in ADD_BOS_DEFAULT if stated is None else stated)
+    if stated is not None:
+        return bool(stated)
+    return (
+        fields.get("tokenizer.ggml.model") == "llama" or fields.get("tokenizer.ggml.pre") in ADD_BOS_DEFAULT
+    )
+
+
+def _sentencepiece_document(
+    file: str, fields: Mapping[str, Any], tokens: list[str], kinds: list[int]
+) -> dict[str, Any]:
+    scores = fields.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise InputError(f"{show(file)}: its sentencepiece tokenizer has no scores. Download it again.")
+    prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
+    pieces = SentencePieceModel(tokens, scores, kinds, "bpe", BYTE in kinds, add_dummy_prefix=bool(prefix))
+    return sentencepiece_document(pieces)
 
 
 def _special_tokens(file: str, fields: Mapping[str, Any], tokens: list[str]) -> dict[str, tuple[int, str]]:

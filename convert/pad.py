@@ -36,7 +36,7 @@ def padded_config(config: ModelConfig, multiple: int = 128) -> ModelConfig:
         config.hidden_size // config.num_heads == config.head_dim
         and config.hidden_size % config.num_heads == 0
     )
-    if implied and hidden == heads * config.head_dim or _states_head_dim(config):
+    if (implied and hidden == heads * config.head_dim) or _states_head_dim(config):
         return dataclasses.replace(
             config,
             hidden_size=hidden,

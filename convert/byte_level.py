@@ -1,0 +1,30 @@
+"""The byte-to-character table of byte-level BPE (GPT-2), and merges recovered from a vocabulary whose order is the priority."""
+
+from collections.abc import Mapping
+
+
+def _characters() -> dict[int, str]:
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable}
+    return table | {byte: chr(256 + place) for place, byte in enumerate(others)}
+
+
+CHARACTER_OF_BYTE = _characters()
+BYTE_OF_CHARACTER = {character: byte for byte, character in CHARACTER_OF_BYTE.items()}
+
+
+def merges_of(rank: Mapping[str, int]) -> list[list[str]]:
+    """Merges of a BPE vocabulary that states only a rank for each token: lower rank first.
+
+    Such a BPE joins the neighbouring pair whose concatenation has the lowest rank, so every split of a token into two
+    tokens is a merge with that token's rank.
+    """
+    found: list[tuple[int, int, int, list[str]]] = []
+    for token, place in rank.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in rank and right in rank:
+                found.append((place, rank[left], rank[right], [left, right]))
+    found.sort(key=lambda entry: entry[:3])
+    return [pair for *_, pair in found]
