@@ -14,7 +14,7 @@ from torch import Tensor
 
 from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
-from engine.attention import Attend
+from engine.attention import Attend, HeadNorms
 from engine.layers import Layer, Linear, functional_linear, fuse_linears, make_gated, make_linear
 from engine.ops import TORCH_OPS, Ops
 from engine.rope import Rotary, apply_rope, rotary
@@ -44,9 +44,12 @@ def _attention(parts: _Parts, h: Tensor, angles: Rotary, attend: Attend, tap: Ta
     config, linears, ops = parts.config, parts.linears, parts.ops
     if tap is not None:
         tap("attn_in", h)
-    fused = getattr(attend, "attend_qkv", None) if tap is None and not config.qk_norm else None
-    if fused is not None and "qkv" in linears and angles.q_scale is None:
-        out = fused(parts.index, linears["qkv"](h), angles)
+    fused = getattr(attend, "attend_qkv", None) if tap is None else None
+    if fused is not None and "qkv" in linears:
+        norms = None
+        if config.qk_norm:
+            norms = HeadNorms(parts.norms["q_norm"], parts.norms["k_norm"], config.norm_eps)
+        out = fused(parts.index, linears["qkv"](h), angles, norms)
     else:
         q, k, v = _qkv(parts, h)
         if config.qk_norm:

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from convert.config import ModelConfig
 from convert.errors import ResourceError
-from engine.attention import window_of
+from engine.attention import HeadNorms, window_of
 from engine.config import GIB, EngineConfig
+from engine.rope import Rotary
 from kernels.attention import allocate_workspace, decode_attention, prefill_attention
+from kernels.fused import rope_store
 from kernels.kv8 import StaticKV, allocate_cache, cache_block_bytes, store_kv
 
 CPU_CACHE_BYTES = 1 * GIB  # on the CPU, where the rest of the memory is not the engine's alone
@@ -95,6 +97,22 @@ class PagedAttend:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         store_kv(self._cache.layers[layer], k, v, self._batch.slots)
+        return self.read(layer, q)
+
+    def attend_qkv(self, layer: int, qkv: Tensor, angles: Rotary, norms: HeadNorms | None) -> Tensor:
+        """As a call, with head norms, RoPE and the store in one kernel: qkv (T, (Hq + 2 Hkv) * D) -> (T, Hq * D)."""
+        q = rope_store(
+            qkv,
+            angles.cos,
+            angles.sin,
+            self._cache.layers[layer],
+            self._batch.slots,
+            q_norm=None if norms is None else norms.q,
+            k_norm=None if norms is None else norms.k,
+            eps=0.0 if norms is None else norms.eps,
+            q_scale=angles.q_scale,
+            pdl=self._batch.decodes == len(qkv),
+        )
         return self.read(layer, q)
 
     def read(self, layer: int, q: Tensor) -> Tensor:

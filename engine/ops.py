@@ -1,11 +1,12 @@
 """The table of elementwise operations that a block is made of, one row per implementation. Products are in `layers.py`.
 
-T tokens, H hidden size, I intermediate size. `TORCH_OPS` runs anywhere and differentiates; `fused_ops` are the Triton
-kernels of `kernels/`, for inference on a GPU. Both compute norm statistics in float32.
+T tokens, H hidden size, I intermediate size. `TORCH_OPS` runs anywhere and differentiates; on a GPU, `ops_for` gives the
+Triton kernels of `kernels/fused.py`, for inference. Both compute norm statistics in float32.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -46,4 +47,17 @@ TORCH_OPS = Ops("torch", rms_norm, add_rms_norm, silu_mul)
 
 def ops_for(device: torch.device | str) -> Ops:
     """The operations that run best on this device without gradients."""
-    return TORCH_OPS
+    return _fused_ops() if torch.device(device).type == "cuda" else TORCH_OPS
+
+
+@lru_cache(maxsize=1)
+def _fused_ops() -> Ops:
+    from kernels import fused
+
+    # programmatic dependent launch: each starts while the one before it drains; harmless where the neighbours do not
+    return Ops(
+        "triton",
+        partial(fused.rms_norm, pdl=True),
+        partial(fused.add_rms_norm, pdl=True),
+        partial(fused.silu_mul, pdl=True),
+    )

@@ -15,7 +15,7 @@ from convert.checkpoint import BlockWeights, LinearWeights
 from convert.config import ModelConfig
 from convert.errors import InputError, UsageError
 from convert.families import linear_shapes, norm_shapes
-from engine.attention import causal_attend
+from engine.attention import cached_attend, causal_attend
 from engine.kv_simulation import KVSimulation, read_kv_params
 from engine.model import Block, Model, StreamedBlocks
 from engine.perplexity import (
@@ -205,6 +205,17 @@ def test_simulated_kv_costs_little_at_8_bits_and_more_at_4(tokens: EvalTokens, m
         assert result.kl is not None
         kl.append(result.kl)
     assert 0 < kl[0] < 1e-3 < kl[1]
+
+
+@pytest.mark.parametrize("mode", ["float", "dynamic", "static"])
+def test_real_cache_pages_give_the_simulated_numbers(tokens: EvalTokens, mode: str) -> None:
+    """What is stored in pages, packed and read back is what the simulation computes on the spot."""
+    model = random_model()
+    params = static_params(model, tokens) if mode == "static" else None
+    kv = None if mode == "float" else KVSimulation(8, mode, params)  # type: ignore[arg-type]
+    simulated = perplexity(model, tokens, 32, kv=kv)
+    cached = perplexity(model, tokens, 32, make_attend=cached_attend(8 if kv else 16, params))
+    assert cached.nll == pytest.approx(simulated.nll, rel=1e-5)
 
 
 def test_static_range_survives_the_change_to_4_bits() -> None:
