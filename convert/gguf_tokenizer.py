@@ -21,7 +21,6 @@ from convert.sentencepiece_model import (
     sentencepiece_document,
 )
 
-
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 _GPT2 = {**_BYTES, "use_regex": True}  # use_regex is the splitter of GPT-2
 _DIGITS = {"type": "Digits", "individual_digits": True}

@@ -8,6 +8,7 @@ the journal of what is written, and is removed before the manifest is written. N
 import json
 import os
 import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -170,6 +171,7 @@ class OutputFolder:
         self._lock = lock
         self._journal_lock = Lock()  # files may be written by several threads
         self._journal: dict[str, dict[str, Any]] = {}
+        self._journal_lock = threading.Lock()  # files may be written by several threads
 
     @classmethod
     def begin(
