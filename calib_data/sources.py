@@ -25,7 +25,7 @@ class Tokenizes(Protocol):
 
     def encode_plain(self, text: str) -> list[int]: ...
 
-    def apply_chat_template(self, messages: Messages) -> list[int]: ...
+    def apply_chat_template(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]: ...
 
     def digest(self) -> str: ...
 
@@ -146,7 +146,7 @@ def corpus_ids(corpus: Corpus, tokenizer: Tokenizes) -> Tensor:
         if plain:
             ids.extend(tokenizer.encode_plain(SEPARATOR.join(plain)))
             plain = []
-        ids.extend(tokenizer.apply_chat_template(document))
+        ids.extend(tokenizer.apply_chat_template(document, add_generation_prompt=False))
     if plain:
         ids.extend(tokenizer.encode_plain(SEPARATOR.join(plain)))
     return torch.tensor(ids, dtype=torch.int64)

@@ -1,5 +1,6 @@
 """What a long run says while it works: on a terminal a bar that moves, elsewhere one plain line a layer; all on stderr."""
 
+import io
 import resource
 import sys
 import time
@@ -13,6 +14,7 @@ from rich.progress import Progress as RichProgress
 from quant.records import LinearReport
 
 GIB = 2**30
+QUIET_S = 5.0  # between plain lines of quick steps
 
 
 def peak_rss_gib() -> float:
@@ -48,14 +50,20 @@ class Progress:
         self.console = console or Console(stderr=True, highlight=False)
         self._bar: RichProgress | None = None
         self._total = self._first = 0
-        self._begin = 0.0
+        self._begin = self._said_at = 0.0
 
     def say(self, text: str) -> None:
         """One line of text for the user."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self._print(text, None)
 
     def warn(self, text: str) -> None:
-        self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
+        self._print(f"warning: {text}", "yellow")
+
+    def _print(self, text: str, style: str | None) -> None:
+        try:
+            self.console.print(text, style=style, markup=False, soft_wrap=True)
+        except OSError:  # the terminal is gone: hours of work do not end because nobody watches
+            self.console = Console(file=io.StringIO())
 
     def start(self, total: int, first: int, notes: Sequence[str] = ()) -> None:
         """Begin with block `first` of `total`."""
@@ -90,6 +98,16 @@ class Progress:
             self._bar.update(self._bar.task_ids[0], completed=index + 1, news=", ".join(parts))
         else:
             self.say(f"{self.title}: layer {index + 1}/{self._total}, {', '.join(parts)}")
+
+    def step(self, done: int, total: int) -> None:
+        """`done` of `total` steps of a kind that has no loss; the first call begins."""
+        if self._begin == 0.0:
+            self.start(total, 0)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, news=f"{peak_rss_gib():.1f} GiB")
+        elif done == total or time.monotonic() - self._said_at >= QUIET_S:
+            self._said_at = time.monotonic()
+            self.say(f"{self.title}: {done}/{total}")
 
     def stop(self) -> None:
         if self._bar is not None:

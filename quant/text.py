@@ -20,18 +20,19 @@ TOKENS = "tokens.safetensors"
 class ModelTokenizer(Tokenizes, Protocol):
     """What a run asks of the model's tokenizer."""
 
-    @property
-    def special_ids(self) -> frozenset[int]: ...
+    vocab_size: int
+    bos_id: int | None  # the BOS that the model's own rule puts before a text; None where it puts none
 
     @property
-    def bos_id(self) -> int | None:
-        """The BOS that the model's own rule puts before a text; None where it puts none."""
-        ...
+    def special_ids(self) -> frozenset[int]: ...
 
 
 def vocabulary_of(ckpt: Checkpoint, tokenizer: ModelTokenizer) -> Vocabulary:
     """The model's side of sampling: ids that are no ordinary text are neither starts nor drawn."""
     barred = set(tokenizer.special_ids) | set(ckpt.config.eos_token_ids)
+    barred |= set(
+        range(tokenizer.vocab_size, ckpt.config.vocab_size)
+    )  # rows of the embedding that no token has
     return Vocabulary(ckpt.config.vocab_size, tuple(sorted(barred)), tokenizer.bos_id)
 
 

@@ -17,7 +17,8 @@ class Bytes:
     def encode_plain(self, text):
         return list(text.encode())
 
-    def apply_chat_template(self, messages):
+    def apply_chat_template(self, messages, add_generation_prompt=True):
+        assert not add_generation_prompt
         ids = []
         for message in messages:
             ids += [256 if message["role"] == "user" else 257, *message["content"].encode()]

@@ -18,7 +18,8 @@ class Words:
     def encode_plain(self, text):
         return [len(word) for word in text.split()]
 
-    def apply_chat_template(self, messages):
+    def apply_chat_template(self, messages, add_generation_prompt=True):
+        assert not add_generation_prompt
         return [1] * len(messages)
 
     def digest(self):
