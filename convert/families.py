@@ -158,7 +158,8 @@ FAMILIES: tuple[Family, ...] = (
             "head_dim": "kv_channels",
             "norm_eps": "layer_norm_epsilon",
             "rope_theta": "rotary_emb_base",
-            # beyond seq_length Qwen-1 changes its RoPE base by a rule of its own; up to it the model is plain
+            # beyond seq_length Qwen-1 changes its RoPE base by a rule of its own (use_dynamic_ntk); without that rule
+            # its context ends there
             "max_position": "seq_length",
         },
         # generation ends on the end of text and on the end of a chat turn; config.json names neither

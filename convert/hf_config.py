@@ -134,6 +134,11 @@ def parse_config(
     theta, scaling = _rope(read, max_position)
     if scaling is not None and scaling.kind == "yarn" and max_position <= scaling.original_max_position:
         max_position = int(scaling.original_max_position * scaling.factor)
+    if family.name == "qwen" and scaling is None and read.boolean("use_dynamic_ntk"):
+        scaling = RopeScaling("qwen_ntk", 1.0, max_position)  # max_position is seq_length so far
+        if raw.get("max_position_embeddings") is not None:
+            longest = read.number(raw, "max_position_embeddings", None)
+            max_position = max(max_position, int(min(longest, LARGEST["max_position"])))
     window, window_layers = _window(read, layers)
     _refuse_other_maths(raw, family)
     experts = read.integer("num_experts") if "experts.{e}.gate" in family.linears else 0

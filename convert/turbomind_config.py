@@ -99,17 +99,22 @@ def attention_config(config: ModelConfig) -> dict[str, Any]:
     """The map `attention_config`: RoPE with its scaling, KV cache block."""
     scaling = config.rope_scaling
     kind = scaling.kind if scaling else ""
+    is_qwen = (
+        kind == "qwen_ntk"
+    )  # TurboMind knows Qwen-1's rule by its switch alone, and counts from seq_length
     attention_factor = scaling.attention_factor if scaling else None
     return {
         "rotary_embedding": config.head_dim,
         "rope_theta": float(config.rope_theta),
         "softmax_scale": 0.0,
         "attention_factor": -1.0 if attention_factor is None else float(attention_factor),
-        "max_position_embeddings": config.max_position,
+        "max_position_embeddings": scaling.original_max_position
+        if scaling and is_qwen
+        else config.max_position,
         "original_max_position_embeddings": scaling.original_max_position if scaling else 0,
-        "rope_scaling_type": kind,
+        "rope_scaling_type": "" if is_qwen else kind,
         "rope_scaling_factor": float(scaling.factor) if scaling else 0.0,
-        "use_dynamic_ntk": int(kind == "dynamic"),
+        "use_dynamic_ntk": int(kind == "dynamic" or is_qwen),
         "low_freq_factor": scaling.low_freq_factor if scaling else 1.0,
         "high_freq_factor": scaling.high_freq_factor if scaling else 1.0,
         "beta_fast": scaling.beta_fast if scaling else 32.0,
@@ -176,6 +181,8 @@ def parse_config_yaml(text: str, where: str) -> tuple[ModelConfig, Shape]:
 
 def _scaling(attention: "_Map") -> RopeScaling | None:
     kind = attention.text("rope_scaling_type")
+    if not kind and attention.number("use_dynamic_ntk"):
+        return RopeScaling("qwen_ntk", 1.0, attention.number("max_position_embeddings"))
     if not kind:
         return None
     if kind not in ROPE_KINDS:
