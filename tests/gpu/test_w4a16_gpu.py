@@ -1,0 +1,141 @@
+"""W4A16 kernels on the GPU: error against float32 products, the same bits each time, dependent launches in a chain."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.int4 import Quantized
+from kernels.w4a16 import run_tile, table_of, w4a16_linear, w4a16_reference
+from kernels.w4a16_gemm import GemmTile
+from kernels.w4a16_gemv import GemvTile
+from kernels.w4a16_layout import pair, prepare, restore
+from kernels.w4a16_prefill import PrefillTile
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
+
+
+def make(rows: int, cols: int, group_size: int, seed: int = 0) -> Quantized:
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    groups = cols // group_size
+    codes = torch.randint(0, 16, (rows, cols), dtype=torch.uint8, device="cuda", generator=generator)
+    zeros = torch.randint(0, 16, (rows, groups), dtype=torch.uint8, device="cuda", generator=generator)
+    scales = (torch.rand(rows, groups, device="cuda", generator=generator) * 0.004 + 0.001).half()
+    zeros[0], zeros[1], codes[0, ::2], codes[1, ::2] = 0, 15, 15, 0
+    scales[2] = 2.0**-24
+    return Quantized(codes, scales, zeros, group_size)
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    return float((out.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(("rows", "cols"), [(4096, 4096), (1000, 11008), (192, 576), (4104, 14336)])
+def test_dispatched_products(rows: int, cols: int, group_size: int, dtype: torch.dtype) -> None:
+    group_size = min(group_size, cols & -cols)  # 576 takes groups of 32 and 64
+    quantized = make(rows, cols, group_size)
+    weight = prepare(quantized)
+    dense = quantized.dequantize()
+    for tokens in (1, 2, 7, 16, 17, 33, 64, 100, 128, 200, 300, 1025):
+        x = torch.randn(tokens, cols, device="cuda").to(dtype)
+        expected = x.double() @ dense.double().t()
+        out = w4a16_linear(x, weight)
+        assert relative_error(out, expected) < TOLERANCE[dtype], tokens
+        again = w4a16_linear(x, weight, is_dependent=True)
+        assert torch.equal(out, again), tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 5, 40, 300])
+@pytest.mark.parametrize("is_paired", [False, True])
+def test_epilogue(tokens: int, is_paired: bool, dtype: torch.dtype) -> None:
+    bias = torch.randn(520, device="cuda")
+    first = prepare(make(520, 1024, 128, 1), bias)
+    weight = pair(first, prepare(make(520, 1024, 128, 2))) if is_paired else first
+    x = torch.randn(tokens, 1024, device="cuda").to(dtype)
+    residual = torch.randn(tokens, 520, device="cuda").to(dtype)
+    expected = w4a16_reference(x.float(), weight, residual.float())
+    bound = TOLERANCE[dtype] * (4 if tokens == 300 else 1)  # the prefill regime rounds before its epilogue
+    assert relative_error(w4a16_linear(x, weight, residual), expected) < bound
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [
+        GemvTile(16, 8, 4),
+        GemmTile(16, 64, 4, 4, False, True, 3),
+        GemmTile(16, 128, 4, 4, False, False, 2),
+        GemmTile(8, 64, 4, 5, True, True, 2),
+        GemmTile(64, 128, 4, 4, True, True, 2),
+        PrefillTile(512),
+    ],
+)
+def test_every_kernel_gives_the_same_bits_each_time(tile: GemvTile | GemmTile | PrefillTile) -> None:
+    weight = prepare(make(1536, 8192, 128))
+    x = torch.randn(1 if isinstance(tile, GemvTile) else 8, 8192, device="cuda").half()
+    out = torch.empty(x.shape[0], 1536, dtype=torch.float16, device="cuda")
+    results = []
+    for _ in range(20):
+        out.fill_(float("nan"))
+        run_tile(tile, x, weight, out)
+        results.append(out.clone())
+    assert all(torch.equal(results[0], result) for result in results)
+    assert relative_error(out, w4a16_reference(x.float(), weight)) < 1e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16, 48])
+def test_a_chain_of_dependent_launches_in_a_graph(tokens: int) -> None:
+    """Each product reads what the one before has written: a wait that came too late would show."""
+    weights = [prepare(make(2048, 2048, 128, seed)) for seed in range(8)]
+    x = torch.randn(tokens, 2048, device="cuda").half()
+
+    def chain(is_dependent: bool) -> Tensor:
+        y = x
+        for weight in weights:
+            y = w4a16_linear(y, weight, is_dependent=is_dependent)
+            y = y / 4 if not is_dependent else y.mul_(0.25)
+        return y
+
+    expected = chain(False)
+    chain(True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(True)
+    for _ in range(20):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
+def test_dependent_products_directly_behind_each_other() -> None:
+    weights = [prepare(make(4096, 4096, 128, seed)) for seed in range(6)]
+    for weight in weights:
+        weight.params.copy_(weight.params & -65536 | 0x1000)  # scale 4.9e-4: the chain stays in range
+    for tokens in (1, 3, 16, 64):
+        x = torch.randn(tokens, 4096, device="cuda").half()
+        plain = dependent = x
+        for weight in weights:
+            plain = w4a16_linear(plain, weight)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for weight in weights:
+                dependent = w4a16_linear(dependent, weight, is_dependent=True)
+        for _ in range(20):
+            graph.replay()
+            assert torch.equal(plain, dependent), tokens
+
+
+def test_prepare_and_restore_on_the_gpu() -> None:
+    quantized = make(640, 1152, 64)
+    back = restore(prepare(quantized))
+    assert torch.equal(back.codes, quantized.codes)
+    assert torch.equal(back.scales, quantized.scales) and torch.equal(back.zeros, quantized.zeros)
+
+
+def test_the_table_of_this_card_is_read() -> None:
+    assert table_of(torch.device("cuda"))
