@@ -210,7 +210,8 @@ def decode_kernel(
     if WINDOW > 0:
         first_seen = length - WINDOW
     top = tl.full([ROW_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([ROW_PAD], tl.float32)
+    # Sums over keys stay apart for each column of a tile until the end: a sum across warps costs two barriers.
+    weights = tl.zeros([ROW_PAD, TILE], tl.float32)
     q_rows = q_ptr + seq.to(tl.int64) * q_stride + (head * ROWS + rows)[:, None] * HEAD_DIM
     if MODE == 0:
         dims = tl.arange(0, HEAD_DIM)
@@ -231,9 +232,10 @@ def decode_kernel(
             new_top = tl.maximum(top, tl.max(score, 1))
             keep = tl.exp2(top - new_top)
             p = tl.exp2(score - new_top[:, None])
-            total = total * keep + tl.sum(p, 1)
+            weights = weights * keep[:, None] + p
             acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None])
             top = new_top
+        total = tl.sum(weights, 1)
         acc = acc / total[:, None]
     else:
         HALF: tl.constexpr = HEAD_DIM // 2
@@ -243,7 +245,7 @@ def decode_kernel(
         q_sum = (tl.sum(q_low.to(tl.float32), 1) + tl.sum(q_high.to(tl.float32), 1)) * score_scale
         acc_low = tl.zeros([ROW_PAD, HALF], tl.float32)
         acc_high = tl.zeros([ROW_PAD, HALF], tl.float32)
-        p_zero = tl.zeros([ROW_PAD], tl.float32)  # sum of p * v_zero
+        zeros = tl.zeros([ROW_PAD, TILE], tl.float32)  # p * v_zero
         if MODE == 2:
             k_scale = tl.load(static_ptr + head) * score_scale
             k_zero = tl.load(static_ptr + num_kv_heads + head)
@@ -284,16 +286,18 @@ def decode_kernel(
             new_top = tl.maximum(top, tl.max(score, 1))
             keep = tl.exp2(top - new_top)
             p = tl.exp2(score - new_top[:, None])
-            total = total * keep + tl.sum(p, 1)
+            weights = weights * keep[:, None] + p
             if MODE == 1:
                 v_scale = tl.where(ok, low_half(v_pair), 0.0)
                 v_zero = tl.where(ok, high_half(v_pair), 0.0)
-                p_zero = p_zero * keep + tl.sum(p * v_zero[None, :], 1)
+                zeros = zeros * keep[:, None] + p * v_zero[None, :]
                 p = p * v_scale[None, :]
             p16 = p.to(tl.float16)
             acc_low = tl.dot(p16, low_codes(v, ASM), acc_low * keep[:, None])
             acc_high = tl.dot(p16, high_codes(v, ASM), acc_high * keep[:, None])
             top = new_top
+        total = tl.sum(weights, 1)
+        p_zero = tl.sum(zeros, 1)
         if MODE == 2:
             v_scale = tl.load(static_ptr + 2 * num_kv_heads + head)
             v_zero = tl.load(static_ptr + 3 * num_kv_heads + head)
@@ -401,6 +405,7 @@ CONFIGS: dict[tuple[int, bool], DecodeConfig] = {
     (8, False): DecodeConfig(64, 4, 3, 4),
     (8, True): DecodeConfig(64, 4, 3, 4),
 }
+BATCH_PADS = (1, 16, 128, 1024)  # few sizes, so that few binaries serve all batches
 FUSED_MERGE_BYTES = 1 << 16  # partials that one program merges without being felt
 MERGE_ELEMENTS = 4096  # fp32 elements of partials in flight in a merging program
 
@@ -466,7 +471,7 @@ def launch_decode(
         )
     if fused_merge is None:
         fused_merge = min(target, capacity) * rows * head_dim * 4 <= FUSED_MERGE_BYTES
-    batch_pad = triton.next_power_of_2(batch)
+    batch_pad = next(size for size in BATCH_PADS if size >= batch)
     merge_rows = triton.next_power_of_2(rows)
     common = {"HEAD_DIM": head_dim, "WINDOW": window or 0, "PDL": pdl, "TILE": tile, "BATCH_PAD": batch_pad}
     launch = {"launch_pdl": True} if pdl else {}
@@ -525,6 +530,8 @@ def _check_limits(q: Tensor, cache: KVCache, block_tables: Tensor, context_lens:
         raise ValueError(f"q is {q.dtype} and the cache {cache.k.dtype}: expected one dtype.")
     if cache.head_dim not in (32, 64, 128, 256):
         raise ValueError(f"head_dim {cache.head_dim}: the decode kernel takes 32, 64, 128 or 256.")
+    if q.shape[0] > BATCH_PADS[-1]:
+        raise ValueError(f"batch {q.shape[0]}: the decode kernel takes at most {BATCH_PADS[-1]} sequences.")
     if rows > 64:
         raise ValueError(f"{rows} query heads share a kv head: the decode kernel takes at most 64.")
     if q.stride(2) != 1 or q.stride(1) != q.shape[2]:

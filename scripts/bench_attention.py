@@ -1,0 +1,447 @@
+"""Benchmark of paged decode attention on one GPU: fp16 and int8 pages, torch's SDPA decode path beside them.
+
+    python scripts/bench_attention.py [--tune] [--seconds 100] [--out benchmarks]
+
+One run measures the copy bandwidth (bytes read plus written), checks every timed shape against the fp32 reference, and times
+calls in CUDA graphs over pages that are rotated past the L2 cache. `bandwidth_share` counts the bytes of keys, values and their
+parameters, each read once. Writes attention.json and attention.md; `--tune` first times the candidate configurations and uses
+the best of each kind; its figures go to attention_tuning.json. `--seconds` bounds the run: what is left out is named.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from kernels.attention import DecodeWorkspace, decode_attention_reference  # noqa: E402
+from kernels.attention_triton import CONFIGS, DecodeConfig, launch_decode  # noqa: E402
+from kernels.fused import add_rms_norm, rope_store, silu_mul  # noqa: E402
+from kernels.kv8 import BLOCK_SIZE, KVCache  # noqa: E402
+
+LAYOUTS = {"7b": (32, 32, 128), "70b": (64, 8, 128)}
+CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
+BATCHES = (1, 8, 16, 32, 64)
+START = time.monotonic()
+CANDIDATES = {
+    16: [
+        DecodeConfig(64, 4, 2, 4),
+        DecodeConfig(64, 4, 3, 3),
+        DecodeConfig(64, 4, 4, 2),
+        DecodeConfig(32, 4, 4, 3),
+        DecodeConfig(32, 2, 4, 4),
+        DecodeConfig(64, 8, 3, 3),
+    ],
+    8: [
+        DecodeConfig(64, 4, 2, 4),
+        DecodeConfig(64, 4, 3, 4),
+        DecodeConfig(64, 4, 4, 4),
+        DecodeConfig(64, 4, 5, 3),
+        DecodeConfig(32, 2, 4, 8),
+        DecodeConfig(64, 2, 3, 4),
+        DecodeConfig(64, 8, 4, 2),
+        DecodeConfig(32, 4, 4, 4),
+    ],
+}
+TUNED_SHAPES = [
+    ("7b", 1, 1024),
+    ("7b", 8, 4096),
+    ("7b", 32, 8192),
+    ("70b", 1, 2048),
+    ("70b", 8, 4096),
+    ("70b", 32, 8192),
+]
+
+
+def log(text: str) -> None:
+    print(f"[{time.monotonic() - START:6.1f} s] {text}", flush=True)
+
+
+@dataclass
+class Pool:
+    """Pages of one layout and kv kind, more than the largest shape needs, filled with random tokens."""
+
+    layout: str
+    bits: int
+    cache: KVCache
+    order: Tensor  # (num_blocks,) int32, a random order of the pages
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token of context costs a layer."""
+        values = 2 * self.cache.head_dim * (2 if self.bits == 16 else 1) + (8 if self.bits == 8 else 0)
+        return values * self.cache.num_kv_heads
+
+    def tables(self, batch: int, context: int) -> list[Tensor]:
+        """Block tables (batch, context / P) of pages far enough apart that repeated use misses a 4-fold L2 cache."""
+        pages = batch * context // BLOCK_SIZE
+        wanted = math.ceil(4 * l2_bytes() / (pages * BLOCK_SIZE * self.token_bytes)) + 1
+        copies = max(1, min(wanted, self.order.numel() // pages, 64))
+        return [self.order[i * pages : (i + 1) * pages].view(batch, -1).contiguous() for i in range(copies)]
+
+
+def l2_bytes() -> int:
+    return int(torch.cuda.get_device_properties(0).L2_cache_size)
+
+
+def make_pool(layout: str, bits: int, tokens: int) -> Pool:
+    """Pages for `tokens` tokens: normal keys and values at 16 bits, uniform codes with a scale near 4 / 255 at 8."""
+    _, heads, head_dim = LAYOUTS[layout]
+    blocks = tokens // BLOCK_SIZE
+    shape = (blocks, heads, BLOCK_SIZE)
+    if bits == 16:
+        k, v = (torch.empty(*shape, head_dim, dtype=torch.float16, device="cuda") for _ in range(2))
+        for part in (k, v):
+            for chunk in part.split(max(1, (1 << 27) // (heads * BLOCK_SIZE * head_dim))):
+                chunk.normal_()
+        cache = KVCache(k, v, None, None, 16)
+    else:
+        k, v = (torch.empty(*shape, head_dim // 2, dtype=torch.int16, device="cuda") for _ in range(2))
+        for part in (k, v):
+            for chunk in part.split(max(1, (1 << 27) // (heads * BLOCK_SIZE * head_dim))):
+                chunk.random_(-32768, 32768)
+        params = torch.empty(blocks, heads, 2, BLOCK_SIZE, 2, dtype=torch.float16, device="cuda")
+        params[..., 0].uniform_(0.012, 0.02)
+        params[..., 1].normal_(0, 0.1)
+        cache = KVCache(k, v, params, None, 8)
+    return Pool(layout, bits, cache, torch.randperm(blocks, device="cuda").int())
+
+
+def event_us(run: Callable[[], object]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3
+
+
+def time_us(call: Callable[[int], object], copies: int, expected_us: float) -> tuple[float, float]:
+    """Median microseconds of a call and the spread between replays (largest minus smallest over the median).
+
+    call(i) uses copy i of the data; a graph holds enough calls to last about a millisecond.
+    """
+    calls = copies * max(1, math.ceil(min(1500.0, 24 * expected_us) / (expected_us * copies)))
+    call(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(
+        torch.cuda.Stream()
+    ):  # torch.cuda.graph would collect garbage and empty caches each time
+        graph.capture_begin()
+        for i in range(calls):
+            call(i % copies)
+        graph.capture_end()
+    graph.replay()
+    torch.cuda.synchronize()
+    samples = [event_us(graph.replay) / calls for _ in range(7)]
+    middle = statistics.median(samples)
+    return middle, (max(samples) - min(samples)) / middle
+
+
+def copy_bandwidth() -> float:
+    """Bytes a microsecond, read plus written, of the best of ten 1 GiB copies on the device."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    target.copy_(source)
+    return 2 * source.numel() / min(event_us(lambda: target.copy_(source)) for _ in range(10))
+
+
+def workspace(batch: int, layout: str) -> DecodeWorkspace:
+    num_heads, heads, head_dim = LAYOUTS[layout]
+    units = batch + 16 * 256 // heads
+    return DecodeWorkspace(
+        torch.empty(units, num_heads, head_dim, device="cuda"),
+        torch.empty(units, num_heads, device="cuda"),
+        torch.zeros(batch * heads, dtype=torch.int32, device="cuda"),
+    )
+
+
+def decode_call(
+    pool: Pool, batch: int, context: int, config: DecodeConfig | None, fused_merge: bool | None = None
+) -> tuple[Callable[[int], Tensor], int, float]:
+    """(call, copies, relative error of the call on copy 0 against fp32)."""
+    num_heads, _, head_dim = LAYOUTS[pool.layout]
+    tables = pool.tables(batch, context)
+    q = torch.randn(batch, num_heads, head_dim, dtype=torch.float16, device="cuda")
+    out, scratch = torch.empty_like(q), workspace(batch, pool.layout)
+    lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+    scale = head_dim**-0.5
+
+    def call(i: int) -> Tensor:
+        return launch_decode(
+            q, pool.cache, tables[i], lens, scale, None, scratch, out, config=config, fused_merge=fused_merge
+        )
+
+    rows = min(batch, 2 if context > 8192 else 4)  # the reference is slow: some sequences of the batch
+    out.fill_(float("nan"))
+    first = call(0).clone()
+    expected = decode_attention_reference(q[:rows], pool.cache, tables[0][:rows], lens[:rows], scale)
+    error = float((first[:rows].float() - expected.float()).norm() / expected.float().norm())
+    if not torch.isfinite(first).all() or not torch.equal(first, call(0)):
+        error = math.inf
+    return call, len(tables), error
+
+
+def sdpa_rows(pool: Pool, batch: int, context: int, expected_us: float) -> dict[str, float]:
+    """Microseconds of torch's scaled_dot_product_attention on contiguous fp16 keys and values, by backend."""
+    num_heads, heads, head_dim = LAYOUTS[pool.layout]
+    per_copy = batch * heads * context * head_dim
+    copies = max(1, min(pool.cache.k.numel() // per_copy, math.ceil(4 * l2_bytes() / (4 * per_copy)) + 1))
+    flat = [part.view(-1) for part in (pool.cache.k, pool.cache.v)]
+    pairs = [
+        [part[i * per_copy : (i + 1) * per_copy].view(batch, heads, context, head_dim) for part in flat]
+        for i in range(copies)
+    ]
+    q = torch.randn(batch, num_heads, 1, head_dim, dtype=torch.float16, device="cuda")
+    times: dict[str, float] = {}
+    for name, backend in (
+        ("flash", SDPBackend.FLASH_ATTENTION),
+        ("cudnn", SDPBackend.CUDNN_ATTENTION),
+        ("efficient", SDPBackend.EFFICIENT_ATTENTION),
+    ):
+        try:
+            with sdpa_kernel(backend):
+                times[name] = time_us(
+                    lambda i: F.scaled_dot_product_attention(
+                        q, pairs[i][0], pairs[i][1], enable_gqa=num_heads != heads
+                    ),
+                    copies,
+                    expected_us * 2,
+                )[0]
+        except RuntimeError as error:  # this backend does not take the shape
+            log(f"sdpa {name} {pool.layout} {batch}x{context}: {str(error).splitlines()[0][:90]}")
+    return times
+
+
+def layer_chain(pool: Pool, context: int, pdl: bool) -> float:
+    """Microseconds a layer of what stands between the products at batch 1: two norms, RoPE and store, attention, SiLU."""
+    num_heads, heads, head_dim = LAYOUTS[pool.layout]
+    width, inner = num_heads * head_dim, 11008 if pool.layout == "7b" else 28672
+    tables = pool.tables(1, context)
+    x, delta, weight = (torch.randn(1, width, dtype=torch.float16, device="cuda") for _ in range(3))
+    qkv = torch.randn(1, (num_heads + 2 * heads) * head_dim, dtype=torch.float16, device="cuda")
+    gate_up = torch.randn(1, 2 * inner, dtype=torch.float16, device="cuda")
+    angles = torch.rand(1, head_dim // 2, device="cuda")
+    lens = torch.tensor([context], dtype=torch.int32, device="cuda")
+    scratch = workspace(1, pool.layout)
+    slots = [t[0, -1:].long() * BLOCK_SIZE + BLOCK_SIZE - 1 for t in tables]
+
+    def layer(i: int) -> None:
+        add_rms_norm(x, delta, weight[0], 1e-5, pdl=pdl)
+        q = rope_store(qkv, angles, angles, pool.cache, slots[i], pdl=pdl)
+        launch_decode(q, pool.cache, tables[i], lens, 0.1, None, scratch, None, pdl=pdl)
+        add_rms_norm(x, delta, weight[0], 1e-5, pdl=pdl)
+        silu_mul(gate_up, pdl=pdl)
+
+    return time_us(layer, len(tables), 12.0)[0]
+
+
+def compile_job(jobs: list[list[object]]) -> None:
+    """In a process of its own: compile and run once each (layout, bits, batch, blocks, config) into Triton's disk cache."""
+    for layout, bits, batch, context, config, fused_merge in jobs:
+        pool = make_pool(str(layout), int(str(bits)), max(int(str(batch)) * int(str(context)), 4096))
+        assert isinstance(config, list)
+        decode_call(pool, int(str(batch)), int(str(context)), DecodeConfig(*config), bool(fused_merge))
+
+
+def precompile(jobs: list[list[object]]) -> None:
+    workers = max(1, min(len(jobs), (os.cpu_count() or 2) - 2))
+    processes = [
+        subprocess.Popen([sys.executable, __file__, "--compile", json.dumps(jobs[i::workers])], stderr=subprocess.PIPE)
+        for i in range(workers)
+    ]  # fmt: skip
+    for process in processes:
+        _, errors = process.communicate()
+        if process.returncode:
+            log("a compiling process failed: " + errors.decode()[-300:])
+    log(f"compiled {len(jobs)} binaries in {workers} processes")
+
+
+def tune(pools: dict[int, Pool], layout: str, bandwidth: float, rows: list[dict[str, object]]) -> None:
+    """Time the candidates on this layout and set CONFIGS to the best of each kind (geometric mean of relative times)."""
+    shared = LAYOUTS[layout][0] > LAYOUTS[layout][1]
+    for bits, pool in pools.items():
+        relative: dict[DecodeConfig, float] = dict.fromkeys(CANDIDATES[bits], 0.0)
+        for name, batch, context in TUNED_SHAPES:
+            if name != layout:
+                continue
+            times: dict[DecodeConfig, float] = {}
+            floor = batch * context * pool.token_bytes / bandwidth
+            for config in CANDIDATES[bits]:
+                for fused_merge in (True, False):
+                    call, copies, error = decode_call(pool, batch, context, config, fused_merge)
+                    us, spread = time_us(call, copies, floor + 4)
+                    rows.append(
+                        {
+                            "layout": layout, "batch": batch, "context": context, "kv_bits": bits, **asdict(config),
+                            "fused_merge": fused_merge, "us": us, "spread": spread,
+                            "bandwidth_share": floor / us, "rel_error": error,
+                        }
+                    )  # fmt: skip
+                    if error < 2e-3:
+                        times[config] = min(us, times.get(config, math.inf))
+            best = min(times.values())
+            for config in relative:
+                relative[config] += math.log(times.get(config, 100 * best) / best)
+        CONFIGS[bits, shared] = min(relative, key=lambda config: relative[config])
+        log(f"{layout} {bits} bits: {CONFIGS[bits, shared]}")
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
+
+
+def commit() -> str:
+    """Short hash of the checkout, or nothing where it is no git checkout."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        return ""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    return done.stdout.strip()
+
+
+def table(rows: list[dict[str, object]], header: str) -> str:
+    """Markdown, one line a shape: ours at both widths and SDPA."""
+    lines = [header, "", "| layout | context | batch | fp16 us | share | int8 us | share | int8 / fp16 | SDPA us |", "| " + "--- | " * 9]  # fmt: skip
+    shapes = dict.fromkeys((r["layout"], r["context"], r["batch"]) for r in rows)
+    for shape in shapes:
+        here = {(r["kv"], r["impl"]): r for r in rows if (r["layout"], r["context"], r["batch"]) == shape}
+        half, code = here.get(("fp16", "ours")), here.get(("int8", "ours"))
+        sdpa = min((float(str(r["us"])) for (_, impl), r in here.items() if impl.startswith("sdpa")), default=math.nan)  # fmt: skip
+        if half is None or code is None:
+            continue
+        lines.append(
+            "| {} | {} | {} | {:.1f} | {:.0%} | {:.1f} | {:.0%} | {:.2f} | {:.1f} |".format(
+                *shape, half["us"], half["bandwidth_share"], code["us"], code["bandwidth_share"], code["speedup_vs_fp16"], sdpa
+            )
+        )  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def run(args: argparse.Namespace) -> None:
+    bandwidth = copy_bandwidth()
+    device = torch.cuda.get_device_name(0)
+    log(f"{device}, copy {bandwidth / 1e6:.2f} TB/s, torch {torch.__version__}, triton {triton.__version__}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, object]] = []
+    chain: list[dict[str, object]] = []
+    tuning: list[dict[str, object]] = []
+
+    def save() -> None:
+        head = {
+            "command": "python " + " ".join(["scripts/bench_attention.py", *sys.argv[1:]]), "commit": commit(),
+            "date": date.today().isoformat(), "device": device, "versions": versions(),
+            "copy_tb_per_s": bandwidth / 1e6, "configs": {f"{b} bits, shared {s}": asdict(c) for (b, s), c in CONFIGS.items()},
+        }  # fmt: skip
+        (args.out / "attention.json").write_text(
+            json.dumps({**head, "rows": rows, "layer_chain": chain}, indent=1)
+        )
+        if tuning:
+            (args.out / "attention_tuning.json").write_text(json.dumps({**head, "rows": tuning}, indent=1))
+        note = (
+            f"Decode attention on {device}: microseconds a call, share of the copy bandwidth measured in the same run "
+            f"({bandwidth / 1e6:.2f} TB/s), int8 over fp16, and the fastest backend of torch's SDPA on contiguous fp16. "
+            f"Pages of {BLOCK_SIZE} tokens, rotated past L2, CUDA graphs. Written by `scripts/bench_attention.py`."
+        )
+        (args.out / "attention.md").write_text(table(rows, note))
+
+    if args.tune:
+        jobs = [
+            [layout, bits, batch, context, list(asdict(c).values()), fused]
+            for layout, batch, context in (("7b", 1, 1024), ("7b", 8, 1024), ("7b", 32, 512), ("70b", 1, 1024), ("70b", 8, 1024), ("70b", 32, 512))
+            for bits in CANDIDATES
+            for c in CANDIDATES[bits]
+            for fused in (True, False)
+        ]  # fmt: skip
+        precompile(jobs)
+    for layout in LAYOUTS:
+        memory = torch.cuda.mem_get_info()[0] * 0.85
+        largest = max(BATCHES) * max(CONTEXTS)
+        heads = LAYOUTS[layout][1]
+        tokens = min(largest, int(memory / (heads * 128 * 6)) // BLOCK_SIZE * BLOCK_SIZE)
+        pools = {bits: make_pool(layout, bits, tokens) for bits in (16, 8)}
+        log(f"{layout}: pools of {tokens} tokens")
+        if args.tune:
+            tune(pools, layout, bandwidth, tuning)
+            save()
+        for bits, pool in pools.items():
+            for context in (512, 2048):
+                for pdl in (False, True):
+                    us = layer_chain(pool, context, pdl)
+                    chain.append(
+                        {"layout": layout, "kv_bits": bits, "context": context, "pdl": pdl, "us": us}
+                    )
+                    log(f"layer chain {layout} {bits} bits, context {context}, pdl {pdl}: {us:.2f} us")
+        for context in args.contexts:
+            for batch in args.batches:
+                if batch * context > tokens:
+                    log(f"left out: {layout} {batch} x {context}, memory")
+                    continue
+                if time.monotonic() - START > args.seconds:
+                    log(f"left out: {layout} {batch} x {context}, time")
+                    continue
+                half = math.nan
+                for bits, kv in ((16, "fp16"), (8, "int8")):
+                    floor = batch * context * pools[bits].token_bytes / bandwidth
+                    call, copies, error = decode_call(pools[bits], batch, context, None)
+                    us, spread = time_us(call, copies, floor + 4)
+                    half = us if bits == 16 else half
+                    rows.append(
+                        {
+                            "layout": layout, "batch": batch, "context": context, "kv": kv, "impl": "ours", "us": us,
+                            "speedup_vs_fp16": half / us, "bandwidth_share": floor / us, "rel_error": error, "spread": spread,
+                        }
+                    )  # fmt: skip
+                floor = batch * context * pools[16].token_bytes / bandwidth
+                for name, us in sdpa_rows(pools[16], batch, context, floor + 4).items():
+                    rows.append(
+                        {
+                            "layout": layout, "batch": batch, "context": context, "kv": "fp16", "impl": f"sdpa {name}", "us": us,
+                            "speedup_vs_fp16": half / us, "bandwidth_share": floor / us, "rel_error": None, "spread": None,
+                        }
+                    )  # fmt: skip
+            save()
+        del pools, pool
+        torch.cuda.empty_cache()
+    save()
+    print((args.out / "attention.md").read_text())
+    wrong = [r for r in rows if r["impl"] == "ours" and not float(str(r["rel_error"])) < 2e-3]
+    if wrong:
+        raise SystemExit(f"{len(wrong)} rows are wrong or not repeatable: {wrong[:3]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Benchmark of paged decode attention on one GPU.")
+    parser.add_argument("--tune", action="store_true", help="time the candidate configurations first")
+    parser.add_argument("--seconds", type=float, default=300.0, help="start no new shape after this long")
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, help="tokens of a sequence")
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES, help="sequences")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the results")
+    parser.add_argument("--compile", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.compile is not None:
+        compile_job(args.compile)
+    else:
+        run(args)
+
+
+if __name__ == "__main__":
+    main()
