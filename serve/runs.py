@@ -5,6 +5,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -14,6 +15,8 @@ from serve.admission import Admission
 from serve.errors import ApiError, unavailable
 from serve.limits import SEED_MAX, SEED_MIN, Limits
 from serve.metrics import Metrics
+
+log = logging.getLogger("tmq.serve")
 
 
 class Run:
@@ -25,7 +28,8 @@ class Run:
         self._news: asyncio.Queue[tuple[int, Event] | ApiError] = asyncio.Queue()
         self._started = time.monotonic()
         self._last_event = [0.0] * len(ids)
-        self._pumps = [asyncio.create_task(self._pump(i, id)) for i, id in enumerate(ids)]
+        for index, id in enumerate(ids):
+            owner.keep(asyncio.create_task(self._pump(index, id)))
         self._closed = False
         self.prompt_tokens = 0
         self.completion_tokens = 0
@@ -41,6 +45,9 @@ class Run:
                 self._news.put_nowait((index, event))
         except EngineDied:
             self.fail(unavailable("The engine has stopped. The server is ending."))
+        except Exception:
+            log.exception("The events of request %s broke off.", request_id)
+            self.fail(ApiError(500, "The engine could not finish this request.", code="engine_error"))
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         while self._open:
@@ -94,8 +101,7 @@ class Run:
         if self._open:
             self._owner.metrics.finished.labels("abandoned").inc(len(self._open))
             self.stop()
-        for pump in self._pumps:
-            pump.cancel()
+        # The pumps in Runs go on to the last event, so that the engine's own books close, too.
         self._owner.discard(self, len(self._ids), self._client)
 
 
@@ -106,6 +112,7 @@ class Runs:
         self.engine, self.metrics, self.limits = engine, metrics, limits
         self._admission = admission
         self._open: set[Run] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._ending: ApiError | None = None
         self.last_token = 0.0  # time.monotonic() of the newest token of any run
 
@@ -150,6 +157,11 @@ class Runs:
     def abort(self, engine_id: str) -> None:
         with contextlib.suppress(EngineDied):  # then nothing runs any more
             self.engine.abort(engine_id)
+
+    def keep(self, task: "asyncio.Task[None]") -> None:
+        """Hold a task until it is done; the event loop alone would not."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def discard(self, run: Run, sequences: int, client: str) -> None:
         self._open.discard(run)

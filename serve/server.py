@@ -11,7 +11,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -22,11 +22,13 @@ from fastapi import FastAPI
 from convert.errors import ResourceError
 from engine.api import Engine
 from serve.app import create_app
+from serve.backends import Backend
 from serve.config import ServeConfig
 from serve.connections import limited_protocol
 from serve.errors import unavailable
 from serve.middleware import escaped
 from serve.prompts import Tokenizer
+from serve.runs import Runs
 
 log = logging.getLogger("tmq.serve")
 _DEATH_GRACE_S = 2.0  # time in which /health shows 503 and pending requests get their error
@@ -84,11 +86,11 @@ def bind(config: ServeConfig) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn with our way to end."""
+    """uvicorn with our way to end. `runs` are told to end, where there are any."""
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, drain_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, drain_s: float, runs: Runs | None = None) -> None:
         super().__init__(config)
-        self._app, self._drain_s = app, drain_s
+        self._runs, self._drain_s = runs, drain_s
         self.exit_code = 0
 
     @contextmanager
@@ -110,13 +112,16 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     def _drain(self) -> None:
-        runs = self._app.state.service.runs
+        if self._runs is None:
+            return
         log.info(
-            "Ending: %d requests have up to %g s. A second signal ends at once.", runs.count, self._drain_s
+            "Ending: %d requests have up to %g s. A second signal ends at once.",
+            self._runs.count,
+            self._drain_s,
         )
         ending = unavailable("The server is ending.")
-        runs.refuse(ending)
-        asyncio.get_running_loop().call_later(self._drain_s, runs.fail_all, ending)
+        self._runs.refuse(ending)
+        asyncio.get_running_loop().call_later(self._drain_s, self._runs.fail_all, ending)
 
     def engine_died(self) -> None:
         self.exit_code = 70
@@ -162,6 +167,15 @@ def serve_forever(engine: Engine, tokenizer: Tokenizer, config: ServeConfig, lis
             server.engine_died()
 
     app = create_app(engine, tokenizer, config, on_death)
-    server = _Server(uvicorn_config(app, config), app, config.drain_s)
+    server = _Server(uvicorn_config(app, config), config.drain_s, app.state.service.runs)
+    server.run(sockets=[listener])
+    return server.exit_code
+
+
+def serve_page(backends: Sequence[Backend], config: ServeConfig, listener: socket.socket) -> int:
+    """Show the web page on `listener` until a signal. Returns the exit code."""
+    from serve.web import create_page
+
+    server = _Server(uvicorn_config(create_page(backends, config), config), 1.0)
     server.run(sockets=[listener])
     return server.exit_code

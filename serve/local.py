@@ -1,0 +1,44 @@
+"""A model on this machine, ready to talk: its tokenizer here, its engine in a process of its own."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from convert.checkpoint import open_checkpoint
+from convert.errors import TmqError
+from convert.tokenizer import Tokenizer, load_tokenizer
+from engine.config import EngineConfig
+from engine.process import ProcessEngine
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """An engine that is loaded, and the tokenizer of its checkpoint."""
+
+    engine: ProcessEngine
+    tokenizer: Tokenizer
+    name: str
+
+
+@contextmanager
+def open_model(path: str, config: EngineConfig, trust_remote_code: bool = False) -> Iterator[LocalModel]:
+    """Load the checkpoint at `path` (any format that open_checkpoint reads); the engine ends with the block.
+
+    Must be called from the main thread, which the engine's process lives as long as.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    ckpt = open_checkpoint(path)
+    tokenizer = load_tokenizer(ckpt.tokenizer_dir, trust_remote_code)
+    tokenizer.check_fits(ckpt.config.vocab_size)
+    if tokenizer.has_chat_template:
+        warm_up(tokenizer)
+    with ProcessEngine.start(path, config) as engine:
+        yield LocalModel(engine, tokenizer, engine.stats().model or Path(path).name)
+
+
+def warm_up(tokenizer: Tokenizer) -> None:
+    """Render once, so that the renderer's imports do not delay the first request."""
+    with suppress(TmqError):  # each request will say so
+        tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
