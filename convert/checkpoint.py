@@ -91,7 +91,9 @@ def open_checkpoint(
     place = Path(path)
     try:
         is_dir, is_file = place.is_dir(), place.is_file()
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"{show(str(path))} is no usable path: {error.strerror}.") from error
+    except ValueError as error:  # a NUL inside
         raise InputError(f"{show(str(path))} is no usable path: {error}.") from error
     if is_file:
         if place.suffix.lower() != ".gguf":

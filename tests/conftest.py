@@ -1,6 +1,7 @@
 """Fixtures that more than one folder of tests uses."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ if not torch.cuda.is_available():  # read when a kernel module is imported: set 
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+sys.path.append(str(Path(__file__).parent))  # for `tiny_models`, which several folders of tests use
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder with WikiText-2 and a C4 sample beside the checkout; tests that need it skip where it is absent."""
@@ -17,3 +21,12 @@ def shared_data() -> Path:
     if not (folder / "wiki.test.raw").is_file():
         pytest.skip("evaluation text (wiki.test.raw) is not beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The demo model, a folder or a .gguf file, named by TMQ_DEMO_MODEL; tests that need it skip where it is absent."""
+    name = os.environ.get("TMQ_DEMO_MODEL")
+    if name is None or not Path(name).exists():
+        pytest.skip("the demo model is not here: set TMQ_DEMO_MODEL to its folder or .gguf file")
+    return Path(name)
