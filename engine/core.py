@@ -33,7 +33,7 @@ SURVIVABLE = (
 
 
 class TextTools(Protocol):
-    """What the core needs of a tokenizer."""
+    """What the core needs of a tokenizer; `convert.tokenizer.Tokenizer` has it."""
 
     eos_token_ids: tuple[int, ...]
 
@@ -93,6 +93,7 @@ class EngineCore:
         text: TextTools | None = None,
         *,
         name: str = "",
+        eos_token_ids: tuple[int, ...] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.runner, self.config, self.name = runner, config, name
@@ -100,6 +101,7 @@ class EngineCore:
         self.scheduler = Scheduler(self.blocks, config.max_batch, config.max_step_tokens)
         self.context_length = min(runner.context_length, runner.num_blocks * runner.block_size)
         self._text: TextTools = text or NoText()
+        self._eos = {*eos_token_ids, *self._text.eos_token_ids}
         self._clock = clock
         self._live: dict[str, _Live] = {}
         self._in_flight: deque[list[tuple[StepPlan, PendingSample]]] = deque()
@@ -129,7 +131,7 @@ class EngineCore:
         if seed is None:
             seed = (self.config.seed << 32) + self._arrivals
         sequence = Sequence(request, self._arrivals, seed)
-        eos = () if sampling.ignore_eos else self._text.eos_token_ids
+        eos = () if sampling.ignore_eos else self._eos
         deadline = math.inf if request.deadline_s is None else self._clock() + request.deadline_s
         self._live[request.id] = _Live(
             sequence,
@@ -155,6 +157,11 @@ class EngineCore:
         for part, pending in self._next_ready(idle=plan is None):
             self._collect(part, pending.wait())
         return self._take_events()
+
+    def close(self) -> None:
+        """Give the runner's memory and processes back."""
+        self._in_flight.clear()
+        self.runner.close()
 
     def stats(self) -> Stats:
         self._forget_old_counts()

@@ -11,6 +11,7 @@ import torch
 from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.config import ModelConfig
 from convert.errors import InputError, ResourceError, UsageError
+from convert.tokenizer import load_tokenizer
 from engine.api import SamplingParams
 from engine.cache import CPU_CACHE_BYTES, PagedCache, block_bytes, plan_blocks
 from engine.config import GIB, EngineConfig
@@ -18,6 +19,8 @@ from engine.core import EngineCore, TextTools
 from engine.kv_simulation import read_kv_params
 from engine.model import Model, compute_dtype
 from engine.parallel import TensorParallel
+from engine.process import ModelSource
+from engine.random_weights import random_checkpoint
 from engine.runner import ModelRunner
 from engine.scheduler import Join, Segment, StepPlan
 from kernels.kv8 import StaticKV
@@ -50,19 +53,48 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def load_core(path: str | Path, config: EngineConfig) -> EngineCore:
-    """An engine on the model at `path`, with its tokenizer. Raises the errors of `convert.errors`."""
-    from engine.text import ModelText
+def load_source(source: ModelSource, config: EngineConfig) -> EngineCore:
+    """An engine on what `source` names, with its tokenizer; with config.tp > 1 on a group of ranks. Raises `convert.errors`."""
+    ckpt = open_source(source, config)
+    text = None if source.random_weights is not None else load_tokenizer(ckpt.tokenizer_dir)
+    if text is not None:
+        text.check_fits(ckpt.config.vocab_size)
+    name = Path(source.path).name if source.random_weights is None else ckpt.path.name
+    if config.tp == 1:
+        return make_core(ckpt, config, text, name=name)
+    from engine.ranks import start_group
 
-    ckpt = open_checkpoint(path)
-    return make_core(ckpt, config, ModelText(ckpt), name=Path(path).name)
+    return EngineCore(
+        start_group(source, config), config, text, name=name, eos_token_ids=ckpt.config.eos_token_ids
+    )
+
+
+def open_source(source: ModelSource, config: EngineConfig, rank: int = 0) -> Checkpoint:
+    """The checkpoint that `source` names; random weights are made on the device of this rank."""
+    if source.random_weights is None:
+        return open_checkpoint(source.path)
+    device = rank_device(config, rank)
+    return random_checkpoint(
+        source.random_weights, device, weights=source.weights, group_size=source.group_size
+    )
+
+
+def rank_device(config: EngineConfig, rank: int) -> torch.device:
+    """The device of a rank: config.device, or the device `rank` places after it on a host with several GPUs."""
+    device = resolve_device(config.device)
+    if device.type != "cuda" or rank == 0:
+        return device
+    return resolve_device(f"cuda:{(device.index or 0) + rank}")
 
 
 def make_core(
     ckpt: Checkpoint, config: EngineConfig, text: TextTools | None = None, *, name: str = ""
 ) -> EngineCore:
     """An engine on an open checkpoint; without `text`, its events carry tokens alone."""
-    return EngineCore(make_runner(ckpt, config), config, text, name=name or ckpt.path.name)
+    runner = make_runner(ckpt, config)
+    return EngineCore(
+        runner, config, text, name=name or ckpt.path.name, eos_token_ids=ckpt.config.eos_token_ids
+    )
 
 
 def make_runner(
@@ -75,8 +107,12 @@ def make_runner(
 
     Raises ResourceError where weights or cache do not fit, with numbers.
     """
-    device = resolve_device(config.device)
+    device = rank_device(config, 0 if parallel is None else parallel.rank)
     if device.type == "cuda":
+        if config.dtype == "float32":
+            raise UsageError(
+                "--dtype float32: serving on a GPU runs in float16 or bfloat16; use --device cpu for float32."
+            )
         torch.cuda.set_device(device)
         if config.memory_cap_bytes is not None:
             total = torch.cuda.get_device_properties(device).total_memory

@@ -35,6 +35,10 @@ class Runner(Protocol):
         """Start a step; the tokens of the segments with `samples`, in order, or None where none draws."""
         ...
 
+    def close(self) -> None:
+        """Give back memory and processes; nothing runs afterwards."""
+        ...
+
 
 class ModelRunner:
     """A model with its cache and sampler on one device."""
@@ -69,6 +73,10 @@ class ModelRunner:
             logits, index = self._graphs.run(fields, self._tables[rows])
             return self.sampler.sample(logits, tuple(rows.tolist()), index)
         return self._run_eagerly(plan, rows)
+
+    def close(self) -> None:
+        self._graphs = None
+        self.cache.layers.clear()
 
     def _run_eagerly(self, plan: StepPlan, rows: Ints) -> PendingSample | None:
         lengths = np.array([segment.length for segment in plan.segments])

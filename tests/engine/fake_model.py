@@ -53,6 +53,9 @@ class FakeRunner:
                 drawn.append(self.last[segment.row])
         return Ready(Sampled(drawn, [True] * len(drawn))) if drawn else None
 
+    def close(self):
+        self.memory.clear()
+
 
 class Letters:
     """A tokenizer whose token n is the n-th character from "!" on; token 0 ends a text."""

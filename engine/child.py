@@ -1,0 +1,112 @@
+"""The child of `engine.process`: reads requests from standard input, steps the core, writes events to standard output.
+
+Run as `python -m engine.child`; the first line says what to load. It ignores SIGINT and SIGTERM, which a terminal or a supervisor sends
+to the whole group: it ends when its input does, which is when its parent ends or asks. What libraries print goes to standard error.
+"""
+
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from typing import Any, TextIO
+
+from convert.errors import TmqError
+from engine.api import Request
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.loading import load_source
+from engine.process import ModelSource
+
+STATS_PERIOD_S = 0.5
+STOP_GRACE_S = 5.0  # for the step in progress, once the parent has ended
+
+log = logging.getLogger("engine")
+
+
+def main() -> int:
+    output = claim_output()
+    ignore_signals()
+    first = json.loads(sys.stdin.readline())
+    first["config"]["graph_batches"] = tuple(first["config"]["graph_batches"])
+    inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(sys.stdin, inbox), daemon=True).start()
+    try:
+        core = load_source(ModelSource(**first["source"]), EngineConfig(**first["config"]))
+    except TmqError as error:
+        write(output, {"op": "failed", "kind": type(error).__name__, "error": str(error)})
+        return error.exit_code
+    write(output, {"op": "ready", "stats": _stats(core)})
+    try:
+        serve(core, inbox, output)
+    except BrokenPipeError:
+        return 1  # the parent is gone
+    finally:
+        core.close()
+    return 0
+
+
+def serve(core: EngineCore, inbox: "queue.SimpleQueue[dict[str, Any]]", output: TextIO) -> None:
+    """Step while there is work, wait for messages while there is none; until a "stop"."""
+    told_at = 0.0
+    while True:
+        waits = not core.has_work
+        while waits or not inbox.empty():
+            message = inbox.get()
+            waits = False
+            if message["op"] == "stop":
+                return
+            _obey(core, message)
+        lines = [{"op": "event", "event": json.loads(event.to_json())} for event in core.step()]
+        now = time.monotonic()
+        if now - told_at > STATS_PERIOD_S or not core.has_work:
+            told_at = now
+            lines.append({"op": "stats", "stats": _stats(core)})
+        if lines:
+            write(output, *lines)
+
+
+def write(output: TextIO, *messages: dict[str, Any]) -> None:
+    output.write("".join(json.dumps(message) + "\n" for message in messages))
+    output.flush()
+
+
+def claim_output() -> TextIO:
+    """The pipe to the parent; standard output itself now leads to standard error."""
+    pipe = os.dup(1)
+    os.dup2(2, 1)
+    return os.fdopen(pipe, "w", encoding="utf-8")
+
+
+def ignore_signals() -> None:
+    """The parent decides when the child ends: it may still drain while a terminal or supervisor signals the whole group."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _listen(lines: TextIO, inbox: "queue.SimpleQueue[dict[str, Any]]") -> None:
+    for line in lines:
+        inbox.put(json.loads(line))
+    inbox.put({"op": "stop"})
+    time.sleep(STOP_GRACE_S)
+    os._exit(1)  # the parent is gone, and a step or a load does not come to its end
+
+
+def _obey(core: EngineCore, message: dict[str, Any]) -> None:
+    if message["op"] == "add":
+        core.add(Request.from_json(json.dumps(message["request"])))
+    else:
+        core.abort(message["id"])
+
+
+def _stats(core: EngineCore) -> dict[str, Any]:
+    stats: dict[str, Any] = json.loads(core.stats().to_json())
+    return stats
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="engine: %(message)s", stream=sys.stderr)
+    sys.exit(main())
