@@ -58,8 +58,8 @@ def test_an_id_is_free_again_after_its_stream_and_an_old_abort_does_not_reach_th
     async def run():
         for _ in range(20):
             engine.submit(request("same", 500))
-            async for _ in engine.events("same"):
-                break
+            async with contextlib.aclosing(engine.events("same")) as events:
+                await anext(events)
         engine.submit(request("same", 3))
         return await read(engine, "same")
 
