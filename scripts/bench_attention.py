@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -282,33 +282,42 @@ def precompile(jobs: list[list[Any]]) -> None:
 
 
 def tune(pools: dict[int, Pool], layout: str, bandwidth: float, rows: list[dict[str, Any]]) -> None:
-    """Time the candidates on this layout and set CONFIGS to the best of each kind (geometric mean of relative times)."""
+    """Set CONFIGS of this layout to the best candidate of each kind, then to its best number of programs a multiprocessor."""
     shared = LAYOUTS[layout][0] > LAYOUTS[layout][1]
     for bits, pool in pools.items():
-        relative: dict[DecodeConfig, float] = dict.fromkeys(CANDIDATES[bits], 0.0)
-        for name, batch, context in TUNED_SHAPES:
-            if name != layout:
-                continue
-            times: dict[DecodeConfig, float] = {}
-            floor = batch * context * pool.token_bytes / bandwidth
-            for config in CANDIDATES[bits]:
-                for fused_merge in (True, False):
-                    call, copies, error = decode_call(pool, batch, context, config, fused_merge)
-                    us, spread = time_us(call, copies, floor + 4)
-                    rows.append(
-                        {
-                            "layout": layout, "batch": batch, "context": context, "kv_bits": bits, **asdict(config),
-                            "fused_merge": fused_merge, "us": us, "spread": spread,
-                            "bandwidth_share": floor / us, "rel_error": error,
-                        }
-                    )  # fmt: skip
-                    if error < 2e-3:
-                        times[config] = min(us, times.get(config, math.inf))
-            best = min(times.values())
-            for config in relative:
-                relative[config] += math.log(times.get(config, 100 * best) / best)
-        CONFIGS[bits, shared] = min(relative, key=lambda config: relative[config])
+        best = fastest(pool, CANDIDATES[bits], bandwidth, rows)
+        CONFIGS[bits, shared] = fastest(
+            pool, [replace(best, per_sm=n) for n in (1, 2, 3, 4, 6, 8)], bandwidth, rows
+        )
         log(f"{layout} {bits} bits: {CONFIGS[bits, shared]}")
+
+
+def fastest(
+    pool: Pool, configs: list[DecodeConfig], bandwidth: float, rows: list[dict[str, Any]]
+) -> DecodeConfig:
+    """The configuration with the least geometric mean of its times over the best ones, over the shapes of the layout."""
+    behind = dict.fromkeys(configs, 0.0)
+    for batch, context in [(b, c) for name, b, c in TUNED_SHAPES if name == pool.layout]:
+        times: dict[DecodeConfig, float] = {}
+        floor = batch * context * pool.token_bytes / bandwidth
+        for config in configs:
+            for fused_merge in (True, False):
+                call, copies, error = decode_call(pool, batch, context, config, fused_merge)
+                us, spread = time_us(call, copies, floor + 4)
+                rows.append(
+                    {
+                        "layout": pool.layout, "batch": batch, "context": context, "kv_bits": pool.bits, **asdict(config),
+                        "fused_merge": fused_merge, "us": us, "spread": spread,
+                        "bandwidth_share": floor / us, "rel_error": error,
+                    }
+                )  # fmt: skip
+                if error < 2e-3:
+                    times[config] = min(us, times.get(config, math.inf))
+        if not times:
+            raise SystemExit(f"no configuration is right at {pool.layout}, {pool.bits} bits: {rows[-1]}")
+        for config in configs:
+            behind[config] += math.log(times.get(config, 100 * min(times.values())) / min(times.values()))
+    return min(behind, key=lambda config: behind[config])
 
 
 def versions() -> dict[str, str]:
