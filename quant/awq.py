@@ -27,13 +27,13 @@ def candidates(
     """Channel scales x^alpha, or x^alpha / (w^(1 - alpha) + 1e-4) with the weight term, normalised: (C, K'), snapped.
 
     x is the mean |input| of a channel; w the mean over rows of |weight| relative to the largest of its group.
-    Normalised by sqrt(max * min), kept within 1/64 .. 64; whatever is not finite becomes 1. The first row is all ones.
+    Normalised by sqrt(max * min), kept within 1/64 .. 64; whatever is not finite becomes 1. The first row is 1.
     """
     rows, cols = weight.shape
     grouped = weight.abs().view(rows, -1, group_size)
     relative = (grouped / (grouped.amax(-1, keepdim=True) + 1e-6)).mean(0).view(cols)
     x, w = fold.shrink(mean_abs), fold.shrink(relative)
-    scales = [torch.ones_like(x)]
+    scales = [fold.snap(torch.ones_like(x))]
     for alpha, duo in grid:
         scale = (x.pow(alpha) / (w.pow(1 - alpha) + 1e-4) if duo else x.pow(alpha)).clamp(min=1e-4)
         scale = scale / (scale.max() * scale.min()).sqrt()

@@ -21,7 +21,7 @@ from quant.gram import InputStats, from_sums, observe, outer_sum
 from quant.parts import Parts, linear
 from quant.presets import PLANS, Plan, effort_on
 from quant.records import BlockResult, GramStatistics, LinearReport, Streams
-from quant.solve import Solution, Stack, solve
+from quant.solve import Solution, Stack, free_codes, solve
 
 
 def quantize_block(
@@ -33,12 +33,14 @@ def quantize_block(
     dtype: torch.dtype,
     *,
     tap: Tap | None = None,
+    metric: Tensor | None = None,
 ) -> BlockResult:
     """Quantize the linears of one block.
 
     Args:
         inputs: hidden states before the block; statistics of the float stream for `fast` alone; None for `rtn`.
         dtype: of the forward passes; the search itself computes in float32.
+        metric: (H, H) float32, what errors of the block's output are multiplied by in learned rounding; None: nothing.
         tap: sees "k" and "v" of the quantized block, for KV parameters.
 
     Returns linears as Quantized with folded norms, float16 throughout (a router and, with `keep_ragged`, linears whose K
@@ -49,7 +51,7 @@ def quantize_block(
     _check(weights, quant)
     if quant.preset == "rtn":
         return _rounded(weights, config, quant, inputs, device, dtype, tap)
-    walk = _Walk(weights, config, quant, torch.device(device), dtype)
+    walk = Walk(weights, config, quant, torch.device(device), dtype)
     if isinstance(inputs, GramStatistics):
         if quant.preset != "fast":
             raise InputError(
@@ -62,7 +64,7 @@ def quantize_block(
         from quant.awq_published import quantize_published
 
         return quantize_published(walk.weights, config, quant, inputs, tap)
-    return walk.run(inputs, tap)
+    return walk.run(inputs, tap, metric)
 
 
 def _check(weights: BlockWeights, quant: QuantConfig) -> None:
@@ -145,7 +147,7 @@ class _Float:
     out: Tensor
 
 
-class _Walk:
+class Walk:
     """The state of one block on its way through the search."""
 
     def __init__(
@@ -164,6 +166,7 @@ class _Walk:
         self.plan: Plan = PLANS.get(quant.preset, Plan())
         self.effort = effort_on(device)
         self.reports: list[LinearReport] = []
+        self.latents: dict[str, Tensor] = {}  # by role: centred codes as they would be if they were free
 
     # -- the pieces of every walk
 
@@ -184,8 +187,11 @@ class _Walk:
         stack = self.stack(roles)
         solution, reports = solve(stack, stats, fold, self.plan, self.effort, self.quant, cross)
         self.reports += reports
+        latent = free_codes(solution, stack.weight, stats) if self.plan.learn else None
         start = 0
         for role, rows in zip(roles, stack.rows, strict=True):
+            if latent is not None:
+                self.latents[role] = latent[start : start + rows]
             quantized = solution.quantized(slice(start, start + rows), self.quant.group_size, self.quant.bits)
             self.put(role, replace(self.weights.linears[role], weight=quantized))
             start += rows
@@ -206,7 +212,7 @@ class _Walk:
 
     # -- on streams
 
-    def run(self, inputs: Streams, tap: Tap | None) -> BlockResult:
+    def run(self, inputs: Streams, tap: Tap | None, metric: Tensor | None) -> BlockResult:
         x = inputs.quantized
         parts = Parts(self.config, x)
         keep_float = inputs.fp is not x
@@ -218,7 +224,7 @@ class _Walk:
             from quant.rounding import learn_block
 
             done, self.reports = learn_block(
-                done, self.source, self.config, self.quant, x, reference.out, self.reports
+                done, self.latents, self.config, self.quant, x, reference.out, self.reports, metric
             )
             dense = parts.dense(done)
             out = parts.map(lambda h: parts.block(h, dense, tap), x)

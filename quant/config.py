@@ -49,16 +49,15 @@ class QuantConfig:
             raise UsageError(f"kv_bits is {self.kv_bits}: expected 16 (float), 8 or 4.")
         if self.kv_mode not in get_args(KvMode):
             raise UsageError(f"kv_mode is {self.kv_mode!r}: expected dynamic or static.")
-        if self.distill and self.preset != "best":
+        if self.distill and self.preset == "rtn":
             raise UsageError(
-                f"distill belongs to the preset best, but the preset is {self.preset}: "
-                "choose --preset best, or leave --distill out."
+                "distill needs calibration text, which the preset rtn does not read: choose another preset."
             )
 
     @property
     def max_code(self) -> int:
         """Largest integer code: 15 at 4 bits."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     @property
     def needs_text(self) -> bool:

@@ -84,4 +84,7 @@ def gptq_published(
 
 def _column_errors(weight: Tensor, rounded: Tensor, factor: Tensor) -> Tensor:
     """e with w_j - sum over i < j of factor[i, j] e_i - w^_j = e_j: a unit triangular system, (g, N)."""
-    return torch.linalg.solve_triangular(factor.t(), weight - rounded, upper=False, unitriangular=True)
+    errors: Tensor = torch.linalg.solve_triangular(
+        factor.t(), weight - rounded, upper=False, unitriangular=True
+    )
+    return errors

@@ -41,6 +41,7 @@ class Effort:
     score_steps: int  # shrink factors while candidates are judged
     clip_steps: int  # shrink factors of the ranges that are kept
     banded: bool
+    rounds: int  # of descent and refit, at most
     sweeps: int  # of descent in a round
 
     def pairs(self, steps: int, bits: int, device: torch.device) -> Tensor:
@@ -52,5 +53,5 @@ class Effort:
 def effort_on(device: torch.device) -> Effort:
     """How hard to search on this kind of device."""
     if device.type == "cpu":
-        return Effort(alpha_steps=10, score_rows=128, score_steps=3, clip_steps=6, banded=True, sweeps=1)
-    return Effort(alpha_steps=20, score_rows=1 << 30, score_steps=5, clip_steps=11, banded=False, sweeps=3)
+        return Effort(alpha_steps=10, score_rows=128, score_steps=3, clip_steps=6, banded=True, rounds=1, sweeps=1)
+    return Effort(alpha_steps=20, score_rows=1 << 30, score_steps=5, clip_steps=11, banded=False, rounds=4, sweeps=3)

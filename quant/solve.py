@@ -73,11 +73,21 @@ def _round_to(weight: Tensor, scale: Tensor, zero: Tensor, config: QuantConfig) 
     return codes - zero.repeat_interleave(config.group_size, dim=1)
 
 
+def free_codes(solution: Solution, weight: Tensor, stats: InputStats) -> Tensor:
+    """Where each centred code would go if it alone were free and real: r - (D G)_j / (G_jj s_j), D = w^ - w: (N, K)."""
+    gram = damped(stats.gram / solution.column_scale[:, None] / solution.column_scale, DAMPING)
+    delta = expand(solution.codes, solution.scale) - weight * solution.column_scale
+    moves = (delta @ gram) / gram.diagonal()
+    groups = solution.scale.shape[1]
+    return solution.codes - (moves.unflatten(1, (groups, -1)) / solution.scale[..., None]).flatten(1)
+
+
 class _Judge:
     """Losses of the rows of candidates against a target, in the space of the original input; keeps what improves."""
 
     def __init__(self, target: Tensor, stats: InputStats) -> None:
         self.target, self.stats = target, stats
+        self._current: tuple[Tensor, Tensor] | None = None  # losses of the solution as it is
 
     def losses(self, solution: Solution, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) on all tokens and (N,) on those held out."""
@@ -87,8 +97,10 @@ class _Judge:
 
     def keep(self, solution: Solution, step: str, codes: Tensor, scale: Tensor, zero: Tensor) -> float:
         """Take the rows that improve into the solution; returns their share."""
-        old, new = self.losses(solution, solution.codes, solution.scale), self.losses(solution, codes, scale)
+        old = self._current or self.losses(solution, solution.codes, solution.scale)
+        new = self.losses(solution, codes, scale)
         better = (new[0] < old[0]) & (new[1] <= old[1])
+        self._current = torch.where(better, new[0], old[0]), torch.where(better, new[1], old[1])
         share = float(better.float().mean())
         if share > 0:
             solution.codes = torch.where(better[:, None], codes, solution.codes)
@@ -122,9 +134,8 @@ def solve(
         if cross is None or not plan.toward_float
         else _toward_float(weight, stats, cross, plan.toward_float)
     )
-    ones = torch.ones(weight.shape[1], device=weight.device)
     if plan.compensate == "published":
-        solution = _published(weight, stats, ones, plain, config)
+        solution = _published(weight, stats, fold, plain, config)
         before = loss_plain
     else:
         solution = _scaled(stack, target, stats, fold, plan, effort, config, plain)
@@ -132,7 +143,7 @@ def solve(
         _refine(solution, target, stats, plan, effort, config)
     after = stack.per_linear(loss_rows(solution.weight() - weight, stats.gram))
     if plan.scale and bool((after > loss_plain * (1 + 1e-6) + _TINY).any()):
-        solution, after = _fall_back(stack, stats, plan, effort, config, plain, solution)
+        solution, after = _fall_back(stack, stats, fold, plan, effort, config, solution)
     reports = _reports(stack, stats, solution, loss_plain.tolist(), before.tolist(), after.tolist())
     return solution, reports
 
@@ -147,17 +158,18 @@ def _toward_float(weight: Tensor, stats: InputStats, cross: Tensor, share: float
 
 
 def _published(
-    weight: Tensor, stats: InputStats, ones: Tensor, plain: tuple[Tensor, Tensor, Tensor], config: QuantConfig
+    weight: Tensor, stats: InputStats, fold: Fold, plain: tuple[Tensor, Tensor, Tensor], config: QuantConfig
 ) -> Solution:
+    channels, columns = torch.ones_like(fold.shrink(stats.mean_abs)), torch.ones_like(stats.mean_abs)
     found = gptq_published(weight, stats.gram, config.group_size, config.bits)
     if found is None:
-        solution = Solution(ones, ones, *plain)
+        solution = Solution(channels, columns, *plain)
         solution.warnings.append(
             "the Gram matrix is not positive definite at any damping: rounded to nearest"
         )
         return solution
     codes, scale, zero, damping = found
-    return Solution(ones, ones, codes, scale, zero, ["gptq"], values={"damping": damping})
+    return Solution(channels, columns, codes, scale, zero, ["gptq"], values={"damping": damping})
 
 
 def _scaled(
@@ -174,32 +186,41 @@ def _scaled(
     ones = torch.ones_like(fold.shrink(stats.mean_abs))
     if not plan.scale:
         return Solution(ones, fold.spread(ones), *plain)
+    scale, found = choose_scale(Stack(target, stack.roles, stack.rows), stats, fold, effort, config)
+    solution = _clipped(target, stats, fold, scale, effort, config)
+    if not found:
+        solution.warnings.append("no candidate scale has a finite loss: scale 1 is kept")
+    if "alpha" in found:
+        solution.steps.insert(0, "scale")
+    solution.values.update(found)
+    return solution
+
+
+def choose_scale(
+    stack: Stack, stats: InputStats, fold: Fold, effort: Effort, config: QuantConfig
+) -> tuple[Tensor, dict[str, float]]:
+    """The channel scale (K',) whose clipped rounding loses least, no linear of the stack losing more than with scale 1.
+
+    Returns it with what to report: nothing when no candidate has a finite loss.
+    """
+    weight = stack.weight
     grid = exponents(effort.alpha_steps)
-    scales = candidates(target, stats.mean_abs, config.group_size, fold, grid)
-    chosen = 0
+    scales = candidates(weight, stats.mean_abs, config.group_size, fold, grid)
     sample, sampled_rows = _sample_rows(stack, effort.score_rows)
+    pairs = effort.pairs(effort.score_steps, config.bits, weight.device)
     losses = score_candidates(
-        target[sample],
-        fold.spread(scales),
-        stats.gram,
-        effort.pairs(effort.score_steps, config.bits, target.device),
-        config.group_size,
-        config.bits,
-        sampled_rows,
+        weight[sample], fold.spread(scales), stats.gram, pairs, config.group_size, config.bits, sampled_rows
     )
     total = losses.sum(1).nan_to_num(nan=torch.inf)
-    allowed = (losses <= losses[0] * (1 + 1e-6)).all(1) | (
-        torch.arange(len(losses), device=losses.device) == 0
-    )
-    chosen = int(torch.where(allowed, total, torch.full_like(total, torch.inf)).argmin())
-    solution = _clipped(target, stats, fold, scales[chosen], effort, config)
     if not bool(total.isfinite().any()):
-        solution.warnings.append("no candidate scale has a finite loss: scale 1 is kept")
+        return scales[0], {}
+    allowed = (losses <= losses[0] * (1 + 1e-6)).all(1)
+    allowed[0] = True
+    chosen = int(torch.where(allowed, total, torch.full_like(total, torch.inf)).argmin())
+    values = {"scale_loss": float(total[chosen]), "scale_loss_of_ones": float(total[0])}
     if chosen:
-        solution.steps.insert(0, "scale")
-        solution.values["alpha"] = grid[chosen - 1][0]
-        solution.values["weight_term"] = float(grid[chosen - 1][1])
-    return solution
+        values |= {"alpha": grid[chosen - 1][0], "weight_term": float(grid[chosen - 1][1])}
+    return scales[chosen], values
 
 
 def _sample_rows(stack: Stack, limit: int) -> tuple[Tensor, list[int]]:
@@ -248,7 +269,7 @@ def _refine(
                 solution.codes = found[0]
                 solution.steps.append("gptq-r")
     steady = damped(gram, DAMPING)
-    for _ in range(plan.rounds):
+    for _ in range(min(plan.rounds, effort.rounds)):
         codes = descend(
             scaled, steady, solution.codes, solution.scale, solution.zero, size, bits, effort.sweeps
         )
@@ -263,15 +284,17 @@ def _refine(
 def _fall_back(
     stack: Stack,
     stats: InputStats,
+    fold: Fold,
     plan: Plan,
     effort: Effort,
     config: QuantConfig,
-    plain: tuple[Tensor, Tensor, Tensor],
     tried: Solution,
 ) -> tuple[Solution, Tensor]:
     """Start again from plain rounding with channel scale 1, where no step can end above it."""
     weight = stack.weight
-    solution = Solution(torch.ones_like(tried.channel_scale), torch.ones_like(tried.column_scale), *plain)
+    channel_scale = fold.snap(torch.ones_like(tried.channel_scale))
+    column_scale = fold.spread(channel_scale)
+    solution = Solution(channel_scale, column_scale, *round_to_nearest(weight * column_scale, config))
     solution.warnings = [*tried.warnings, "above round to nearest with channel scales: scale 1 is kept"]
     _refine(solution, weight, stats, plan, effort, config)
     return solution, stack.per_linear(loss_rows(solution.weight() - weight, stats.gram))

@@ -1,0 +1,159 @@
+"""Distillation end to end: group scales and norms of the whole quantized model, trained on the float model's logits.
+
+B samples a step, L tokens a sample, V vocabulary, R groups of all blocks, g group size. Codes and zero points stay as they are:
+only what the format leaves free moves. For models that fit on the device whole.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convert.checkpoint import BlockWeights, LinearWeights
+from convert.config import ModelConfig
+from engine.attention import causal_attend
+from engine.block import block_forward
+from engine.ops import rms_norm
+from engine.rope import rotary
+from quant.config import QuantConfig
+from quant.gram import fast_products
+from quant.training import Adam, FlatLinears, ScaleCodes, Steps, batches, fp16_norm, fp16_scale
+
+FINAL = "final_norm"
+
+
+@dataclass(frozen=True)
+class Distilling:
+    """How the pass goes. Rates are relative to the value that moves."""
+
+    scale_rate: float = 1e-3
+    norm_rate: float = 1e-3
+    tokens: int = 4096  # of a step
+    window: int = 2048  # samples are joined up to this length, in a new order each time round
+    warmup: float = 0.1  # share of the steps
+
+
+DISTILLING = Distilling()
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """KL(float || quantized) per token on the calibration text, mean over the first and the last tenth of the steps."""
+
+    steps: int
+    kl_first: float
+    kl_last: float
+
+
+def distill(
+    source: Sequence[BlockWeights],
+    blocks: Sequence[BlockWeights],
+    config: ModelConfig,
+    quant: QuantConfig,
+    tokens: Tensor,
+    embedding: Tensor,
+    final_norm: Tensor,
+    head: Tensor,
+    device: torch.device | str,
+    settings: Distilling | None = None,
+) -> tuple[list[BlockWeights], Tensor, DistillReport]:
+    """Train the scales and norms of `blocks` for `quant.distill_steps` steps.
+
+    Args:
+        source: float blocks; blocks: their quantized forms. tokens: (S, L) int64, the calibration text.
+        embedding, head: (V, H); final_norm: (H,), all of the float model.
+
+    Returns the blocks, the final norm (H,) float16 and a report.
+    """
+    how = DISTILLING if settings is None else settings
+    device = torch.device(device)
+    flat = FlatLinears.of(blocks, device)
+    length = tokens.shape[1]
+    join = max(1, min(how.window // length, len(tokens)))
+    size = max(join, how.tokens // length // join * join)
+    size = min(size, len(tokens) // join * join)
+    steps = quant.distill_steps
+    order = batches(len(tokens), size, steps, quant.seed + 2).to(device)
+    tokens = tokens.to(device)
+    embedding, head = embedding.float(), head.float()
+    positions = torch.arange(length * join, device=device).repeat(size // join)
+    angles = rotary(config, positions)
+    attend = causal_attend(size // join, length * join, config)
+    teacher = [_dense(block, device) for block in source]
+    wanted_norm = final_norm.to(device).float()
+
+    names = [(position, role) for position, block in enumerate(blocks) for role in block.norms]
+    start = {name: blocks[name[0]].norms[name[1]].to(device).float() for name in names}
+    start[len(blocks), FINAL] = final_norm.to(device).half().float()
+    widths = [len(norm) for norm in start.values()]
+    scale_move = torch.zeros_like(flat.scales)
+    norm_move = torch.zeros(sum(widths), device=device)
+    history = torch.zeros(steps, device=device)
+    counter = torch.zeros(1, dtype=torch.int64, device=device)
+    schedule = _schedule(steps, how.warmup).to(device)
+
+    def norms() -> tuple[list[dict[str, Tensor]], Tensor]:
+        moved = {
+            name: fp16_norm(norm * (1 + move))
+            for (name, norm), move in zip(start.items(), norm_move.split(widths), strict=True)
+        }
+        by_block: list[dict[str, Tensor]] = [{} for _ in blocks]
+        for position, role in names:
+            by_block[position][role] = moved[position, role]
+        return by_block, moved[len(blocks), FINAL]
+
+    def logits(ids: Tensor, dense: Sequence[BlockWeights], norm: Tensor) -> Tensor:
+        x = F.embedding(ids, embedding)
+        for block in dense:
+            x = block_forward(x, positions, block, config, attend, angles=angles)
+        return F.linear(rms_norm(x, norm, config.norm_eps), head)
+
+    params = [p for p, rate in ((scale_move, how.scale_rate), (norm_move, how.norm_rate)) if rate]
+    optimizer = Adam(params, [rate for rate in (how.scale_rate, how.norm_rate) if rate])
+
+    def step() -> None:
+        ids = tokens[order.index_select(0, counter)[0]].flatten()
+        with torch.no_grad():
+            wanted = logits(ids, teacher, wanted_norm).log_softmax(-1)
+        with torch.enable_grad():
+            for p in params:
+                p.requires_grad_(True)
+            by_block, norm = norms()
+            dense = ScaleCodes.apply(flat.codes, fp16_scale(flat.scales * (1 + scale_move)))
+            given = logits(ids, flat.dense(dense, by_block, device), norm).log_softmax(-1)
+            loss = F.kl_div(given, wanted, reduction="sum", log_target=True) / len(ids)
+            grads = torch.autograd.grad(loss, params)
+            for p in params:
+                p.requires_grad_(False)
+        with torch.no_grad():
+            optimizer.step(grads, schedule.index_select(0, counter))
+            history.index_copy_(0, counter, loss.detach()[None])
+            counter.add_(1)
+
+    with fast_products(), torch.no_grad():
+        Steps(step, device).run(steps)
+        by_block, norm = norms()
+        done = flat.packed(flat.codes, fp16_scale(flat.scales * (1 + scale_move)), by_block)
+    span = max(1, steps // 10)
+    report = DistillReport(steps, float(history[:span].mean()), float(history[-span:].mean()))
+    return done, norm.half(), report
+
+
+def _schedule(steps: int, warmup: float) -> Tensor:
+    """Linear rise, then half a cosine down to zero: (steps,)."""
+    step = torch.arange(steps, dtype=torch.float32)
+    rise = ((step + 1) / max(1.0, warmup * steps)).clamp(max=1)
+    return rise * 0.5 * (1 + torch.cos(torch.pi * step / steps))
+
+
+def _dense(block: BlockWeights, device: torch.device) -> BlockWeights:
+    linears = {}
+    for role, part in block.linears.items():
+        assert isinstance(part.weight, Tensor)
+        bias = None if part.bias is None else part.bias.to(device).float()
+        linears[role] = LinearWeights(part.weight.to(device).float(), bias)
+    return BlockWeights(
+        block.index, linears, {role: norm.to(device).float() for role, norm in block.norms.items()}
+    )

@@ -1,0 +1,114 @@
+"""Mixtral's experts: one channel scale from the shared norm, then each expert on the tokens that are routed to it.
+
+The router reads the same norm and stays float: its columns take the scale over. E experts, K in features.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kernels.int4 import Quantized
+from quant.folding import Fold, fold_norm, norm_fold, row_fold
+from quant.gram import InputStats, observe
+from quant.parts import Parts
+from quant.solve import choose_scale
+
+if TYPE_CHECKING:
+    from quant.blocks import Walk
+
+MIN_TOKENS = 64  # an expert that fewer tokens reach is searched on all of them
+
+
+def quantize_experts(walk: "Walk", parts: Parts, mid: Tensor) -> Tensor:
+    """Gate, up and down of every expert; returns the stream after the block."""
+    norm = walk.weights.norms["mlp_norm"]
+    h = parts.map(lambda part: parts.norm(part, norm), mid)
+    shared = observe((h[part] for part in parts.slices()), walk.name("experts"))
+    fixed = _share_scale(walk, shared, norm)
+    h = parts.map(lambda part: parts.norm(part, walk.weights.norms["mlp_norm"]), mid)
+    column_scale = fixed.spread(fixed.snap(shared.mean_abs))
+    for part in ("in", "down_in"):
+        seen = _expert_inputs(walk, parts, h, part)
+        for expert in range(walk.config.num_experts):
+            name = f"experts.{expert}."
+            if part == "in":
+                stats = _scaled(_stats_or(seen.get(expert), walk, name, None), column_scale) or shared
+                walk.search((name + "gate", name + "up"), stats, fixed)
+            else:
+                cols = walk.source.linears[name + "down"].weight.shape[1]
+                inner = _stats_or(seen.get(expert), walk, name, cols)
+                assert inner is not None
+                solution = walk.search((name + "down",), inner, row_fold(walk.weight(name + "up")))
+                walk.fold_back(name + "up", solution)
+    dense = parts.dense(walk.weights)
+    return mid + parts.map(lambda part: parts.mlp(part, dense), h)
+
+
+def experts_from_statistics(walk: "Walk", stats: Callable[[str], InputStats]) -> None:
+    """The same on saved statistics of the float stream."""
+    norm = walk.source.norms["mlp_norm"]
+    shared = stats("mlp_in")
+    fixed = _share_scale(walk, shared, norm)
+    for expert in range(walk.config.num_experts):
+        name = f"experts.{expert}."
+        own = stats(name + "in")
+        walk.search((name + "gate", name + "up"), own if own.tokens >= MIN_TOKENS else shared, fixed)
+        inner = stats(name + "down_in")
+        solution = walk.search((name + "down",), inner, row_fold(walk.weight(name + "up")))
+        walk.fold_back(name + "up", solution)
+
+
+def _share_scale(walk: "Walk", stats: InputStats, norm: Tensor) -> Fold:
+    """Choose the norm's scale for all experts at once and fold it; returns the fold that holds it fixed."""
+    roles = tuple(f"experts.{e}.{part}" for e in range(walk.config.num_experts) for part in ("gate", "up"))
+    fold = norm_fold(norm)
+    scale = torch.ones_like(norm)
+    if walk.plan.scale:
+        scale = choose_scale(walk.stack(roles), stats, fold, walk.effort, walk.quant)[0]
+    walk.put_norm("mlp_norm", fold_norm(norm, scale))
+    router = walk.weights.linears["router"]
+    if not isinstance(router.weight, Quantized):
+        walk.put("router", replace(router, weight=router.weight.float() * scale))
+    return Fold(lambda value: value, lambda value: value, lambda value: scale.expand_as(value))
+
+
+def _expert_inputs(walk: "Walk", parts: Parts, h: Tensor, what: str) -> dict[int, list[Tensor]]:
+    """What reaches each expert, by expert, in chunks of (tokens, K)."""
+    dense, seen = parts.dense(walk.weights), dict[int, list[Tensor]]()
+    ending = "." + what
+
+    def tap(name: str, value: Tensor) -> None:
+        if name.startswith("experts.") and name.endswith(ending):
+            seen.setdefault(int(name.split(".")[1]), []).append(value)
+
+    for part in parts.slices():
+        parts.mlp(h[part], dense, tap)
+    return seen
+
+
+def _stats_or(chunks: list[Tensor] | None, walk: "Walk", name: str, cols: int | None) -> InputStats | None:
+    """Statistics of an expert's own tokens; with too few of them none, or, where cols is given, those of white noise."""
+    count = sum(len(chunk) for chunk in chunks or ())
+    if chunks and count >= MIN_TOKENS:
+        return observe((chunk[None] for chunk in chunks), walk.name(name + "inputs"))
+    if cols is None:
+        return None
+    gram = torch.eye(cols, device=walk.device)
+    return InputStats(gram, gram, gram, torch.ones(cols, device=walk.device), count)
+
+
+def _scaled(stats: InputStats | None, column_scale: Tensor) -> InputStats | None:
+    """Statistics of inputs that a folded norm has divided by column_scale, as they were before."""
+    if stats is None:
+        return None
+    outer = column_scale[:, None] * column_scale
+    return replace(
+        stats,
+        gram=stats.gram * outer,
+        fit=stats.fit * outer,
+        hold=stats.hold * outer,
+        mean_abs=stats.mean_abs * column_scale,
+    )

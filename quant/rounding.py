@@ -1,0 +1,146 @@
+"""Learned rounding: codes, scales and norms of one block trained together on what the block gives, straight through the grid.
+
+S samples, L tokens a sample, H hidden size, R groups of the block, g group size. Starts from a quantized block; keeps the
+best that was seen on all the text, the start included.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from convert.checkpoint import BlockWeights
+from convert.config import ModelConfig
+from quant.config import QuantConfig
+from quant.gram import fast_products
+from quant.parts import Parts
+from quant.records import LinearReport
+from quant.training import Adam, FlatLinears, RoundToGrid, SignDescent, Steps, batches, fp16_norm, fp16_scale
+
+NORMS = ("attn_norm", "mlp_norm")
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How the training goes; rates are totals over all steps of a linear decay, codes in steps of the grid, others relative."""
+
+    optimizer: Literal["sign", "adam"] = "sign"
+    code_rate: float = 1.0
+    scale_rate: float = 0.1
+    norm_rate: float = 0.0
+    batch: int = 8
+    checks: int = 8  # measurements of the whole loss
+    token_power: bool = False  # each token's error relative to its own power
+
+
+LEARNING = Learning()
+
+
+def learn_block(
+    block: BlockWeights,
+    latents: Mapping[str, Tensor],
+    config: ModelConfig,
+    quant: QuantConfig,
+    x: Tensor,
+    y: Tensor,
+    reports: list[LinearReport],
+    metric: Tensor | None = None,
+    settings: Learning | None = None,
+) -> tuple[BlockWeights, list[LinearReport]]:
+    """Train a quantized block so that it maps x to y.
+
+    Args:
+        block: Quantized linears, fp16 norms. latents: by role (N, K) float32, where each centred code would go if it
+            were free; kept within half a step of its integer, so that nothing changes at first.
+        metric: (H, H) what an error is multiplied by before it is squared; None: nothing.
+        x: (S, L, H) inputs, those of the quantized model; y: (S, L, H) what the float model gives after this block.
+
+    Returns the block and the reports with the step and both losses added: mean squared error per element of y.
+    """
+    learning = LEARNING if settings is None else settings
+    device, steps = x.device, quant.rounding_steps
+    flat = FlatLinears.of([block], device)
+    start = flat.codes.float()
+    wanted = torch.cat([latents[role].view(-1, flat.group_size) for _, role in flat.names])
+    latent = torch.maximum(torch.minimum(wanted, start + 0.49), start - 0.49)
+    scale_move = torch.zeros_like(flat.scales)
+    norms = {role: block.norms[role].to(device).float() for role in NORMS}
+    norm_moves = {role: torch.zeros_like(norm) for role, norm in norms.items()}
+    max_code = quant.max_code
+    parts = Parts(config, x)
+    size = min(learning.batch, len(x))
+    weights_of_tokens = _token_weights(y) if learning.token_power else None
+
+    def current() -> BlockWeights:
+        scales = fp16_scale(flat.scales * (1 + scale_move))
+        dense = RoundToGrid.apply(latent, scales, flat.zeros, max_code)
+        moved = {role: fp16_norm(norm * (1 + norm_moves[role])) for role, norm in norms.items()}
+        return flat.dense(dense, [moved], device)[0]
+
+    def error(part: Tensor | slice, weights: BlockWeights) -> Tensor:
+        delta = parts.block(x[part].float(), weights) - y[part].float()
+        squared = (delta if metric is None else delta @ metric).pow(2)
+        return (squared if weights_of_tokens is None else squared * weights_of_tokens[part]).mean()
+
+    def whole() -> float:
+        weights = current()
+        total = sum(error(part, weights) * (part.stop - part.start) for part in parts.slices())
+        return float(total) / len(x)
+
+    params = [latent, scale_move, *norm_moves.values()]
+    rates = [learning.code_rate, learning.scale_rate] + [learning.norm_rate] * len(norm_moves)
+    trained = [p for p, rate in zip(params, rates, strict=True) if rate]
+    rates = [rate / steps for rate in rates if rate]
+    optimizer = (Adam if learning.optimizer == "adam" else SignDescent)(trained, rates)
+    order = batches(len(x), size, steps, quant.seed + 1).to(device)
+    schedule = 1 - torch.arange(steps, device=device, dtype=torch.float32) / steps
+    counter = torch.zeros(1, dtype=torch.int64, device=device)
+    gain = 1.0
+
+    def step() -> None:
+        chosen = order.index_select(0, counter)[0]
+        with torch.enable_grad():
+            for p in trained:
+                p.requires_grad_(True)
+            grads = torch.autograd.grad(error(chosen, current()) * gain, trained)
+            for p in trained:
+                p.requires_grad_(False)
+        with torch.no_grad():
+            optimizer.step(grads, schedule.index_select(0, counter))
+            counter.add_(1)
+
+    with fast_products(), torch.no_grad():
+        first = best = whole()
+        gain = 1.0 / max(first, 1e-30)  # keeps small gradients away from zero
+        kept = [p.clone() for p in params]
+        runner = Steps(step, device)
+        for check in range(learning.checks):
+            runner.run(steps * (check + 1) // learning.checks - steps * check // learning.checks)
+            loss = whole()
+            if loss < best:
+                best, kept = loss, [p.clone() for p in params]
+        for p, value in zip(params, kept, strict=True):
+            p.copy_(value)
+        codes = torch.clamp(latent.round(), -flat.zeros, max_code - flat.zeros)
+        moved = {role: fp16_norm(norm * (1 + norm_moves[role])) for role, norm in norms.items()}
+        done = flat.packed(codes, fp16_scale(flat.scales * (1 + scale_move)), [moved])[0]
+    values = {"block_before": first, "block_after": best}
+    names = {role for _, role in flat.names}
+    return done, [
+        replace(
+            report,
+            steps=(*report.steps, "rounding") if best < first else report.steps,
+            values={**report.values, **values},
+        )
+        if report.role in names
+        else report
+        for report in reports
+    ]
+
+
+def _token_weights(y: Tensor) -> Tensor:
+    power = y.float().pow(2).mean(-1, keepdim=True)
+    weights = 1 / (power + 1e-6)
+    return weights / weights.mean()

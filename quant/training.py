@@ -1,0 +1,256 @@
+"""What learned rounding and distillation share: the quantizer with its straight-through gradient, flat weights, steps as a graph.
+
+N out features, K in features, g group size. All linears of a block lie in one flat tensor (rows of g), so that quantizing them
+takes a handful of kernels. Knows no loss.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convert.checkpoint import BlockWeights, LinearWeights
+from kernels.int4 import Quantized, round_scale
+
+
+class RoundToGrid(torch.autograd.Function):
+    """w^ = clamp(round(v), -z, Q - z) * s for latent codes v (R, g), s and z (R, 1).
+
+    Straight through: dv = dw * s where nothing was clamped, ds = sum over the group of dw * r.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
+        rounded = latent.round()
+        codes = torch.clamp(rounded, -zero, max_code - zero)
+        ctx.save_for_backward(codes, rounded == codes, scale)
+        return codes * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        codes, inside, scale = ctx.saved_tensors
+        return grads[0] * scale * inside, (grads[0] * codes).sum(-1, keepdim=True), None, None
+
+
+class ScaleCodes(torch.autograd.Function):
+    """w^ = r * s for fixed codes r (R, g) int8 and s (R, 1): the gradient reaches s alone."""
+
+    @staticmethod
+    def forward(ctx: Any, codes: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(codes)
+        return codes * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        (codes,) = ctx.saved_tensors
+        return None, (grads[0] * codes).sum(-1, keepdim=True)
+
+
+def straight_through(value: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
+    """rounding(value) going forward, the identity going backward."""
+    return value + (rounding(value) - value).detach()
+
+
+def fp16_scale(scale: Tensor) -> Tensor:
+    """Scales as they will be stored, differentiable."""
+    return straight_through(scale, round_scale)
+
+
+def fp16_norm(norm: Tensor) -> Tensor:
+    """Norm weights as they will be stored, differentiable."""
+    return straight_through(norm, lambda value: value.half().to(value.dtype))
+
+
+@dataclass(frozen=True)
+class FlatLinears:
+    """The quantized linears of some blocks as rows of groups: codes (R, g), scales and zeros (R, 1), float32 or int8."""
+
+    blocks: tuple[BlockWeights, ...]
+    names: tuple[tuple[int, str], ...]  # (position in blocks, role)
+    codes: Tensor  # centred, int8
+    scales: Tensor
+    zeros: Tensor
+    group_size: int
+    bits: int
+
+    @staticmethod
+    def of(blocks: Sequence[BlockWeights], device: torch.device | str) -> "FlatLinears":
+        names, codes, scales, zeros = [], [], [], []
+        group_size, bits = 0, 4
+        for position, block in enumerate(blocks):
+            for role, part in block.linears.items():
+                weight = part.weight
+                if not isinstance(weight, Quantized):
+                    continue
+                group_size, bits = weight.group_size, weight.bits
+                zero = weight.zeros.to(device).reshape(-1, 1)
+                names.append((position, role))
+                codes.append(
+                    weight.codes.to(device).view(-1, group_size).to(torch.int8) - zero.to(torch.int8)
+                )
+                scales.append(weight.scales.to(device).reshape(-1, 1).float())
+                zeros.append(zero.float())
+        return FlatLinears(
+            tuple(blocks),
+            tuple(names),
+            torch.cat(codes),
+            torch.cat(scales),
+            torch.cat(zeros),
+            group_size,
+            bits,
+        )
+
+    def _weight(self, position: int, role: str) -> Quantized:
+        weight = self.blocks[position].linears[role].weight
+        assert isinstance(weight, Quantized)
+        return weight
+
+    @property
+    def _rows(self) -> list[int]:
+        return [self._weight(*name).scales.numel() for name in self.names]
+
+    def dense(
+        self, flat: Tensor, norms: Sequence[dict[str, Tensor]], device: torch.device | str
+    ) -> list[BlockWeights]:
+        """Blocks whose quantized linears are slices of `flat` (R, g)."""
+        pieces = dict(zip(self.names, flat.split(self._rows), strict=True))
+        out = []
+        for position, block in enumerate(self.blocks):
+            linears: dict[str, LinearWeights] = {}
+            for role, part in block.linears.items():
+                weight = (
+                    pieces[position, role].view(part.weight.shape)
+                    if (position, role) in pieces
+                    else part.weight
+                )
+                assert isinstance(weight, Tensor)
+                bias = None if part.bias is None else part.bias.to(device).float()
+                linears[role] = LinearWeights(weight.to(device), bias)
+            out.append(BlockWeights(block.index, linears, {**block.norms, **norms[position]}))
+        return out
+
+    def packed(self, codes: Tensor, scales: Tensor, norms: Sequence[dict[str, Tensor]]) -> list[BlockWeights]:
+        """Blocks with these centred codes (R, g), scales (R, 1) and norms, as packed types."""
+        blocks = [dict(block.linears) for block in self.blocks]
+        rows = self._rows
+        for (position, role), r, s in zip(self.names, codes.split(rows), scales.split(rows), strict=True):
+            old = self._weight(position, role)
+            zeros = old.zeros.to(r.device)
+            full = r.view(*old.scales.shape, -1) + zeros[..., None]
+            weight = replace(
+                old,
+                codes=full.view(old.shape).to(torch.uint8),
+                scales=s.view(old.scales.shape).half(),
+                zeros=zeros,
+            )
+            blocks[position][role] = replace(blocks[position][role], weight=weight)
+        return [
+            replace(
+                block,
+                linears=linears,
+                norms={
+                    **block.norms,
+                    **{role: norm.detach().half() for role, norm in norms[position].items()},
+                },
+            )
+            for position, (block, linears) in enumerate(zip(self.blocks, blocks, strict=True))
+        ]
+
+
+@dataclass
+class Adam:
+    """Adam (Kingma and Ba, 2014) on a few tensors, every quantity a tensor so that a step can be captured as a graph."""
+
+    params: list[Tensor]
+    rates: list[float]
+    betas: tuple[float, float] = (0.9, 0.95)
+
+    def __post_init__(self) -> None:
+        self._first = [torch.zeros_like(p) for p in self.params]
+        self._second = [torch.zeros_like(p) for p in self.params]
+        self._bias = torch.ones(2, device=self.params[0].device)
+        self._betas = torch.tensor(self.betas, device=self.params[0].device)
+
+    def step(self, grads: Sequence[Tensor], schedule: Tensor) -> None:
+        """One update; schedule: a factor on all rates, a tensor of one element."""
+        self._bias.mul_(self._betas)
+        first_bias, second_bias = (1 - self._bias).unbind()
+        for p, grad, m, v, rate in zip(
+            self.params, grads, self._first, self._second, self.rates, strict=True
+        ):
+            m.lerp_(grad, 1 - self.betas[0])
+            v.mul_(self.betas[1]).addcmul_(grad, grad, value=1 - self.betas[1])
+            p.sub_((m / first_bias) / ((v / second_bias).sqrt() + 1e-20) * (schedule * rate))
+
+
+@dataclass
+class SignDescent:
+    """p -= rate * sign(grad): the update of signed rounding (Cheng et al., AutoRound, 2023)."""
+
+    params: list[Tensor]
+    rates: list[float]
+
+    def step(self, grads: Sequence[Tensor], schedule: Tensor) -> None:
+        """One update; schedule: a factor on all rates, a tensor of one element."""
+        for p, grad, rate in zip(self.params, grads, self.rates, strict=True):
+            p.sub_(grad.sign() * (schedule * rate))
+
+
+class Steps:
+    """Runs a step again and again: on a GPU it is captured once as a CUDA graph and replayed, so that launches cost nothing.
+
+    The step must read everything that changes from tensors. The first runs are ordinary ones and count as steps.
+    """
+
+    def __init__(self, step: Callable[[], None], device: torch.device) -> None:
+        self._step, self._device = step, device
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._warm = 0
+
+    def run(self, count: int) -> None:
+        """`count` further steps."""
+        while count and (self._device.type != "cuda" or self._warm < 3):
+            self._eager()
+            count -= 1
+        if not count:
+            return
+        if self._graph is None:
+            self._capture()
+        assert self._graph is not None
+        for _ in range(count):
+            self._graph.replay()
+
+    def _eager(self) -> None:
+        if self._device.type != "cuda":
+            self._step()
+            return
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            self._step()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        self._warm += 1
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        torch.cuda.synchronize(self._device)
+        with torch.cuda.stream(stream):
+            graph.capture_begin()
+            self._step()
+            graph.capture_end()
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        self._graph = graph
+
+
+def batches(samples: int, size: int, steps: int, seed: int) -> Tensor:
+    """Sample numbers of each step, (steps, size) int64: one random order after another, each sample once in each."""
+    generator = torch.Generator().manual_seed(seed)
+    orders, have = [], 0
+    while have < steps * size:
+        orders.append(torch.randperm(samples, generator=generator))
+        have += samples
+    return torch.cat(orders)[: steps * size].view(steps, size)
