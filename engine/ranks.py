@@ -71,7 +71,7 @@ class GroupRunner:
 
     def __init__(self, runner: ModelRunner, others: Sequence["subprocess.Popen[str]"], folder: str) -> None:
         """`folder` holds the file through which the ranks met; it goes with the group."""
-        self._runner, self._others, self._folder = runner, others, folder
+        self.local, self._others, self._folder = runner, others, folder
         self.num_blocks, self.block_size = runner.num_blocks, runner.block_size
         self.context_length, self.vocab_size = runner.context_length, runner.vocab_size
         self.lookahead = runner.lookahead
@@ -86,7 +86,7 @@ class GroupRunner:
                 assert process.stdin is not None
                 process.stdin.write(line)
                 process.stdin.flush()
-            return self._runner.run(plan)
+            return self.local.run(plan)
         except (RuntimeError, ValueError, OSError) as error:
             raise EngineDied("A rank of the tensor-parallel group failed: the group cannot go on.") from error
 
@@ -100,7 +100,7 @@ class GroupRunner:
             process.wait()
         dist.destroy_process_group()
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._runner.close()
+        self.local.close()
 
     def _watch(self, process: "subprocess.Popen[str]") -> None:
         code = process.wait()

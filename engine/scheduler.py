@@ -221,7 +221,7 @@ class Scheduler:
                     tuple(sequence.output_ids),
                 )
             )
-            count = min(budget, sequence.length)
+            count = min(budget, sequence.length - sequence.computed)
             work.append((sequence, count))
             budget -= count
         return joins

@@ -1,0 +1,289 @@
+"""How fast an engine is: static (a fixed batch) and dynamic (a trace of requests). Measures an `EngineCore`; prints nothing.
+
+Static: B prompts at once; prefill is the time until the last first token, decode the median time of a step in which all B sequences draw
+a token. Dynamic: requests arrive by the clock; time to first token counts from the arrival, inter-token latency between the tokens
+of one request. The share of the bandwidth limit is (bytes of weights and of cached keys and values that a decode step reads) / (measured
+copy bandwidth) / (time of the step).
+"""
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from convert.errors import ResourceError, UsageError
+from engine.api import Event, Request, SamplingParams
+from engine.cache import block_bytes
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.device_limits import busy_share, copy_bandwidth, peak_gib, reset_peak
+from engine.loading import make_runner, open_source, resolve_device
+from engine.process import ModelSource
+from engine.ranks import start_group
+from engine.runner import ModelRunner
+from engine.throughput_rows import ThroughputRow, percentile
+from engine.trace import TraceEntry
+
+SETTLING_STEPS = 4  # decode steps before the first that counts
+PROFILED_STEPS = 60
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model and how it is run, with the names its rows bear."""
+
+    source: ModelSource
+    config: EngineConfig
+    impl: str = "ours"
+
+
+@dataclass
+class Bench:
+    """A loaded contender, ready to be measured, and the measured limit of its device. `runner` is that of rank 0."""
+
+    core: EngineCore
+    runner: ModelRunner
+    contender: Contender
+    shape: str
+    weights: str
+    bandwidth: float  # bytes per second
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
+
+    @property
+    def device(self) -> torch.device:
+        return self.runner.device
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one decode step reads: all blocks, the final norm and the head, not the embedding."""
+        model = self.runner.model
+        return (
+            sum(block.size_bytes for block in model.blocks) + model.lm_head.nbytes + model.final_norm.nbytes
+        )
+
+    def step_bytes(self, batch: int, context: float) -> float:
+        """Bytes that a decode step of `batch` sequences of `context` tokens reads."""
+        runner = self.runner
+        per_token = block_bytes(runner.model.config, runner.config, runner.model.dtype) / runner.block_size
+        return self.weight_bytes() + batch * context * per_token
+
+    def static(
+        self, batch: int, input_len: int, output_len: int = 128, *, random_cache: bool = False
+    ) -> ThroughputRow:
+        """B sequences at once. `random_cache`: the prompt's keys and values are random bits, nothing is prefilled.
+
+        Raises ResourceError where the batch does not fit into the cache.
+        """
+        chunks = -(-batch * input_len // self.core.config.max_step_tokens)
+        spare = SETTLING_STEPS + (
+            2 if random_cache else chunks + 2
+        )  # tokens that the first sequences draw early
+        self._check_room(batch, input_len + output_len + spare)
+        if random_cache:
+            self.runner.cache.fill_random()
+        reset_peak(self.device)
+        self._start(batch, input_len, output_len + spare, random_cache)
+        began, prefill_s, steps = time.perf_counter(), 0.0, list[float]()
+        started: set[str] = set()
+        last = began
+        while len(steps) < output_len + SETTLING_STEPS:
+            _raise_errors(events := self.core.step())
+            now = time.perf_counter()
+            if len(started) == batch:
+                steps.append(now - last)
+            started.update(event.request_id for event in events if event.token_ids)
+            if len(started) == batch and not prefill_s:
+                prefill_s = now - began
+            last = now
+        self._drain()
+        itl = [1e3 * s for s in steps[SETTLING_STEPS:]]
+        step_s = percentile(itl, 50) / 1e3
+        moved = self.step_bytes(batch, input_len + output_len / 2)
+        row = self._row("static", batch, input_len, output_len, batch / step_s)
+        return replace(
+            row,
+            itl_ms_p50=percentile(itl, 50),
+            itl_ms_p99=percentile(itl, 99),
+            ttft_ms_p50=None if random_cache else 1e3 * prefill_s,
+            prefill_tok_per_s=None if random_cache else batch * input_len / prefill_s,
+            bandwidth_share=moved / self.bandwidth / step_s,
+            note="cache filled with random values" if random_cache else "",
+        )
+
+    def dynamic(self, trace: Sequence[TraceEntry], rate: float, *, profile: bool = False) -> ThroughputRow:
+        """The trace at `rate` requests a second. `profile` adds the GPU's busy share over the middle of the run."""
+        clock = _TraceRun(self.core, trace, rate, self._prompt)
+        reset_peak(self.device)
+        busy = None
+        if profile and self.device.type == "cuda":
+            clock.run(until=len(trace) // 3)
+            busy = busy_share(lambda: clock.run(steps=PROFILED_STEPS))
+        clock.run()
+        ttft, itl = [1e3 * s for s in clock.first_token_s], [1e3 * s for s in clock.gaps_s]
+        tokens = sum(entry.output_tokens for entry in trace)
+        row = self._row(
+            "dynamic",
+            self.core.config.max_batch,
+            round(statistics.mean(entry.prompt_tokens for entry in trace)),
+            round(tokens / len(trace)),
+            tokens / clock.elapsed_s,
+        )
+        return replace(
+            row,
+            req_per_s=len(trace) / clock.elapsed_s,
+            ttft_ms_p50=percentile(ttft, 50),
+            ttft_ms_p99=percentile(ttft, 99),
+            itl_ms_p50=percentile(itl, 50),
+            itl_ms_p99=percentile(itl, 99),
+            busy_share=busy,
+            preemptions=self.core.scheduler.preemptions,
+            note=f"{len(trace)} requests at {rate:g} a second",
+        )
+
+    def _row(
+        self,
+        mode: Literal["static", "dynamic"],
+        batch: int,
+        input_len: int,
+        output_len: int,
+        tok_per_s: float,
+    ) -> ThroughputRow:
+        config = self.contender.config
+        dtype = str(self.runner.model.dtype).removeprefix("torch.")
+        names = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+        return ThroughputRow(
+            impl=self.contender.impl,
+            shape=self.shape,
+            tp=config.tp,
+            mode=mode,
+            weights=self.weights,
+            kv="int8" if config.kv_bits == 8 else names[dtype],
+            kv_mode=config.kv_mode if config.kv_bits == 8 else "",
+            batch=batch,
+            input_len=input_len,
+            output_len=output_len,
+            tok_per_s=tok_per_s,
+            memory_gib=peak_gib(self.device),
+        )
+
+    def _check_room(self, batch: int, tokens: int) -> None:
+        blocks = self.core.blocks
+        needed = batch * blocks.blocks_for(tokens)
+        if batch > self.core.config.max_batch:
+            raise UsageError(f"batch {batch} is above max_batch {self.core.config.max_batch} of this engine.")
+        if needed > blocks.total or tokens > self.core.context_length:
+            raise ResourceError(
+                f"{batch} sequences of {tokens} tokens need {needed} blocks of {blocks.block_size} tokens; the cache has "
+                f"{blocks.total}, and a sequence may have {self.core.context_length} tokens."
+            )
+
+    def _prompt(self, tokens: int) -> tuple[int, ...]:
+        return tuple(self.rng.choices(range(self.core.runner.vocab_size), k=tokens))
+
+    def _start(self, batch: int, input_len: int, output_len: int, random_cache: bool) -> None:
+        sampling = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
+        for i in range(batch):
+            self.core.add(Request(f"static-{i}", self._prompt(input_len), sampling))
+            if random_cache:
+                self.core.scheduler.waiting[-1].computed = input_len - 1
+
+    def _drain(self) -> None:
+        for i in range(self.core.config.max_batch):
+            self.core.abort(f"static-{i}")
+        while self.core.has_work:
+            self.core.step()
+
+
+class _TraceRun:
+    """A trace on its way through a core, by the clock on the wall."""
+
+    def __init__(
+        self,
+        core: EngineCore,
+        trace: Sequence[TraceEntry],
+        rate: float,
+        prompt: Callable[[int], tuple[int, ...]],
+    ) -> None:
+        self._core = core
+        self._due = [entry.arrival_s / rate for entry in trace]
+        self._requests = [_request(i, entry, prompt) for i, entry in enumerate(trace)]
+        self._added = self._ended = 0
+        self._began: float | None = None
+        self._last_token: dict[str, float] = {}
+        self.first_token_s: list[float] = []
+        self.gaps_s: list[float] = []
+        self.elapsed_s = 0.0
+
+    def run(self, until: int | None = None, steps: int | None = None) -> None:
+        """Go on until so many requests have ended (all of them), or for so many steps."""
+        if self._began is None:
+            self._began = time.perf_counter()
+        goal = len(self._requests) if until is None else until
+        while self._ended < goal and (steps is None or steps > 0):
+            now = time.perf_counter() - self._began
+            while self._added < len(self._due) and self._due[self._added] <= now:
+                self._core.add(self._requests[self._added])
+                self._added += 1
+            if not self._core.has_work:
+                time.sleep(max(0.0, self._due[self._added] - now))
+                continue
+            self._note(self._core.step())
+            steps = None if steps is None else steps - 1
+
+    def _note(self, events: list[Event]) -> None:
+        assert self._began is not None
+        _raise_errors(events)
+        now = time.perf_counter() - self._began
+        for event in events:
+            name = event.request_id
+            if event.token_ids:
+                if name in self._last_token:
+                    self.gaps_s.append(now - self._last_token[name])
+                else:
+                    self.first_token_s.append(now - self._due[int(name)])
+                self._last_token[name] = now
+            if event.finish_reason is not None:
+                self._ended += 1
+                self.elapsed_s = now
+
+
+def _request(index: int, entry: TraceEntry, prompt: Callable[[int], tuple[int, ...]]) -> Request:
+    sampling = SamplingParams(temperature=0.0, max_tokens=entry.output_tokens, ignore_eos=True)
+    return Request(str(index), prompt(entry.prompt_tokens), sampling)
+
+
+def _raise_errors(events: Sequence[Event]) -> None:
+    for event in events:
+        if event.error is not None:
+            raise ResourceError(f"The measurement's request {event.request_id} failed: {event.error}")
+
+
+@contextmanager
+def open_bench(contender: Contender, bandwidth: float | None = None) -> Iterator[Bench]:
+    """Load a contender; its memory is free again behind the block. `bandwidth` spares measuring it again."""
+    device = resolve_device(contender.config.device)
+    bandwidth = bandwidth or copy_bandwidth(device)
+    ckpt = open_source(contender.source, contender.config)
+    if contender.config.tp == 1:
+        runner = make_runner(ckpt, contender.config)
+        core = EngineCore(runner, contender.config)
+    else:
+        group = start_group(contender.source, contender.config)
+        runner, core = group.local, EngineCore(group, contender.config)
+    fmt, floats = ckpt.config.quantization, {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+    weights = f"int{fmt.bits}" if fmt is not None else floats[ckpt.config.dtype]
+    name = contender.source.random_weights
+    shape = ckpt.path.name if name is None else f"{Path(name).stem} (random)"
+    try:
+        yield Bench(core, runner, contender, shape, weights, bandwidth)
+    finally:
+        core.close()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
