@@ -34,14 +34,14 @@ def _dot(w, x, acc, SWAP: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def _block_dot(
-    acc, words, xs, params, N,
+    acc, words, xs, scale_zero, N,
     GROUP: tl.constexpr, SWAP: tl.constexpr, SCALE_FIRST: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """acc + the product of one block. words (32, BN) or (BN, 32) for SWAP; params: pointers (BN,) of the first group."""
+    """acc + the product of one block. words (32, BN) or (BN, 32) for SWAP; scale_zero: pointers (BN,) of the first group."""
     part = tl.zeros_like(acc)
     for plane in tl.static_range(4):
         if plane * 32 % GROUP == 0:
-            packed = tl.load(params + plane * 32 // GROUP * N, eviction_policy="evict_first")
+            packed = tl.load(scale_zero + plane * 32 // GROUP * N, eviction_policy="evict_first")
             scale = scale_of(packed)
         zero = zero_of(packed, plane, BF16)
         if SWAP:
@@ -77,7 +77,7 @@ def _partial(partial, inner, program, tile, run, KB, SIZE: tl.constexpr, mask):
 
 @triton.jit(do_not_specialize=["M", "run"])
 def w4_matmul(
-    x, words, params, out, bias, residual, partial, arrived,
+    x, words, scale_zero, out, bias, residual, partial, arrived,
     M, N, K, KB, stride_x, run,
     GROUP: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
@@ -87,7 +87,7 @@ def w4_matmul(
 ):  # fmt: skip
     """out[m, n] = f(sum_k x[m, k] * (q[n, k] - z[n, g]) * s[n, g] + bias[n]) + residual[m, n], f of `store_tile`.
 
-    x (M, K) fp16 or bf16, rows `stride_x` apart; words (KB, N, 32) int16 and params (KB * P, N) int32 of
+    x (M, K) fp16 or bf16, rows `stride_x` apart; words (KB, N, 32) int16 and scale_zero (KB * P, N) int32 of
     `w4a16_layout`; out, residual (M, N) or (M, N / 2) row-major, dtype of x; bias (N,); partial: float32 workspace of two
     tiles for each program; arrived (T,) int32, zero before and after.
     Rounding: SCALE_FIRST rounds (q - z) * s once to the dtype of x before the dot (for bf16 also s); otherwise q - z is exact
@@ -133,7 +133,7 @@ def w4_matmul(
             live = m[:, None] < M
             k = c[None, :]
             acc = tl.zeros([BM, BN], tl.float32)
-        param_ptr = params + b0 * (128 // GROUP) * N + n
+        param_ptr = scale_zero + b0 * (128 // GROUP) * N + n
         for b in range(b0, b1):
             w = tl.load(word_ptr, eviction_policy="evict_first")
             if EVEN_K:

@@ -62,24 +62,24 @@ def _halves(v):
 
 
 @triton.jit
-def _product(words, x, params, total, PLANE: tl.constexpr, IS_FIRST: tl.constexpr, ASM: tl.constexpr):
+def _product(words, x, scale_zero, total, PLANE: tl.constexpr, IS_FIRST: tl.constexpr, ASM: tl.constexpr):
     """total + (q - z) / 16 * x of one plane in half2, as int32; total is not read where IS_FIRST."""
     if ASM:
         if IS_FIRST:
             return tl.inline_asm_elementwise(
-                MUL_PLANE[PLANE], "=r,r,r,r", [words, params, x], dtype=tl.int32, is_pure=True, pack=1
+                MUL_PLANE[PLANE], "=r,r,r,r", [words, scale_zero, x], dtype=tl.int32, is_pure=True, pack=1
             )
         else:
             return tl.inline_asm_elementwise(
                 FMA_PLANE[PLANE],
                 "=r,r,r,r,r",
-                [words, params, x, total],
+                [words, scale_zero, x, total],
                 dtype=tl.int32,
                 is_pure=True,
                 pack=1,
             )
     else:
-        z = params >> 16
+        z = scale_zero >> 16
         low = ((words >> (4 * PLANE)) & 15) - z
         high = ((words >> (4 * PLANE + 16)) & 15) - z
         x_low, x_high = _halves(x)
@@ -104,16 +104,16 @@ def _sum_halves(v, ASM: tl.constexpr):
 
 
 @triton.jit
-def _centred_halves(words, params, PLANE: tl.constexpr, ASM: tl.constexpr):
+def _centred_halves(words, scale_zero, PLANE: tl.constexpr, ASM: tl.constexpr):
     """q - z of the low and the high half of int32 words, exact, as two float32 tensors; by way of bf16 where ASM."""
     if ASM:
-        zero = ((params >> 16) | 0x4300) * 0x10001
+        zero = ((scale_zero >> 16) | 0x4300) * 0x10001
         pair = tl.inline_asm_elementwise(
             BF16_PLANE[PLANE], "=r,r,r", [words, zero], dtype=tl.int32, is_pure=True, pack=1
         )
         return _low(pair), _high(pair)
     else:
-        z = (params >> 16).to(tl.float32)
+        z = (scale_zero >> 16).to(tl.float32)
         low = (words >> (4 * PLANE)) & 15
         high = (words >> (4 * PLANE + 16)) & 15
         return low.to(tl.float32) - z, high.to(tl.float32) - z
@@ -144,7 +144,7 @@ def _load_x(pointers, mask, IS_MASKED: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    acc, words, x, params, N,
+    acc, words, x, scale_zero, N,
     GROUP: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """acc + the products of a tile, each element of it one word of 8 codes. acc, words (BN, C); x four planes (1, C) int32."""
@@ -152,7 +152,7 @@ def _accumulate(
     wide = acc
     for plane in tl.static_range(4):
         if plane * 32 % GROUP == 0:
-            packed = _load_params(params + plane * 32 // GROUP * N, ASM)
+            packed = _load_params(scale_zero + plane * 32 // GROUP * N, ASM)
         x_plane, _ = tl.broadcast(x[plane], words)
         if BF16:
             low, high = _centred_halves(words, packed, plane, ASM)
@@ -169,7 +169,7 @@ def _accumulate(
 
 @triton.jit
 def w4_gemv(
-    x, words, params, out, bias, residual,
+    x, words, scale_zero, out, bias, residual,
     N, K, KB,
     GROUP: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
@@ -179,7 +179,7 @@ def w4_gemv(
 ):  # fmt: skip
     """out[n] = f(sum_k x[k] * (q[n, k] - z[n, g]) * s[n, g] + bias[n]) + residual[n], f of `store_tile`.
 
-    x (K,) fp16 or bf16, seen as int32 pairs; words (KB, N, 16) int32 and params (KB * P, N) int32 of `w4a16_layout`;
+    x (K,) fp16 or bf16, seen as int32 pairs; words (KB, N, 16) int32 and scale_zero (KB * P, N) int32 of `w4a16_layout`;
     out, residual (N,) or (N / 2,), dtype of x; bias (N,).
     Rounding: fp16: (q - z) / 16 is exact, chains of 4 (group 128), 2 (64) or 1 (32) products with x are rounded to fp16,
     their sums accumulate in float32; finite for |x| <= 16376. bf16: float32 throughout. One rounding at the end.
@@ -222,7 +222,7 @@ def w4_gemv(
             eviction_policy="evict_first",
         )
         acc = _accumulate(
-            acc, w, (x0, x1, x2, x3), params + group[None, :] * N + n[:, None], N, GROUP, BF16, ASM
+            acc, w, (x0, x1, x2, x3), scale_zero + group[None, :] * N + n[:, None], N, GROUP, BF16, ASM
         )
         w = following
     total = tl.sum(acc, 1)[None, :]

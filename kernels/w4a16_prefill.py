@@ -18,13 +18,13 @@ from kernels.w4a16_unpack import centred, scale_of, times, zero_of
 
 @triton.jit
 def w4_dequantize(
-    words, params, out,
+    words, scale_zero, out,
     N, K, row0, rows,
     GROUP: tl.constexpr, EVEN_K: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """out[i, k] = (q[n, k] - z[n, g]) * s[n, g], n = row0 + i, i < rows.
 
-    words (KB, N, 32) int16 and params (KB * P, N) int32 of `w4a16_layout`; out (rows, K) fp16 or bf16, row-major.
+    words (KB, N, 32) int16 and scale_zero (KB * P, N) int32 of `w4a16_layout`; out (rows, K) fp16 or bf16, row-major.
     Rounding: one, of the product to the dtype of out (for bf16 also of s). Tiles: BN rows by one block of 128 k.
     Ragged edges: rows >= `rows` and k >= K are not stored.
     """
@@ -37,7 +37,7 @@ def w4_dequantize(
     target = out + i[:, None].to(tl.int64) * K + b * 128 + c[None, :]
     for plane in tl.static_range(4):
         if plane * 32 % GROUP == 0:
-            packed = tl.load(params + (b * (128 // GROUP) + plane * 32 // GROUP) * N + n)
+            packed = tl.load(scale_zero + (b * (128 // GROUP) + plane * 32 // GROUP) * N + n)
             scale = scale_of(packed)
             factor = scale.to(tl.float32).to(tl.bfloat16) if BF16 else scale
         zero, _ = tl.broadcast(zero_of(packed, plane, BF16)[:, None], w)

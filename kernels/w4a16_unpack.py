@@ -37,15 +37,15 @@ MUL_BF16 = tl.constexpr("mul.rn.bf16x2 $0, $1, $2;")
 
 
 @triton.jit
-def scale_of(params):
-    """Scale of a params word, fp16."""
-    return params.to(tl.int16).to(tl.float16, bitcast=True)
+def scale_of(scale_zero):
+    """Scale of a scale_zero word, fp16."""
+    return scale_zero.to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def zero_of(params, PLANE: tl.constexpr, BF16: tl.constexpr):
-    """The zero point of a params word in the mantissa that `centred` subtracts from plane PLANE, fp16 or bf16."""
-    z = params >> 16
+def zero_of(scale_zero, PLANE: tl.constexpr, BF16: tl.constexpr):
+    """The zero point of a scale_zero word in the mantissa that `centred` subtracts from plane PLANE, fp16 or bf16."""
+    z = scale_zero >> 16
     if BF16:
         return (z | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
     elif PLANE % 2 == 0:

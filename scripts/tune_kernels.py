@@ -63,7 +63,7 @@ def candidates(tokens: int) -> list[Tile]:
             (64, 4, 4, False, True), (64, 2, 6, False, True), (128, 4, 4, False, True), (128, 4, 4, False, False),
             (64, 2, 5, False, False), (32, 2, 6, False, True), (128, 4, 4, True, True), (64, 4, 5, True, True),
         ]:  # fmt: skip
-            for per_sm in (1, 2, 3, 4, 6) if bn <= 64 else (1, 2, 3):
+            for per_sm in (2, 3, 4, 6) if bn <= 64 else (1, 2, 3):
                 tiles.append(GemmTile(16, bn, warps, stages, swap, first, per_sm))
         if tokens <= 8:
             for bn, warps, stages, per_sm in [(128, 4, 4, 1), (128, 4, 4, 2), (64, 4, 5, 2), (64, 4, 5, 4)]:
