@@ -1,7 +1,8 @@
 """Files written so that a kill or a full disk leaves the old state or the new one: temporary name, fsync, rename, fsync.
 
 Also digests, free space, the lock of a work folder, and safetensors files with the same bytes for the same tensors.
-Renames are atomic on local POSIX file systems; on others a digest in the manifest shows a torn file.
+Renames are atomic on local POSIX file systems; on others a digest in the manifest shows a torn file. No two of our names
+differ in case alone, so file systems that fold case hold them too.
 """
 
 import errno
@@ -244,9 +245,11 @@ class FolderLock:
 
     def release(self) -> None:
         if self._handle is not None:
-            self.path.unlink(missing_ok=True)
-            os.close(self._handle)
-            self._handle = None
+            try:
+                self.path.unlink(missing_ok=True)
+            finally:
+                os.close(self._handle)
+                self._handle = None
 
     def __enter__(self) -> "FolderLock":
         self.acquire()

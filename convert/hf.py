@@ -42,6 +42,14 @@ COMPUTED = (
 
 def open_hf(folder: Path, family_name: str | None = None) -> "HfCheckpoint":
     """Open a folder with config.json and safetensors. Raises InputError when it is damaged, unfinished or unknown."""
+    notes: list[str] = []
+    true_bits: int | None = None
+    state = folder_state(folder)
+    if state is FolderState.UNFINISHED:
+        raise InputError(
+            f"{show(str(folder))} is an unfinished output: its manifest is missing. Give the command that was writing it "
+            "again and it will resume, or discard it with --restart."
+        )
     if not (folder / "config.json").is_file():
         try:
             empty = not any(folder.iterdir())
@@ -50,14 +58,6 @@ def open_hf(folder: Path, family_name: str | None = None) -> "HfCheckpoint":
         what = "is empty" if empty else "holds no config.json"
         raise InputError(
             f"{show(str(folder))} {what}: expected a model folder with config.json and *.safetensors."
-        )
-    notes: list[str] = []
-    true_bits: int | None = None
-    state = folder_state(folder)
-    if state is FolderState.UNFINISHED:
-        raise InputError(
-            f"{show(str(folder))} is an unfinished output: its manifest is missing. Give the command that was writing it "
-            "again and it will resume, or discard it with --restart."
         )
     if state is FolderState.FINISHED:
         manifest = read_manifest(folder)

@@ -3,6 +3,8 @@
 H hidden size, I intermediate size, D head_dim. Added channels are zero throughout: zero rows and columns of the linears, zero
 embedding columns, zero heads (their output meets zero columns of o). RMSNorm divides by the root of the mean over H' channels
 instead of H, so its weight is multiplied by sqrt(H / H') and eps by H / H': w' x / sqrt(sum / H' + eps') = w x / sqrt(sum / H + eps).
+Where q and k have norms of their own (Qwen3) the one eps of config.json must stay: there the residual stream is multiplied by
+c = sqrt(H' / H) instead (embedding, o, down), so that its mean square, and with it every eps, keeps its value.
 Whole KV groups are added, each a KV head with its query heads, so that every query head keeps its KV head.
 """
 
@@ -21,40 +23,30 @@ from kernels.int4 import Quantized
 
 
 def padded_config(config: ModelConfig, multiple: int = 128) -> ModelConfig:
-    """The config after padding; the same object where nothing needs it. Raises InputError where padding cannot be exact."""
-    hidden = _up(config.hidden_size, multiple)
-    inner = _up(config.intermediate_size, multiple)
+    """The config after padding; the same object where nothing needs it. Raises InputError for a quantized checkpoint.
+
+    A model whose hidden size is heads x head_dim keeps that, because some loaders derive head_dim from it.
+    """
     kv_heads = config.num_kv_heads
     while kv_heads * config.query_group * config.head_dim % multiple:
         kv_heads += 1
+    heads = kv_heads * config.query_group
+    hidden, inner = _up(config.hidden_size, multiple), _up(config.intermediate_size, multiple)
+    if config.hidden_size == config.num_heads * config.head_dim:
+        hidden = heads * config.head_dim
     if (hidden, inner, kv_heads) == (config.hidden_size, config.intermediate_size, config.num_kv_heads):
         return config
     if config.quantization is not None:
         raise InputError("--pad works on float checkpoints: this one is quantized already. Pad its source.")
-    heads = kv_heads * config.query_group
-    implied = (
-        config.hidden_size // config.num_heads == config.head_dim
-        and config.hidden_size % config.num_heads == 0
+    return dataclasses.replace(
+        config,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        norm_eps=config.norm_eps if config.qk_norm else config.norm_eps * config.hidden_size / hidden,
+        padded_from=(config.hidden_size, config.num_heads, config.num_kv_heads),
     )
-    if (implied and hidden == heads * config.head_dim) or _states_head_dim(config):
-        return dataclasses.replace(
-            config,
-            hidden_size=hidden,
-            intermediate_size=inner,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
-            norm_eps=config.norm_eps * config.hidden_size / hidden,
-            padded_from=(config.hidden_size, config.num_heads, config.num_kv_heads),
-        )
-    raise InputError(
-        f"--pad would give {heads} heads of {config.head_dim} beside a hidden size of {hidden}, which a {config.family} config.json "
-        "cannot say. Use a smaller --group-size, or --keep-ragged."
-    )
-
-
-def _states_head_dim(config: ModelConfig) -> bool:
-    """Families whose config.json has a key for head_dim that every loader honours."""
-    return config.family in ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen")
 
 
 def _up(size: int, multiple: int) -> int:
@@ -79,6 +71,8 @@ class PaddedCheckpoint(Checkpoint):
         super().__init__(inner.path, inner.kind, config, inner.tokenizer_dir, [*inner.notes, note])
         self.inner = inner
         self._norm_scale = sqrt(inner.config.hidden_size / config.hidden_size)
+        # multiplies all that is added to the residual stream; 1 where eps takes up the change instead
+        self._stream_scale = 1.0 / self._norm_scale if config.qk_norm else 1.0
 
     def weight_files(self) -> list[Path]:
         return self.inner.weight_files()
@@ -87,18 +81,26 @@ class PaddedCheckpoint(Checkpoint):
         self.inner.check_unchanged()
 
     def embedding(self) -> Tensor:
-        return _zeros_behind(self.inner.embedding(), (self.config.vocab_size, self.config.hidden_size))
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        return _zeros_behind(_times(self.inner.embedding(), self._stream_scale), shape)
 
     def lm_head(self) -> Tensor:
+        if self.config.tie_embeddings:
+            return self.embedding()
         return _zeros_behind(self.inner.lm_head(), (self.config.vocab_size, self.config.hidden_size))
 
     def final_norm(self) -> Tensor:
-        return self._norm(self.inner.final_norm())
+        # a tied head carries the factor of the embedding, which is taken back here
+        scale = 1.0 / self._stream_scale if self.config.tie_embeddings else 1.0
+        return _times(self._norm(self.inner.final_norm()), scale)
 
     def block(self, index: int) -> BlockWeights:
         block = self.inner.block(index)
         shapes = linear_shapes(self.config)
-        linears = {role: _linear(linear, shapes[role]) for role, linear in block.linears.items()}
+        linears = {
+            role: _linear(linear, shapes[role], self._stream_scale if role.endswith(("o", "down")) else 1.0)
+            for role, linear in block.linears.items()
+        }
         return BlockWeights(index, linears, self._norms(block.norms))
 
     def _norms(self, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,11 +115,16 @@ class PaddedCheckpoint(Checkpoint):
         return _zeros_behind(weight.float() * self._norm_scale, (self.config.hidden_size,))
 
 
-def _linear(linear: LinearWeights, shape: tuple[int, int]) -> LinearWeights:
+def _linear(linear: LinearWeights, shape: tuple[int, int], scale: float) -> LinearWeights:
     if isinstance(linear.weight, Quantized):
         raise InputError("--pad works on float checkpoints: this one is quantized already. Pad its source.")
-    bias = None if linear.bias is None else _zeros_behind(linear.bias, shape[:1])
-    return LinearWeights(_zeros_behind(linear.weight, shape), bias)
+    bias = None if linear.bias is None else _zeros_behind(_times(linear.bias, scale), shape[:1])
+    return LinearWeights(_zeros_behind(_times(linear.weight, scale), shape), bias)
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    """tensor * factor in float32, or the tensor itself where the factor is 1."""
+    return tensor if factor == 1.0 else tensor.float() * factor
 
 
 def _zeros_behind(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

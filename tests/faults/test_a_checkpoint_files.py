@@ -133,8 +133,8 @@ JSON = st.recursive(
     max_leaves=5,
 )
 KEYS = st.sampled_from(
-    sorted({key for config in CONFIGS.values() for key in config})
-    + [
+    [
+        *sorted({key for config in CONFIGS.values() for key in config}),
         "rope_theta",
         "rope_scaling",
         "rope_parameters",
@@ -142,8 +142,6 @@ KEYS = st.sampled_from(
         "max_window_layers",
         "use_sliding_window",
         "dtype",
-    ]
-    + [
         "attention_bias",
         "mlp_bias",
         "quantization_config",
