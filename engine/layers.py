@@ -6,6 +6,7 @@ M tokens, N out features, K in features, I intermediate size. On a GPU int4 weig
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -39,7 +40,7 @@ class DenseLinear:
         self.weight, self.bias = weight, bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return dense_product(x, self.weight, self.bias)
 
     @property
     def size_bytes(self) -> int:
@@ -54,7 +55,31 @@ class DenseGated(DenseLinear):
         self._silu_mul = silu_mul
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._silu_mul(super().__call__(x))
+        if _takes_gemv(x, self.weight):
+            return _gemv()(x, self.weight, self.bias, gated=True)
+        return self._silu_mul(F.linear(x, self.weight, self.bias))
+
+
+def dense_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """x weight^T + bias in `out_dtype` (None: that of x); a single token on a GPU goes through our own kernel."""
+    if _takes_gemv(x, weight):
+        return _gemv()(x, weight, bias, out_dtype=out_dtype)
+    product = F.linear(x, weight, bias)
+    return product if out_dtype is None else product.to(out_dtype)
+
+
+def _takes_gemv(x: Tensor, weight: Tensor) -> bool:
+    is_one = x.is_cuda and x.shape[0] == 1 and x.dtype == weight.dtype != torch.float32
+    return is_one and weight.is_contiguous() and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+@lru_cache(maxsize=1)
+def _gemv() -> Callable[..., Tensor]:
+    from kernels.dense_gemv import dense_gemv
+
+    return dense_gemv
 
 
 class Int4Linear:

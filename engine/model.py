@@ -15,7 +15,7 @@ from convert.checkpoint import Checkpoint
 from convert.config import ModelConfig
 from engine.attention import Attend, causal_attend
 from engine.block import Block, Tap, attention_forward, block_forward, mlp_forward
-from engine.layers import runs_packed_groups
+from engine.layers import dense_product, runs_packed_groups
 from engine.ops import TORCH_OPS, Ops, ops_for
 from engine.parallel import TensorParallel, gather_logits, shard_block, shard_config, shard_head
 from engine.rope import Rotary, rotary
@@ -162,6 +162,11 @@ class Model:
         return self.embedding.shape[0]
 
     @property
+    def can_capture(self) -> bool:
+        """True where a step may be captured in a CUDA graph: experts are chosen on the host, and may not."""
+        return not self.config.num_experts
+
+    @property
     def device(self) -> torch.device:
         return self.embedding.device
 
@@ -183,7 +188,7 @@ class Model:
 
     def head(self, x: Tensor) -> Tensor:
         """Normed hidden states (T, H) -> logits (T, V) float32."""
-        logits = F.linear(x, self.lm_head).float()
+        logits = dense_product(x, self.lm_head, out_dtype=torch.float32)
         if self.parallel is None or self.lm_head.shape[0] == self.vocab_size:
             return logits
         return gather_logits(self.parallel.all_gather(logits))

@@ -55,7 +55,7 @@ class ModelRunner:
         self._filled = np.zeros(config.max_batch, dtype=np.int64)  # blocks in each row of the tables
         self._prompt_lengths = np.zeros(config.max_batch, dtype=np.int64)
         self._graphs: DecodeGraphs | None = None
-        if self.device.type == "cuda" and config.cuda_graphs:
+        if self.device.type == "cuda" and config.cuda_graphs and model.can_capture:
             self._graphs = DecodeGraphs(model, cache, self.sampler.last_tokens, config.graph_batches, width)
 
     @torch.inference_mode()
@@ -73,6 +73,11 @@ class ModelRunner:
             logits, index = self._graphs.run(fields, self._tables[rows])
             return self.sampler.sample(logits, tuple(rows.tolist()), index)
         return self._run_eagerly(plan, rows)
+
+    def warm_up(self) -> None:
+        """Capture all CUDA graphs before the first request."""
+        if self._graphs is not None:
+            self._graphs.warm_up()
 
     def close(self) -> None:
         self._graphs = None
