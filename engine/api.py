@@ -4,6 +4,7 @@ Requests and events cross a process boundary as JSON (`to_json`, `from_json`), n
 """
 
 import json
+import math
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Protocol
@@ -45,6 +46,13 @@ class SamplingParams:
             raise ValueError(
                 f"repetition_penalty is {self.repetition_penalty}: expected a finite number above 0."
             )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}: expected a finite number.")
+        if not all(math.isfinite(bias) for _, bias in self.logit_bias):
+            raise ValueError("logit_bias holds a value that is not finite.")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise ValueError(f"logprobs is {self.logprobs}: expected 0 or more, or none.")
 
 
 @dataclass(frozen=True)

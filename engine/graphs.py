@@ -2,10 +2,12 @@
 
 B rows of a bucket, W blocks of a table. Every tensor a graph reads has a fixed address: the four fields of a step (row, position,
 slot, prompt length), the block tables, and the sampler's last tokens, from which the graph takes its inputs, so that the token of
-the step before never visits the host. Rows that pad a bucket have length 0 and slot -1: nothing is read or written for them.
+the step before never visits the host. Rows that pad a bucket have slot -1, so nothing is written for them; they read one
+token of whatever block their table names, and their logits go nowhere.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,15 @@ from engine.transfer import upload_into
 WARM_UP_STEPS = 2  # eager runs before a capture: kernels are compiled and workspaces allocated by them
 
 
+@dataclass(frozen=True)
+class _Captured:
+    """One bucket: its graph, the fields (4, B) int64 that it reads, the logits (B, V) float32 that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    fields: Tensor
+    logits: Tensor
+
+
 class DecodeGraphs:
     """Captured decode steps of one model; captures happen when a bucket is first used, or all at once in `warm_up`."""
 
@@ -29,11 +40,9 @@ class DecodeGraphs:
         self._model, self._cache, self._last_tokens = model, cache, last_tokens
         self._sizes = sorted({min(size, len(last_tokens) - 1) for size in sizes})
         self.largest = self._sizes[-1]
-        # One buffer of each kind serves all buckets: its first B columns or rows.
-        self._fields = torch.zeros(self.largest, 4, dtype=torch.int64, device=device)
-        self._lengths = torch.zeros(self.largest, dtype=torch.int32, device=device)
         self._tables = torch.zeros(self.largest, width, dtype=torch.int32, device=device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._padding = np.array([[len(last_tokens) - 1], [0], [-1], [0]])
+        self._captured: dict[int, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def run(self, fields: npt.NDArray[np.int64], tables: npt.NDArray[np.int32]) -> tuple[Tensor, Tensor]:
@@ -43,46 +52,42 @@ class DecodeGraphs:
         """
         count = fields.shape[1]
         size = next(size for size in self._sizes if size >= count)
-        padded = np.zeros((size, 4), dtype=np.int64)
-        padded[:count] = fields.T
-        padded[count:] = (len(self._last_tokens) - 1, -1, -1, 0)  # position -1: length 0
-        upload_into(self._fields[:size], padded)
+        captured = self._captured.get(size) or self._capture(size)
+        padding = np.repeat(self._padding, size - count, axis=1)
+        upload_into(captured.fields, np.concatenate([fields, padding], axis=1))
         upload_into(self._tables[:count], tables)
-        if size not in self._graphs:
-            self._graphs[size] = self._capture(size)
-        graph, logits = self._graphs[size]
-        graph.replay()
-        return logits[:count], self._fields[:count, 0]
+        captured.graph.replay()
+        return captured.logits[:count], captured.fields[0, :count]
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
         """Capture every bucket now, the largest first, so that the smaller ones fit into its memory."""
         for size in reversed(self._sizes):
-            if size not in self._graphs:
-                self._fields[:size] = torch.tensor(
-                    [len(self._last_tokens) - 1, -1, -1, 0], device=self._fields.device
-                )
-                self._graphs[size] = self._capture(size)
+            if size not in self._captured:
+                self._capture(size)
 
-    def _capture(self, size: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def _capture(self, size: int) -> _Captured:
+        """Record one step on a batch of padding."""
+        fields = torch.empty(4, size, dtype=torch.int64, device=self._model.device)
+        upload_into(fields, np.repeat(self._padding, size, axis=1))
+        lengths = torch.zeros(size, dtype=torch.int32, device=self._model.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_STEPS):
-                self._step(size)
+                self._step(fields, lengths)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = self._step(size)
-        return graph, logits
+            logits = self._step(fields, lengths)
+        self._captured[size] = _Captured(graph, fields, logits)
+        return self._captured[size]
 
-    def _step(self, size: int) -> Tensor:
-        rows, positions, slots, prompt_lengths = self._fields[:size].unbind(1)
-        self._lengths[:size] = positions + 1
-        batch = StepBatch(slots.contiguous(), self._tables[:size], self._lengths[:size], size)
-        hidden = self._model.hidden(
-            self._last_tokens[rows],
-            positions.clamp(min=0),
-            PagedAttend(self._cache, batch),
-            prompt_lengths,
-        )
+    def _step(self, fields: Tensor, lengths: Tensor) -> Tensor:
+        rows, positions, slots, prompt_lengths = fields
+        torch.add(positions, 1, out=lengths)
+        size = len(rows)
+        batch = StepBatch(slots, self._tables[:size], lengths, size)
+        attend = PagedAttend(self._cache, batch)
+        hidden = self._model.hidden(self._last_tokens[rows], positions, attend, prompt_lengths)
         return self._model.head(hidden)

@@ -27,6 +27,9 @@ from kernels.kv8 import StaticKV
 
 # Bytes for each logit while tokens are drawn: float32 logits, scaled and sorted, float64 probabilities and their sums.
 SAMPLING_BYTES = 40
+GRAPH_BYTES = (
+    256 * 1024**2
+)  # activations and workspaces that CUDA graphs keep, beside the logits of each bucket
 
 log = logging.getLogger(__name__)
 
@@ -125,12 +128,26 @@ def make_runner(
             log.info("%s", note)
         free_bytes = _free_bytes(model, config, context_length)
         blocks = agree(plan_blocks(model.config, config, dtype, free_bytes, context_length))
-        cache = PagedCache(model.config, config, blocks, dtype, device, _static(ckpt, config, parallel))
-        return ModelRunner(model, cache, config, context_length)
+        cache = _make_cache(model, config, blocks, _static(ckpt, config, parallel))
+        runner = ModelRunner(model, cache, config, context_length)
+        if config.warm_up:
+            runner.warm_up()
+        return runner
     except torch.OutOfMemoryError as error:
         raise ResourceError(
             f"The model does not fit on {device}: {torch.cuda.memory_allocated(device) / GIB:.1f} GiB are taken, and the next "
             "allocation failed. Use an int4 checkpoint, --kv-bits 8, a smaller cache, or --tp."
+        ) from error
+
+
+def _make_cache(
+    model: Model, config: EngineConfig, blocks: int, static: Sequence[StaticKV] | None = None
+) -> PagedCache:
+    try:
+        return PagedCache(model.config, config, blocks, model.dtype, model.device, static)
+    except ValueError as error:  # a head size that the kernels do not take
+        raise InputError(
+            f"No KV cache can be made for this model on {model.device}: {error} Use --device cpu."
         ) from error
 
 
@@ -178,7 +195,8 @@ def _free_bytes(model: Model, config: EngineConfig, context_length: int) -> int:
     cap = min(config.memory_cap_bytes or total, total)
     free = min(free, cap - torch.cuda.memory_reserved(device))
     sampling = config.max_batch * model.vocab_size * SAMPLING_BYTES
-    return max(0, free - activations - sampling)
+    graphs = GRAPH_BYTES + sum(config.graph_batches) * model.vocab_size * 6 if config.cuda_graphs else 0
+    return max(0, free - activations - sampling - graphs)
 
 
 def _largest_step(model: Model, config: EngineConfig) -> None:
@@ -186,7 +204,7 @@ def _largest_step(model: Model, config: EngineConfig) -> None:
     tokens = config.max_step_tokens
     blocks = -(-tokens // config.block_size)
     config = replace(config, kv_mode="dynamic", cuda_graphs=False)
-    cache = PagedCache(model.config, config, blocks, model.dtype, model.device)
+    cache = _make_cache(model, config, blocks)
     runner = ModelRunner(model, cache, config, tokens)
     segment = Segment(0, 0, tokens, (0,) * tokens, tuple(range(blocks)), samples=True)
     pending = runner.run(StepPlan((segment,), (Join(0, SamplingParams(temperature=0.0), 0, (0,), ()),), ()))

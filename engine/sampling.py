@@ -10,6 +10,7 @@ top-p (Holtzman et al. 2019): the smallest set of likeliest tokens whose mass re
 Tokens tied with the last one kept are kept. Log-probabilities are those of the model's own logits, before all of this.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,10 @@ class Sampled:
 
 
 class PendingSample:
-    """Sampled tokens on their way to the host: `wait()` blocks until they are there."""
+    """Sampled tokens on their way to the host: `wait()` blocks until they are there.
+
+    tensors: token ids and largest logit of each row; log-probabilities, likeliest ids and theirs, where asked for.
+    """
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         device = next(tensor.device for tensor in tensors if tensor is not None)
@@ -53,9 +57,9 @@ class PendingSample:
     def wait(self) -> Sampled:
         if self._event is not None:
             self._event.synchronize()
-        token_ids, finite, *rest = (None if t is None else t.tolist() for t in self._host)
-        assert token_ids is not None and finite is not None
-        return Sampled(token_ids, finite, *rest)
+        token_ids, peaks, *rest = (None if t is None else t.tolist() for t in self._host)
+        assert token_ids is not None and peaks is not None
+        return Sampled(token_ids, [math.isfinite(peak) for peak in peaks], *rest)
 
 
 @dataclass(frozen=True)
@@ -131,11 +135,10 @@ class Sampler:
         batch = self._prepared[1]
         logprobs = top_ids = top_logprobs = None
         if batch.is_plain_greedy:
-            peak, tokens = logits.max(dim=-1)
-            finite = torch.isfinite(peak)  # a maximum is NaN where any logit is
+            peak, tokens = logits.max(dim=-1)  # the maximum is NaN where any logit is
         else:
-            finite = torch.isfinite(logits.amax(-1))
-            logits = torch.where(finite[:, None], logits, 0.0)
+            peak = logits.amax(-1)
+            logits = torch.where(torch.isfinite(peak)[:, None], logits, 0.0)
             if batch.logprobs >= 0:
                 logprobs = torch.log_softmax(logits, dim=-1)
             if logprobs is not None and batch.logprobs > 0:
@@ -150,7 +153,7 @@ class Sampler:
             )
             self._seen.index_put_((index, tokens), torch.ones_like(tokens, dtype=torch.bool))
         self._drawn[list(rows)] += np.uint64(1)
-        return PendingSample((tokens, finite, logprobs, top_ids, top_logprobs))
+        return PendingSample((tokens, peak, logprobs, top_ids, top_logprobs))
 
     def _history(self) -> tuple[Tensor, Tensor]:
         if self._counts is None or self._seen is None:

@@ -60,7 +60,7 @@ def requests(count: int, sampling: SamplingParams, longest: int = 60) -> list[Re
     return out
 
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
 
 @pytest.mark.parametrize("config", [TINY, WINDOW, DYNAMIC], ids=["full", "window", "dynamic-rope"])
