@@ -14,11 +14,13 @@ MAX_LOGPROBS = 20  # alternatives reported for a token
 MAX_LOGIT_BIAS = 1024  # biased tokens
 MAX_TEMPERATURE = 2.0
 MAX_PENALTY = 2.0  # presence and frequency, both signs
-MAX_REPETITION_PENALTY = 10.0
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 10.0
 MAX_TOP_K = 1_000_000
 MAX_NAME_CHARS = 256  # model names, user names
-SEED_MIN, SEED_MAX = -(2**63), 2**63 - 1
-SESSION_MIN, SESSION_MAX = -1, 2**63 - 1
+# 64-bit integers, less the last digits that the bounds of a JSON schema, which are doubles, cannot tell apart.
+SEED_MAX = 9_223_372_036_854_774_000
+SEED_MIN = -SEED_MAX
+SESSION_MIN, SESSION_MAX = -1, 2**53 - 1
 
 
 @dataclass(frozen=True)

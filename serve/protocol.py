@@ -6,11 +6,24 @@ them empty is served and one that means them is refused. Limits that depend on c
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 from engine.api import SamplingParams
 from serve import limits
 
+
+def _only(value: bool) -> AfterValidator:
+    def check(given: bool) -> bool:
+        if given is not value:
+            raise ValueError(f"only {str(value).lower()} is supported")
+        return given
+
+    return AfterValidator(check)
+
+
+# Not Literal[True] and Literal[False]: to those 1 and 0 are equal.
+On = Annotated[bool, _only(True), WithJsonSchema({"type": "boolean", "const": True})]
+Off = Annotated[bool, _only(False), WithJsonSchema({"type": "boolean", "const": False})]
 Unsupported: TypeAlias = Annotated[None, Field(description="Not supported: refused unless null.")]
 Ignored = "Accepted for compatibility; has no effect here."
 StopString = Annotated[str, Field(min_length=1, max_length=limits.MAX_STOP_CHARS)]
@@ -47,7 +60,7 @@ class Message(Body):
 
 class StreamOptions(Body):
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Off | None = None
 
 
 class Nothing(Body):
@@ -61,25 +74,25 @@ class Sampling(Body):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, le=limits.MAX_TOP_K, description="0 or null: all tokens.")
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=limits.MAX_REPETITION_PENALTY)
+    repetition_penalty: float | None = Field(
+        None, ge=limits.MIN_REPETITION_PENALTY, le=limits.MAX_REPETITION_PENALTY
+    )
     seed: int | None = Field(None, ge=limits.SEED_MIN, le=limits.SEED_MAX)
-    stop: (
-        Annotated[list[StopString], Field(max_length=limits.MAX_STOP)] | StopString | Literal[False] | None
-    ) = None
+    stop: Annotated[list[StopString], Field(max_length=limits.MAX_STOP)] | StopString | Off | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     session_id: int | None = Field(None, ge=limits.SESSION_MIN, le=limits.SESSION_MAX)
-    skip_special_tokens: Literal[True] | None = None
-    spaces_between_special_tokens: Literal[True] | None = None
+    skip_special_tokens: On | None = None
+    spaces_between_special_tokens: On | None = None
     kwargs: Nothing | None = Field(None, description="LMDeploy's client sends it, empty.")
     adapter_name: Unsupported = None
     min_new_tokens: Unsupported = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        if not self.stop:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if isinstance(self.stop, str):
+            return (self.stop,)
+        return tuple(self.stop) if isinstance(self.stop, list) else ()
 
     def chosen(
         self, max_tokens: int, temperature: float = 0.7, top_p: float = 1.0, top_k: int = 0
@@ -110,8 +123,8 @@ class OpenAISampling(Sampling):
     logit_bias: dict[BiasedToken, Bias] | None = Field(None, max_length=limits.MAX_LOGIT_BIAS)
     user: str | None = Field(None, max_length=limits.MAX_NAME_CHARS, description=Ignored)
     best_of: Unsupported = None
-    return_token_ids: Literal[False] | None = None
-    include_stop_str_in_output: Literal[False] | None = None
+    return_token_ids: Off | None = None
+    include_stop_str_in_output: Off | None = None
 
     @property
     def wants_usage(self) -> bool:
@@ -138,7 +151,7 @@ class ChatRequest(OpenAISampling):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=limits.MAX_LOGPROBS)
     renew_session: bool | None = Field(None, description=Ignored)
-    do_preprocess: Literal[True] | None = None
+    do_preprocess: On | None = None
     tools: Unsupported = None
     tool_choice: Literal["none"] | None = None
     functions: Unsupported = None
@@ -154,7 +167,7 @@ class ChatRequest(OpenAISampling):
     chat_template_kwargs: Unsupported = None
     web_search_options: Unsupported = None
     metadata: Unsupported = None
-    store: Literal[False] | None = None
+    store: Off | None = None
     service_tier: Unsupported = None
     verbosity: Unsupported = None
 
@@ -179,7 +192,7 @@ class CompletionRequest(OpenAISampling):
         ]
     ) = Field(examples=["Once upon a time"])
     logprobs: int | None = Field(None, ge=0, le=limits.MAX_LOGPROBS)
-    echo: Literal[False] | None = None
+    echo: Off | None = None
     suffix: Unsupported = None
 
     def prompts(self) -> list[str | list[int]]:
@@ -203,10 +216,16 @@ class InteractiveRequest(Sampling):
         return [message.plain() for message in self.prompt]
 
 
-class TokenizeRequest(Body):
-    """POST /tokenize: exactly one of `prompt` and `messages`."""
+class TokenizeText(Body):
+    """POST /tokenize, a plain prompt."""
 
     model: str | None = Field(None, max_length=limits.MAX_NAME_CHARS)
-    prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)] | None = None
-    add_special_tokens: bool | None = Field(None, description="false: no BOS before `prompt`.")
+    prompt: str
+    add_special_tokens: bool | None = Field(None, description="false: no BOS before the prompt.")
+
+
+class TokenizeChat(Body):
+    """POST /tokenize, a conversation, as the model would see it."""
+
+    model: str | None = Field(None, max_length=limits.MAX_NAME_CHARS)
+    messages: Annotated[list[Message], Field(min_length=1, max_length=limits.MAX_MESSAGES)]

@@ -7,8 +7,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
 from serve.answers import Health, ModelCard, ModelList, Tokens
-from serve.errors import ApiError
-from serve.protocol import TokenizeRequest
+from serve.protocol import TokenizeChat, TokenizeText
 from serve.routes.json_route import JsonRoute, errors
 from serve.service import Service
 
@@ -39,18 +38,14 @@ def status_routes(service: Service) -> APIRouter:
         return card
 
     @router.post("/tokenize", responses=errors(400, 404))
-    async def tokenize(body: TokenizeRequest) -> Tokens:
+    async def tokenize(body: TokenizeText | TokenizeChat) -> Tokens:
         """Token ids of a prompt, or of a conversation with the chat template around it."""
         service.check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise ApiError(
-                400, "Give exactly one of prompt and messages.", param="prompt", code="invalid_value"
-            )
-        if body.messages is not None:
+        if isinstance(body, TokenizeChat):
             ids = await service.prompts.of_chat([message.plain() for message in body.messages])
         else:
             ids = await service.prompts.of_text(
-                body.prompt or "", False if body.add_special_tokens is False else None
+                body.prompt, False if body.add_special_tokens is False else None
             )
         return {"tokens": ids, "count": len(ids), "max_model_len": service.prompts.context_length}
 

@@ -1,0 +1,61 @@
+"""A real server on a free port in a thread, around a fake engine: for tests that need sockets."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import uvicorn
+from fake_engine import FakeEngine, FakeTokenizer
+from fastapi import FastAPI
+
+from serve.app import create_app
+from serve.config import ServeConfig
+from serve.server import bind, uvicorn_config
+from serve.service import Service
+
+
+@dataclass
+class LiveServer:
+    url: str
+    port: int
+    engine: FakeEngine
+    app: FastAPI
+
+    @property
+    def service(self) -> Service:
+        return self.app.state.service
+
+    def wait_idle(self, timeout_s: float = 10.0) -> None:
+        """Until nothing is held: no request in the engine, no run, no place in the queue."""
+        end = time.monotonic() + timeout_s
+        while self.engine.live or self.service.runs.count or self.service.admission.pending:
+            held = (len(self.engine.live), self.service.runs.count, self.service.admission.pending)
+            assert time.monotonic() < end, f"still held after {timeout_s} s: {held}"
+            time.sleep(0.01)
+
+
+@contextmanager
+def live_server(
+    engine: FakeEngine | None = None,
+    config: ServeConfig | None = None,
+    tokenizer: FakeTokenizer | None = None,
+    app: FastAPI | None = None,
+) -> Iterator[LiveServer]:
+    config = replace(config or ServeConfig(), server_port=0)
+    engine = engine or FakeEngine()
+    app = app or create_app(engine, tokenizer or FakeTokenizer(), config)
+    listener = bind(config)
+    port = listener.getsockname()[1]
+    server = uvicorn.Server(uvicorn_config(app, replace(config, drain_s=0.1)))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        time.sleep(0.005)
+    try:
+        yield LiveServer(f"http://127.0.0.1:{port}", port, engine, app)
+    finally:
+        server.should_exit = True
+        thread.join(10)
