@@ -49,7 +49,10 @@ def rotary(config: ModelConfig, positions: Tensor, prompt_lengths: Tensor | None
         frequencies = 1.0 / base[:, None] ** _exponents(config, positions.device)  # (T, D / 2)
     angles = positions[:, None].float() * frequencies
     q_scale = _logn(config, positions) if config.logn_attention else None
-    return Rotary(angles.cos() * attention_factor, angles.sin() * attention_factor, q_scale)
+    cos, sin = angles.cos(), angles.sin()
+    if attention_factor != 1.0:
+        cos, sin = cos * attention_factor, sin * attention_factor
+    return Rotary(cos, sin, q_scale)
 
 
 def apply_rope(x: Tensor, angles: Rotary) -> Tensor:
