@@ -1,5 +1,6 @@
 """What the `quantize` commands do, once their flags are read: open, plan, check, run, and an outcome to show."""
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from quant.plan import GIB, Plan, plan_calibration, plan_quantization, refuse_ra
 from quant.progress import Progress, duration
 
 Flags = Mapping[str, Any]
+SHOWN = 12  # warnings and notes that are printed; all stand in the manifest
+PLAIN_WIDTH = 160  # of tables that go to a file or a pipe
 
 
 @dataclass
@@ -36,7 +39,7 @@ class Outcome:
     exit_code: int = 0
 
     def show(self) -> None:
-        console = Console(highlight=False)
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
         for part in self.parts:
             if isinstance(part, str):
                 click.echo(part)
@@ -249,9 +252,12 @@ def awq_outcome(model: str, job: Job, plan: Plan, result: Any) -> Outcome:
         lines.append(
             f"int{quant.bits} codes lie in 4-bit nibbles: for evaluation, they save nothing over int4"
         )
-    lines += [f"warning: {warning}" for warning in result.warnings[:12]]
-    if len(result.warnings) > 12:
-        lines.append(f"... and {len(result.warnings) - 12} more warnings in {job.out}/tmq/manifest.json")
+    remarks = [f"warning: {text}" for text in result.warnings] + [
+        f"note: {text}" for text in result.standing_out
+    ]
+    lines += remarks[:SHOWN]
+    if len(remarks) > SHOWN:
+        lines.append(f"... and {len(remarks) - SHOWN} more in {job.out}/tmq/manifest.json")
     following = [f"next: evaluate ppl {model} {job.out}"]
     if quant.bits == 4 and quant.group_size == 128:
         following.append(f"      quantize pack {job.out} -o WORKSPACE")
@@ -307,15 +313,48 @@ def is_finished(path: Path) -> bool:
 
 def run_verify(path: str, flags: Flags) -> Outcome:
     """`quantize verify`: exit code 3 where a check fails."""
-    from convert.verify import verify
+    from convert.verify import verify_path
 
-    result = verify(path, flags["source"], flags["family"])
-    return Outcome(result.to_json(), ["\n".join(result.lines())], 0 if result.ok else InputError.exit_code)
+    source = None if flags["source"] is None else Path(flags["source"])
+    with Progress("verify") as progress:
+        report = verify_path(Path(path), source, progress=progress.step)
+    marks = {True: "ok  ", False: "FAIL"}
+    lines = [f"{marks[check.passed]} {check.name}: {check.detail}" for check in report.checks]
+    lines += [f"note: {note}" for note in report.notes]
+    lines.append(
+        f"{path} ({report.kind}): "
+        + ("all checks passed" if report.passed else "damaged or not what it claims")
+    )
+    return Outcome(report.to_json(), ["\n".join(lines)], 0 if report.passed else InputError.exit_code)
 
 
 def run_inspect(path: str, flags: Flags) -> Outcome:
     """`quantize inspect`."""
-    from convert.inspect import inspect
+    from convert.inspect import inspect_path
 
-    result = inspect(path, flags["family"])
-    return Outcome(result.to_json(), ["\n".join(result.lines())])
+    report = inspect_path(Path(path), flags["family"])
+    facts: dict[str, str | None] = {
+        "path": report.path,
+        "kind": report.kind,
+        "family": report.family,
+        "quantization": report.quantization,
+        "bits a weight": None if report.bits_per_weight is None else f"{report.bits_per_weight:.3f}",
+        "parameters": None if report.parameters is None else f"{report.parameters / 1e6:,.1f} M",
+        "size": f"{report.size_bytes / 2**20:,.1f} MiB in {len(report.tensors)} tensors",
+    }
+    names = (
+        "num_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "vocab_size",
+        "max_position",
+    )
+    facts |= {name.replace("_", " "): str(report.config[name]) for name in names if report.config is not None}
+    lines = [f"{name:20}{text}" for name, text in facts.items() if text is not None]
+    lines += [f"note: {note}" for note in report.notes]
+    if report.problem is not None:
+        lines.append(f"cannot be used: {report.problem}")
+    return Outcome(report.to_json(), ["\n".join(lines)])

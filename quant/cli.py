@@ -166,7 +166,7 @@ run_options: Callable[[Any], Any] = together(
     click.option("--dry-run", is_flag=True, help="Say what it would take (memory, disk, sizes), and stop."),
 )
 quant_options: Callable[[Any], Any] = together(
-    config_option("--preset", "How hard to search; see below.", type=click.Choice(PRESETS)),
+    config_option("--preset", "How hard to search; see above.", type=click.Choice(PRESETS)),
     config_option("--bits", "4 to serve; 3 and 2 to evaluate.", type=click.IntRange(2, 4)),
     click.option(
         "--group-size",

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from calib_data.sources import TextRequest, load_blocks
 from convert.checkpoint import open_checkpoint
-from convert.errors import InputError, UsageError
+from convert.errors import UsageError
 from convert.files import write_json
 from engine.loading import resolve_device
 from engine.model import Model, compute_dtype
@@ -29,7 +30,7 @@ from quant.evaluation import (
 )
 from quant.plan import refuse_ragged
 from quant.progress import Progress
-from quant.table import METHODS, NAMES, Row, TableRequest, evaluate_table, needs_ranges
+from quant.table import DISTILLED, METHODS, NAMES, Row, TableRequest, evaluate_table, needs_ranges
 
 Flags = Mapping[str, Any]
 
@@ -67,7 +68,7 @@ def run_ppl(paths: Sequence[str], flags: Flags) -> Outcome:
 
 def ppl_table(rows: Sequence[Judged]) -> Table:
     """A row a model; lower perplexity and KL are better."""
-    table = Table()
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("model", overflow="fold")
     for name in ("kind", "kv", "perplexity", "to the first", "95 %", "KL", "top-1"):
         table.add_column(name, justify="left" if name in ("kind", "kv") else "right")
@@ -94,7 +95,7 @@ def run_table(model: str, flags: Flags) -> Outcome:
     quant = fit_seqlen(quant, ckpt.config, False)
     request = TableRequest(
         base=quant,
-        methods=tuple(chosen(flags["methods"], "--methods", (*METHODS, "best"))),
+        methods=tuple(chosen(flags["methods"], "--methods", (*METHODS, "best", DISTILLED))),
         bits=numbers(flags["bits"], "--bits", BITS),
         group_sizes=groups,
         kv=caches(flags["kv_bits"]),
@@ -144,7 +145,7 @@ def run_table(model: str, flags: Flags) -> Outcome:
 
 def method_table(rows: Sequence[Row]) -> Table:
     """Methods down, figures across: perplexity with its distance from float, KL, top-1, seconds."""
-    table = Table()
+    table = Table(box=SIMPLE_HEAD)
     for name in (
         "method",
         "bits",
@@ -164,7 +165,7 @@ def method_table(rows: Sequence[Row]) -> Table:
         last = row.bits
         group = row.group_size
         table.add_row(
-            NAMES.get(row.method, row.method),
+            NAMES.get(row.method, row.method) + (" + distill" if row.distill else ""),
             "16" if group is None else f"{row.bits} g{group}",
             "" if group is None else f"{bits_per_weight(row.bits, group):.3f}",
             "float" if row.kv_bits == 16 else f"int{row.kv_bits} {row.kv_mode}",
@@ -201,5 +202,31 @@ def caches(text: str) -> tuple[tuple[int, str], ...]:
 
 
 def run_throughput(paths: Sequence[str], flags: Flags) -> Outcome:
-    """`evaluate throughput`."""
-    raise InputError(f"throughput of {', '.join(paths)}: the engine's measurement is not installed.")
+    """`evaluate throughput`: each path at each batch, prompts of random tokens, with the static measurement of the engine."""
+    from engine.config import EngineConfig
+    from engine.process import ModelSource
+    from engine.throughput import Contender, open_bench
+    from engine.throughput_rows import row_document, rows_table
+
+    batches = [int(part) for part in flags["batch"].split(",") if part.strip().isdigit() and int(part) > 0]
+    if not batches:
+        raise UsageError(f"--batch {flags['batch']!r}: expected numbers of sequences, separated by commas.")
+    settings = {name: flags[name] for name in ("device", "dtype", "kv_bits", "kv_mode")}
+    config = EngineConfig(**settings, max_batch=max(batches))
+    rows = []
+    bandwidth = None
+    with Progress("evaluate throughput") as progress:
+        for path in paths:
+            with open_bench(Contender(ModelSource(path=path), config), bandwidth) as bench:
+                bandwidth = bench.bandwidth
+                for batch in batches:
+                    rows.append(bench.static(batch, flags["input_len"], flags["output_len"]))
+                    progress.say(f"{path}: batch {batch}, {rows[-1].tok_per_s:.1f} tokens/s")
+    document = {"rows": [row_document(row) for row in rows]}
+    if flags["output"]:
+        write_json(Path(flags["output"]), {"kind": "throughput", **document})
+    note = (
+        f"copy bandwidth of this device {(bandwidth or 0) / 1e9:.0f} GB/s; the share is that of one decode step's reads of weights "
+        f"and cache"
+    )
+    return Outcome(document, [rows_table(rows), note])

@@ -16,7 +16,7 @@ from quant.cli import (
     together,
 )
 
-METHODS = ("fp16", "rtn", "gptq", "gptq-r", "awq", "fast", "default", "best")
+METHODS = ("fp16", "rtn", "gptq", "gptq-r", "awq", "fast", "default", "best", "best+distill")
 TABLE_METHODS = "fp16,rtn,gptq,gptq-r,awq,fast,default"
 
 judging_options = together(

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 FAR_ABOVE = 20.0  # times the median of the same role over all layers
@@ -49,7 +50,9 @@ def _is_number(value: Any) -> bool:
 
 def layer_table(layers: Sequence[Layer]) -> Table:
     """One row a layer: loss of all its linears, RTN's and ours, and the steps that were kept."""
-    table = Table(title="loss by layer (tr(dW G dW^T) summed over its linears)", title_justify="left")
+    table = Table(
+        box=SIMPLE_HEAD, title="loss by layer (tr(dW G dW^T) summed over its linears)", title_justify="left"
+    )
     for name in ("layer", "rtn", "kept", "change", "steps"):
         table.add_column(name, justify="right" if name != "steps" else "left")
     by_layer: dict[int, list[Layer]] = defaultdict(list)
@@ -66,7 +69,9 @@ def layer_table(layers: Sequence[Layer]) -> Table:
 
 def role_table(layers: Sequence[Layer]) -> Table:
     """One row a role: the loss kept as a share of RTN's, median and worst layer."""
-    table = Table(title="loss as a share of round-to-nearest's, by linear", title_justify="left")
+    table = Table(
+        box=SIMPLE_HEAD, title="loss as a share of round-to-nearest's, by linear", title_justify="left"
+    )
     for name in ("linear", "median", "worst", "in layer"):
         table.add_column(name, justify="right" if name != "linear" else "left")
     shares: dict[str, list[tuple[float, int]]] = defaultdict(list)

@@ -22,12 +22,21 @@ from quant.calibrate import StatisticsFolder
 from quant.config import QuantConfig
 from quant.fingerprint import device_kind, library_versions
 from quant.frontier import Frontier
+from quant.held import HeldBlocks, WithFinalNorm
 from quant.kv import KV_FILE, kv_parameters
 from quant.plan import needs_float_stream, ragged_roles
 from quant.progress import Progress, gpu_peak_gib, peak_rss_gib
 from quant.records import Streams
 from quant.report import above_rtn, far_above
-from quant.walk import first_streams, range_record, ranges_of, report_record, walk
+from quant.walk import (
+    distill_blocks,
+    first_streams,
+    measure_ranges,
+    range_record,
+    ranges_of,
+    report_record,
+    walk,
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class RunResult:
     first_layer: int
     layers: list[dict[str, Any]]
     warnings: list[str]
+    standing_out: list[str]  # linears above RTN's loss, or far above their role's
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"path": str(self.path)}
@@ -72,13 +82,15 @@ def quantize_model(
     layers = ckpt.config.num_layers
     ragged = ragged_roles(ckpt.config, quant.group_size)
     writer = AwqWriter(folder, ckpt, quant_format(ckpt, quant, ragged))
+    # An end-to-end pass changes every block once more: until then they are held, so that a kill in it mixes nothing.
+    store = HeldBlocks(folder.work, quant.bits, quant.group_size) if quant.distill else writer
     frontier = Frontier(folder.work)
-    resumed = frontier.resume(writer.has_block)
+    resumed = frontier.resume(store.has_block)
     records = resumed.records
     start = _start(ckpt, quant, source, device, dtype, resumed.tensors)
     progress.start(layers, resumed.first, frontier.notes)
     for step in walk(ckpt, quant, start, device, dtype, resumed.first):
-        writer.write_block(step.index, step.result.weights)
+        store.write_block(step.index, step.result.weights)
         record = {
             "reports": [report_record(report, step.index) for report in step.result.reports],
             "warnings": step.warnings,
@@ -91,14 +103,26 @@ def quantize_model(
         progress.layer(step.index, step.result.reports, step.warnings)
     progress.stop()
     ckpt.check_unchanged()
+    ranges = [None if record["ranges"] is None else ranges_of(record["ranges"]) for record in records]
+    distilled = None
+    if isinstance(store, HeldBlocks) and isinstance(source, CalibrationSet):
+        progress.say("distilling scales and norms end to end ...")
+        held = [store.read_block(index) for index in range(layers)]
+        blocks, norm, distilled = distill_blocks(ckpt, held, quant, source.tokens, device)
+        writer = AwqWriter(folder, WithFinalNorm(ckpt, norm), writer.fmt)
+        for block in blocks:
+            writer.write_block(block.index, block)
+        if quant.kv_bits == 8:
+            ranges = list(measure_ranges(ckpt, blocks, source.tokens, device, dtype))
     reports = [report for record in records for report in record["reports"]]
     warnings = list(source.warnings) if isinstance(source, CalibrationSet) else []
     warnings += [warning for record in records for warning in record["warnings"]]
     warnings += [
         f"{role} stays float16 in every layer: K is no multiple of {quant.group_size}." for role in ragged
     ]
-    if quant.kv_bits == 8 and all(record["ranges"] is not None for record in records):
-        parameters, notes = kv_parameters([ranges_of(record["ranges"]) for record in records])
+    known = [part for part in ranges if part is not None]
+    if quant.kv_bits == 8 and len(known) == layers:
+        parameters, notes = kv_parameters(known)
         folder.save_tensors(KV_FILE, parameters)
         warnings += notes
     standing_out = above_rtn(reports) + far_above(reports)
@@ -118,6 +142,7 @@ def quantize_model(
         "dtype": str(dtype).removeprefix("torch."),
         "device": device_kind(device),
         "versions": library_versions(),
+        "distilled": distilled,
         "layers": reports,
         "warnings": warnings,
         "standing_out": standing_out,
@@ -132,7 +157,7 @@ def quantize_model(
         "notes": frontier.notes,
     }
     folder.finish(facts, report)
-    return RunResult(folder.folder, seconds, resumed.first, reports, warnings + standing_out)
+    return RunResult(folder.folder, seconds, resumed.first, reports, warnings, standing_out)
 
 
 def quant_format(ckpt: Checkpoint, quant: QuantConfig, ragged: list[str]) -> QuantFormat:

@@ -17,12 +17,14 @@ from engine.perplexity import EvalTokens, PerplexityResult, Reference, paired_di
 from kernels.kv8 import StaticKV
 from quant.config import QuantConfig
 from quant.evaluation import Judgement, judge, release
+from quant.held import WithFinalNorm
 from quant.kv import kv_parameters
 from quant.progress import gpu_peak_gib, peak_rss_gib
-from quant.walk import HeadRanges, first_streams, walk
+from quant.walk import HeadRanges, distill_blocks, first_streams, measure_ranges, walk
 
 FLOAT = "fp16"
 METHODS = (FLOAT, "rtn", "gptq", "gptq-r", "awq", "fast", "default")
+DISTILLED = "best+distill"
 NAMES = {FLOAT: "float", "rtn": "RTN", "gptq": "GPTQ", "gptq-r": "GPTQ-R", "awq": "AWQ"}
 
 
@@ -56,7 +58,7 @@ class Row:
         """Names the row within a table."""
         group = "" if self.group_size is None else f" int{self.bits} g{self.group_size}"
         kv = "" if self.kv_bits == 16 else f" kv{self.kv_bits} {self.kv_mode}"
-        return f"{self.method}{group}{kv}"
+        return f"{self.method}{'+distill' if self.distill else ''}{group}{kv}"
 
 
 class QuantizedInMemory(Checkpoint):
@@ -100,7 +102,11 @@ class TableRequest:
         for bits in self.bits:
             for group_size in self.group_sizes:
                 for method in self.methods:
-                    if method != FLOAT:
+                    if method == DISTILLED:
+                        yield replace(
+                            self.base, preset="best", distill=True, bits=bits, group_size=group_size
+                        )
+                    elif method != FLOAT:
                         yield replace(self.base, preset=method, bits=bits, group_size=group_size)  # type: ignore[arg-type]
 
 
@@ -182,7 +188,12 @@ def quantized_model(
         blocks.append(step.result.weights)
         if step.ranges is not None:
             ranges.append(step.ranges)
-    made = QuantizedInMemory(ckpt, blocks, QuantFormat(quant.bits, quant.group_size))
+    origin = ckpt
+    if quant.distill and text is not None:
+        blocks, norm, _ = distill_blocks(ckpt, blocks, quant, text.tokens, device)
+        origin = WithFinalNorm(ckpt, norm)
+        ranges = measure_ranges(ckpt, blocks, text.tokens, device, dtype) if with_ranges else []
+    made = QuantizedInMemory(origin, blocks, QuantFormat(quant.bits, quant.group_size))
     return Model.from_checkpoint(made, device, dtype), ranges if len(ranges) == len(blocks) else None
 
 

@@ -3,13 +3,13 @@
 S samples, L tokens a sample, H hidden size, Hkv key heads.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from convert.checkpoint import Checkpoint
+from convert.checkpoint import BlockWeights, Checkpoint
 from convert.errors import ResourceError
 from quant.blocks import quantize_block
 from quant.calibrate import StatisticsFolder
@@ -19,7 +19,7 @@ from quant.plan import needs_float_stream
 from quant.progress import gpu_peak_gib
 from quant.records import BlockResult, LinearReport, Streams
 from quant.statistics import BlockStatistics
-from quant.streams import embed_tokens
+from quant.streams import advance, embed_tokens
 
 HeadRanges = dict[str, tuple[Tensor, Tensor]]  # "k" and "v" -> minima and maxima (Hkv,), after RoPE
 
@@ -106,3 +106,31 @@ def report_record(report: LinearReport, index: int) -> dict[str, object]:
             record[key] = None
     record["values"] = {k: v for k, v in report.values.items() if v == v and abs(v) != float("inf")}
     return {"layer": index, **record}
+
+
+def distill_blocks(
+    ckpt: Checkpoint, blocks: Sequence[BlockWeights], quant: QuantConfig, tokens: Tensor, device: torch.device
+) -> tuple[list[BlockWeights], Tensor, dict[str, float]]:
+    """The end-to-end pass over quantized blocks: blocks, final norm (H,), and its KL before and after on the text."""
+    from quant.distill import distill
+
+    source = [ckpt.block(index) for index in range(ckpt.config.num_layers)]
+    embedding = ckpt.embedding().to(device)
+    head = embedding if ckpt.config.tie_embeddings else ckpt.lm_head().to(device)
+    done, norm, report = distill(
+        source, blocks, ckpt.config, quant, tokens, embedding, ckpt.final_norm(), head, device
+    )
+    return done, norm, {"kl_first": report.kl_first, "kl_last": report.kl_last}
+
+
+def measure_ranges(
+    ckpt: Checkpoint, blocks: Sequence[BlockWeights], tokens: Tensor, device: torch.device, dtype: torch.dtype
+) -> list[HeadRanges]:
+    """Ranges of K and V of finished blocks on the text, by one more pass."""
+    stream = embed_tokens(ckpt, tokens, device, dtype)
+    found: list[HeadRanges] = []
+    for block in blocks:
+        seen = BlockStatistics(block.index, with_grams=False)
+        stream = advance(stream, block, ckpt.config, dtype, seen.tap_ranges)
+        found.append({name: (low.cpu(), high.cpu()) for name, (low, high) in seen.head_ranges().items()})
+    return found
