@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-import engine.perplexity as perplexity_module
+import engine.windows as windows_module
 from convert.checkpoint import BlockWeights, LinearWeights
 from convert.config import ModelConfig
 from convert.errors import InputError, UsageError
@@ -125,12 +125,12 @@ def test_equals_the_formula(tokens: EvalTokens) -> None:
 def test_chunks_and_batches_do_not_matter(tokens: EvalTokens, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = perplexity(random_model(), tokens, 32)
     monkeypatch.setattr("engine.perplexity.LOGITS_BYTES", 4 * CONFIG.vocab_size * 17)  # 17 rows of 31
-    monkeypatch.setitem(perplexity_module.BATCH_TOKENS, "cpu", 64)  # 2 windows, last batch 1
+    monkeypatch.setitem(windows_module.BATCH_TOKENS, "cpu", 64)  # 2 windows, last batch 1
     assert perplexity(random_model(), tokens, 32).nll == pytest.approx(expected.nll, rel=1e-6)
 
 
 def test_streaming_reads_each_block_once(tokens: EvalTokens, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(perplexity_module.BATCH_TOKENS, "cpu", 64)
+    monkeypatch.setitem(windows_module.BATCH_TOKENS, "cpu", 64)
     model, ticks = StreamedModel(), []
     result = perplexity(model, tokens, 32, progress=lambda done, total: ticks.append((done, total)))
     assert model.made == [0, 1] and ticks == [(1, 2), (2, 2)]
