@@ -135,26 +135,25 @@ def rope_store_kernel(
         out = q_ptr + token * num_heads * (2 * HALF) + where
         tl.store(out, low, mask=ok)
         tl.store(out + HALF, high, mask=ok)
-    elif block < q_blocks + kv_blocks:
-        heads = (block - q_blocks) * HEADS + tl.arange(0, HEADS)
-        ok = (heads < num_kv_heads)[:, None]
-        where = (num_heads + heads)[:, None] * (2 * HALF) + dims[None, :]
-        low = tl.load(source + where, mask=ok, other=0.0)
-        high = tl.load(source + where + HALF, mask=ok, other=0.0)
-        low, high = norm_rotate(low, high, cos, sin, k_norm_ptr, eps, NORM, HALF)
-        store_heads(
-            low.to(tl.float32), high.to(tl.float32), k_pages_ptr, params_ptr, static_ptr, slot, heads, num_kv_heads,
-            0, HALF, PAGE, MODE,
-        )  # fmt: skip
     else:
-        heads = (block - q_blocks - kv_blocks) * HEADS + tl.arange(0, HEADS)
+        kv_block = block - q_blocks
+        side = kv_block // kv_blocks
+        heads = (kv_block - side * kv_blocks) * HEADS + tl.arange(0, HEADS)
         ok = (heads < num_kv_heads)[:, None]
-        where = (num_heads + num_kv_heads + heads)[:, None] * (2 * HALF) + dims[None, :]
-        low = tl.load(source + where, mask=ok, other=0.0).to(tl.float32)
-        high = tl.load(source + where + HALF, mask=ok, other=0.0).to(tl.float32)
-        store_heads(
-            low, high, v_pages_ptr, params_ptr, static_ptr, slot, heads, num_kv_heads, 1, HALF, PAGE, MODE
-        )
+        where = (num_heads + side * num_kv_heads + heads)[:, None] * (2 * HALF) + dims[None, :]
+        first = tl.load(source + where, mask=ok, other=0.0)
+        second = tl.load(source + where + HALF, mask=ok, other=0.0)
+        if side == 0:
+            first, second = norm_rotate(first, second, cos, sin, k_norm_ptr, eps, NORM, HALF)
+            store_heads(
+                first.to(tl.float32), second.to(tl.float32), k_pages_ptr, params_ptr, static_ptr, slot, heads,
+                num_kv_heads, 0, HALF, PAGE, MODE,
+            )  # fmt: skip
+        else:
+            store_heads(
+                first.to(tl.float32), second.to(tl.float32), v_pages_ptr, params_ptr, static_ptr, slot, heads,
+                num_kv_heads, 1, HALF, PAGE, MODE,
+            )  # fmt: skip
 
 
 def _options(num_warps: int, pdl: bool) -> dict[str, int | bool]:
