@@ -55,7 +55,9 @@ class Gate:
             try:
                 receive = await self._check(scope, receive)
             except ApiError as error:
-                await error.response()(scope, receive, send_and_note)
+                response = error.response()
+                response.headers["connection"] = "close"  # what is left of the body will not be read
+                await response(scope, receive, send_and_note)
             else:
                 await self._app(scope, receive, send_and_note)
         finally:

@@ -1,0 +1,36 @@
+"""A server process around a fake engine, for tests of signals and exit codes. Arguments: port-file, drain seconds, mode."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fake_engine import FakeEngine, FakeTokenizer
+
+from serve.config import ServeConfig
+from serve.server import bind, serve_forever, set_up_logging
+
+
+class MortalEngine(FakeEngine):
+    """Dies when a prompt of 13 tokens comes: "hello"."""
+
+    def submit(self, request):  # type: ignore[no-untyped-def]
+        if len(request.prompt_ids) == 13:
+            self.dead = True
+        return super().submit(request)
+
+
+def main() -> int:
+    port_file, drain_s, delay_s = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+    set_up_logging("info")
+    config = ServeConfig(server_port=0, drain_s=drain_s)
+    listener = bind(config)
+    temp = port_file.with_suffix(".part")
+    temp.write_text(str(listener.getsockname()[1]))
+    os.replace(temp, port_file)
+    return serve_forever(MortalEngine(delay_s), FakeTokenizer(), config, listener)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
