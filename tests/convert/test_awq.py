@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny_models import CONFIGS, LAYERS, random_tensors, write_model
 
 from convert.awq import AwqWriter, required_bytes
@@ -221,3 +222,27 @@ def test_codes_above_the_declared_bits_are_refused(tmp_path) -> None:
         folder.finish({"kind": "awq", "bits": 3})
     with pytest.raises(InputError, match="declares 3 bits"):
         open_checkpoint(tmp_path / "q").block(0)
+
+
+def test_compressed_tensors_finds_our_integers(tmp_path) -> None:
+    """vLLM's converter for AutoAWQ files, where that package is installed; its codes are shifted by 8."""
+    converters = pytest.importorskip("compressed_tensors.entrypoints.convert.converters.autoawq")
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    write_model(tmp_path / "m")
+    ckpt = open_checkpoint(tmp_path / "m")
+    write_awq(ckpt, tmp_path / "q")
+    quant = json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]
+    converter = converters.AutoAWQConverter.from_autoawq_config(quant)
+    tensors = load_file(tmp_path / "q" / "model-00001-of-00003.safetensors")
+    converter.validate(tensors)
+    found = converter.process(tensors)
+    for role, module in (("q", "self_attn.q_proj"), ("up", "mlp.up_proj"), ("down", "mlp.down_proj")):
+        expected, name = quantize(ckpt.block(0).linears[role].weight, 4, GROUP), f"model.layers.0.{module}."
+        codes = helpers.unpack_from_int32(found[name + "weight_packed"], 4, expected.codes.shape)
+        zeros = helpers.unpack_from_int32(
+            found[name + "weight_zero_point"], 4, expected.zeros.shape, packed_dim=0
+        )
+        assert torch.equal(codes.int() + 8, expected.codes.int()) and torch.equal(
+            zeros.int() + 8, expected.zeros.int()
+        )
+        assert torch.equal(found[name + "weight_scale"], expected.scales)
