@@ -27,8 +27,8 @@ PLANS: dict[Preset, Plan] = {
     "gptq": Plan(compensate="published"),
     "gptq-r": Plan(compensate="static"),
     "fast": Plan(scale=True, refit=True),
-    "default": Plan(scale=True, compensate="static", rounds=2),
-    "best": Plan(scale=True, compensate="static", rounds=2, learn=True),
+    "default": Plan(scale=True, toward_float=0.5, compensate="static", rounds=2),
+    "best": Plan(scale=True, toward_float=0.5, compensate="static", rounds=2, learn=True),
 }
 
 

@@ -78,8 +78,10 @@ def free_codes(solution: Solution, weight: Tensor, stats: InputStats) -> Tensor:
     gram = damped(stats.gram / solution.column_scale[:, None] / solution.column_scale, DAMPING)
     delta = expand(solution.codes, solution.scale) - weight * solution.column_scale
     moves = (delta @ gram) / gram.diagonal()
-    groups = solution.scale.shape[1]
-    return solution.codes - (moves.unflatten(1, (groups, -1)) / solution.scale[..., None]).flatten(1)
+    free: Tensor = solution.codes - (
+        moves.view(*solution.scale.shape, -1) / solution.scale[..., None]
+    ).flatten(1)
+    return free
 
 
 class _Judge:
@@ -129,21 +131,25 @@ def solve(
     weight = stack.weight
     plain = round_to_nearest(weight, config)
     loss_plain = stack.per_linear(loss_rows(expand(plain[0], plain[1]) - weight, stats.gram))
-    target = (
-        weight
-        if cross is None or not plan.toward_float
-        else _toward_float(weight, stats, cross, plan.toward_float)
-    )
     if plan.compensate == "published":
-        solution = _published(weight, stats, fold, plain, config)
-        before = loss_plain
+        solution, before = _published(weight, stats, fold, plain, config), loss_plain
+        after = stack.per_linear(loss_rows(solution.weight() - weight, stats.gram))
     else:
-        solution = _scaled(stack, target, stats, fold, plan, effort, config, plain)
-        before = stack.per_linear(loss_rows(solution.weight() - weight, stats.gram))
-        _refine(solution, target, stats, plan, effort, config)
-    after = stack.per_linear(loss_rows(solution.weight() - weight, stats.gram))
-    if plan.scale and bool((after > loss_plain * (1 + 1e-6) + _TINY).any()):
-        solution, after = _fall_back(stack, stats, fold, plan, effort, config, solution)
+        limit = loss_plain * (1 + 1e-6) + _TINY
+        moved = cross is not None and plan.toward_float > 0
+        shares = [plan.toward_float, plan.toward_float / 4, 0.0] if moved else [0.0]
+        for share in shares:  # a target that leads some linear above plain rounding is moved back
+            target = weight if cross is None or not share else _toward_float(weight, stats, cross, share)
+            solution = _scaled(stack, target, stats, fold, plan, effort, config, plain)
+            before = stack.per_linear(loss_rows(solution.weight() - weight, stats.gram))
+            _refine(solution, target, stats, plan, effort, config)
+            after = stack.per_linear(loss_rows(solution.weight() - weight, stats.gram))
+            if bool((after <= limit).all()):
+                break
+        if moved:
+            solution.values["toward_float"] = share
+        if plan.scale and bool((after > limit).any()):
+            solution, after = _fall_back(stack, stats, fold, plan, effort, config, solution)
     reports = _reports(stack, stats, solution, loss_plain.tolist(), before.tolist(), after.tolist())
     return solution, reports
 
