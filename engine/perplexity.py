@@ -8,14 +8,14 @@ of the mean negative log-likelihood). Logits, softmax and sums are float32 (sums
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from convert.errors import InputError
-from engine.attention import causal_attend
+from engine.attention import cached_attend, causal_attend
 from engine.kv_simulation import KVSimulation
 from engine.model import Model
 from engine.windows import (
@@ -39,6 +39,7 @@ __all__ = [
     "paired_difference",
     "perplexity",
     "perplexity_and_reference",
+    "runs_cached",
     "student_t_975",
     "tokenize",
 ]
@@ -63,6 +64,9 @@ class PerplexityResult:
     device: str
     kv_bits: int
     kv_mode: str | None
+    kv_path: (
+        Literal["cache", "simulated"] | None
+    )  # through the cache's pages and kernels, or rounded on the spot
     seconds: float
     kl: float | None = None  # KL(reference || this), nats a token
     top1: float | None = None  # share of predictions whose likeliest token is the reference's
@@ -105,9 +109,9 @@ def perplexity(
     """Perplexity of `model` on the first `windows` windows (None: all) of `tokens`.
 
     Args:
-        kv: what keys and values go through; None leaves them as they are.
+        kv: what keys and values go through; None leaves them as they are. On a GPU, 8 bits are those of the real cache.
         reference: KL and top-1 agreement are measured on its windows, which must be the first of these.
-        make_attend: attention of complete sequences instead of the torch one (a GPU's kernels); excludes `kv`.
+        make_attend: attention of complete sequences to use instead; `kv` then only names what it does.
 
     Raises InputError for a text shorter than a window, or a loss that is not finite, naming the window.
     """
@@ -148,8 +152,10 @@ def perplexity_and_reference(
     nll: list[float] = []
     divergence: list[tuple[float, float]] = []
     kept: list[Tensor] = []
-    attend = make_attend or (lambda batch, length, config: causal_attend(batch, length, config, kv))
-    for hidden in forward_windows(model, cut, attend, progress):
+    uses_cache = kv is not None and make_attend is None and runs_cached(kv, model)
+    if make_attend is None:
+        make_attend = cached_attend(8, kv.params) if kv is not None and uses_cache else _torch_attend(kv)
+    for hidden in forward_windows(model, cut, make_attend, progress):
         index = len(nll)
         nll.append(_mean_nll(model, hidden, cut[index].to(model.device)))
         if not math.isfinite(nll[-1]):
@@ -175,12 +181,22 @@ def perplexity_and_reference(
         device=model.device.type,
         kv_bits=16 if kv is None else kv.bits,
         kv_mode=None if kv is None else kv.mode,
+        kv_path=None if kv is None else "cache" if uses_cache else "simulated",
         seconds=time.perf_counter() - started,
         kl=math.fsum(kl for kl, _ in divergence) / len(divergence) if divergence else None,
         top1=math.fsum(top for _, top in divergence) / len(divergence) if divergence else None,
         kl_windows=tuple(kl for kl, _ in divergence),
     )
     return result, Reference(tuple(kept), model.lm_head, cut[: len(kept)])
+
+
+def runs_cached(kv: KVSimulation, model: Model) -> bool:
+    """True where the cache's kernels do what `kv` says: on a GPU, 8 bits, a head size that they take."""
+    return model.device.type == "cuda" and kv.bits == 8 and model.config.head_dim in (32, 64, 128, 256)
+
+
+def _torch_attend(kv: KVSimulation | None) -> AttendFactory:
+    return lambda batch, length, config: causal_attend(batch, length, config, kv)
 
 
 def paired_difference(a: PerplexityResult, b: PerplexityResult) -> PairedDifference:

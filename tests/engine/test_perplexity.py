@@ -201,7 +201,8 @@ def test_simulated_kv_costs_little_at_8_bits_and_more_at_4(tokens: EvalTokens, m
     for bits in (8, 4):
         kv = KVSimulation(bits, mode, params)  # type: ignore[arg-type]
         result = perplexity(model, tokens, 32, kv=kv, reference=reference)
-        assert (result.kv_bits, result.kv_mode) == (bits, mode) and result.nll != fp.nll
+        assert (result.kv_bits, result.kv_mode, result.kv_path) == (bits, mode, "simulated")
+        assert result.nll != fp.nll
         assert result.kl is not None
         kl.append(result.kl)
     assert 0 < kl[0] < 1e-3 < kl[1]

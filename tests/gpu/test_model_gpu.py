@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from convert.config import ModelConfig, QuantFormat
-from engine.attention import cached_attend, causal_attend
+from engine.attention import causal_attend
 from engine.cache import PagedAttend, PagedCache, StepBatch
 from engine.config import EngineConfig
 from engine.kv_simulation import KVSimulation
@@ -139,6 +139,14 @@ def test_perplexity_through_the_cache_equals_the_slow_path(name: str) -> None:
     """Same dtype, int8 KV simulated by torch against pages written and read by the kernels: within 0.1 %."""
     gpu = models(CONFIGS[name])[1]
     tokens = EvalTokens(random_ids(4 * 256), False, "random", "t", "k")
-    simulated = perplexity(gpu, tokens, 256, kv=KVSimulation(8))
-    cached = perplexity(gpu, tokens, 256, make_attend=cached_attend(8))
+    kv = KVSimulation(8)
+    simulated = perplexity(
+        gpu,
+        tokens,
+        256,
+        kv=kv,
+        make_attend=lambda batch, length, config: causal_attend(batch, length, config, kv),
+    )
+    cached = perplexity(gpu, tokens, 256, kv=kv)
+    assert cached.kv_path == "cache"
     assert cached.ppl == pytest.approx(simulated.ppl, rel=1e-3)
