@@ -20,7 +20,7 @@ from convert.fused import join_fused
 from convert.hf_config import updated_config
 from convert.json_files import read_failure, read_object, show
 from convert.manifest import OutputFolder
-from convert.safetensors_files import INDEX_NAME
+from convert.tensor_folder import INDEX_NAME
 from kernels.int4 import Quantized
 from kernels.packing import pack_awq
 

@@ -19,7 +19,8 @@ from convert.fused import fused_rows, split_fused
 from convert.hf_config import parse_config
 from convert.json_files import read_object, show
 from convert.manifest import FolderState, folder_state, read_manifest
-from convert.safetensors_files import TensorFolder, TensorInfo
+from convert.safetensors_files import TensorInfo
+from convert.tensor_folder import TensorFolder
 from kernels.int4 import Quantized
 from kernels.packing import unpack_awq
 

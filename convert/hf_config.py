@@ -4,94 +4,17 @@ Reads both spellings of RoPE (`rope_theta` + `rope_scaling`, and `rope_parameter
 `auto_map` of a known family is ignored with a note.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from convert.config import ModelConfig, QuantFormat, RopeKind, RopeScaling
+from convert.config import ModelConfig, QuantFormat, RopeScaling
+from convert.config_reader import FIELDS, LARGEST, ConfigReader
 from convert.errors import InputError
 from convert.families import Family, family_named, family_of
 from convert.json_files import show
+from convert.rope_config import parse_rope
 
-FIELDS = {  # our field -> key of config.json; a family's `keys` override
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "vocab_size": "vocab_size",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "max_position": "max_position_embeddings",
-    "num_experts": "num_local_experts",
-    "experts_per_token": "num_experts_per_tok",
-}
-LARGEST = {  # far above any model there is, far below what would fill a memory before the error shows
-    "hidden_size": 2**17,
-    "intermediate_size": 2**20,
-    "num_layers": 2**12,
-    "num_heads": 2**12,
-    "num_kv_heads": 2**12,
-    "head_dim": 2**12,
-    "vocab_size": 2**24,
-    "max_position": 2**31,
-    "num_experts": 2**10,
-    "experts_per_token": 2**10,
-}
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
-
-
-class _Reader:
-    """Typed access to one config.json."""
-
-    def __init__(self, raw: Mapping[str, Any], family: Family) -> None:
-        self.raw, self.family = raw, family
-
-    def key(self, field: str) -> str:
-        return self.family.keys.get(field, FIELDS.get(field, field))
-
-    def integer(self, field: str, fallback: int | None = None) -> int:
-        key = self.key(field)
-        value = self.raw.get(key)
-        if value is None:
-            value = self.family.defaults.get(field, fallback)
-        if value is None:
-            raise InputError(
-                f"config.json: the key {key} is missing; a {self.family.name} model needs it. Copy config.json again."
-            )
-        largest = LARGEST[field]
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise InputError(f"config.json: {key} is {show(repr(value))}, expected a whole number above 0.")
-        if not 0 < value <= largest:
-            raise InputError(
-                f"config.json: {key} is {show(str(value))}, expected a number from 1 to {largest:,}."
-            )
-        return value
-
-    def number(self, where: Mapping[str, Any], key: str, fallback: float | None, name: str = "") -> float:
-        value = where.get(key)
-        if value is None:
-            value = fallback
-        name = name or key
-        if value is None:
-            raise InputError(f"config.json: {name} is missing; this kind of RoPE scaling needs it.")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"config.json: {name} is {show(repr(value))}, expected a number.")
-        if not (abs(value) <= 1e30 and math.isfinite(value) and value > 0):
-            raise InputError(f"config.json: {name} is {show(str(value))}, expected a finite number above 0.")
-        return float(value)
-
-    def boolean(self, key: str, fallback: bool = False) -> bool:
-        value = self.raw.get(key)
-        if value is None:
-            value = self.family.defaults.get(key, fallback)
-        if not isinstance(value, bool):
-            raise InputError(f"config.json: {key} is {show(repr(value))}, expected true or false.")
-        return value
-
-    def flag(self, rule: bool | str) -> bool:
-        return self.boolean(rule) if isinstance(rule, str) else rule
 
 
 def parse_config(
@@ -106,7 +29,7 @@ def parse_config(
     Raises InputError naming the key, what it holds and what was expected.
     """
     family = family_of(raw, family_name)
-    read = _Reader(raw, family)
+    read = ConfigReader(raw, family)
     notes: list[str] = []
     if raw.get("auto_map"):
         notes.append("auto_map names code inside the checkpoint: ignored, the forward pass is ours.")
@@ -131,7 +54,7 @@ def parse_config(
         inner //= 2
     layers = read.integer("num_layers")
     max_position = read.integer("max_position")
-    theta, scaling = _rope(read, max_position)
+    theta, scaling = parse_rope(read, max_position)
     if scaling is not None and scaling.kind == "yarn" and max_position <= scaling.original_max_position:
         max_position = int(scaling.original_max_position * scaling.factor)
     if family.name == "qwen" and scaling is None and read.boolean("use_dynamic_ntk"):
@@ -180,14 +103,14 @@ def parse_config(
     return config, family, notes
 
 
-def _kv_heads(read: _Reader, heads: int) -> int:
+def _kv_heads(read: ConfigReader, heads: int) -> int:
     key = read.key("num_kv_heads")
     if key in read.raw and read.raw[key] is None:
         return heads
     return read.integer("num_kv_heads", heads)
 
 
-def _window(read: _Reader, layers: int) -> tuple[int | None, tuple[int, ...] | None]:
+def _window(read: ConfigReader, layers: int) -> tuple[int | None, tuple[int, ...] | None]:
     rule, raw = read.family.window, read.raw
     if rule == "none" or (rule == "layers" and not read.boolean("use_sliding_window")):
         return None, None
@@ -214,77 +137,6 @@ def _window(read: _Reader, layers: int) -> tuple[int | None, tuple[int, ...] | N
     return window, tuple(range(first, layers))
 
 
-def _rope(read: _Reader, max_position: int) -> tuple[float, RopeScaling | None]:
-    raw = read.raw
-    params: dict[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters", "rotary"):  # `rotary`: InternLM's own spelling
-        value = raw.get(key)
-        if value is None or (key == "rotary" and read.family.name != "internlm"):
-            continue
-        if not isinstance(value, dict):
-            raise InputError(f"config.json: {key} is {show(repr(value))}, expected an object or null.")
-        params |= value
-    theta_key = read.key("rope_theta")
-    theta = params.get("rope_theta", params.get("base", raw.get(theta_key)))
-    theta = read.number({theta_key: theta}, theta_key, float(read.family.defaults.get("rope_theta", 10000.0)))
-    partial = params.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if partial is None and read.family.name == "qwen":
-        partial = raw.get("rotary_pct")
-    if partial not in (None, 1, 1.0):
-        raise InputError(
-            f"config.json: partial_rotary_factor {show(repr(partial))}: only whole heads are rotated here."
-        )
-    kind = params.get("rope_type", params.get("type", "default"))
-    if kind in (None, "default", "origin"):
-        return theta, None
-    if kind not in ("linear", "dynamic", "yarn", "llama3"):
-        raise InputError(
-            f"config.json: RoPE scaling {show(repr(kind))} is not supported; expected default, linear, dynamic, yarn or llama3."
-        )
-    if params.get("truncate", True) is not True:
-        raise InputError("config.json: yarn with truncate false is not supported.")
-    factor = read.number(params, "factor", 1.0 if "base" in params else None, "RoPE scaling factor")
-    original = params.get("original_max_position_embeddings", raw.get("original_max_position_embeddings"))
-    if original is None or kind in ("linear", "dynamic"):
-        original = max_position
-    if isinstance(original, bool) or not isinstance(original, int) or not 0 < original <= 2**31:
-        raise InputError(
-            f"config.json: original_max_position_embeddings is {show(repr(original))}, expected a length."
-        )
-    typed: RopeKind = kind
-    scaling = RopeScaling(kind=typed, factor=factor, original_max_position=original)
-    if typed == "llama3":
-        low = read.number(params, "low_freq_factor", 1.0)
-        high = read.number(params, "high_freq_factor", 4.0)
-        if high <= low:
-            raise InputError(f"config.json: high_freq_factor {high} must be above low_freq_factor {low}.")
-        return theta, RopeScaling(typed, factor, original, low, high)
-    if typed == "yarn":
-        return theta, RopeScaling(
-            typed,
-            factor,
-            original,
-            attention_factor=_yarn_attention(read, params, factor),
-            beta_fast=read.number(params, "beta_fast", 32.0),
-            beta_slow=read.number(params, "beta_slow", 1.0),
-        )
-    return theta, scaling
-
-
-def _yarn_attention(read: _Reader, params: Mapping[str, Any], factor: float) -> float | None:
-    """Stated outright, or from mscale and mscale_all_dim as transformers does, or None: 0.1 ln(factor) + 1."""
-    if params.get("attention_factor") is not None:
-        return read.number(params, "attention_factor", None)
-    if not params.get("mscale") or not params.get("mscale_all_dim"):
-        return None
-
-    def mscale(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-    top, bottom = (read.number(params, key, None) for key in ("mscale", "mscale_all_dim"))
-    return mscale(top) / mscale(bottom)
-
-
 def _refuse_other_maths(raw: Mapping[str, Any], family: Family) -> None:
     """Keys that would change what the family computes, with the only values that our forward pass has."""
     activation = raw.get("hidden_act")
@@ -299,7 +151,7 @@ def _refuse_other_maths(raw: Mapping[str, Any], family: Family) -> None:
             raise InputError("config.json: scale_attn_weights false is not supported.")
 
 
-def _special_ids(read: _Reader, vocab: int) -> tuple[int | None, tuple[int, ...]]:
+def _special_ids(read: ConfigReader, vocab: int) -> tuple[int | None, tuple[int, ...]]:
     def ids(key: str) -> tuple[int, ...]:
         value = read.raw[key] if key in read.raw else read.family.defaults.get(key)
         items = value if isinstance(value, list) else [] if value is None else [value]

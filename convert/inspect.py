@@ -10,7 +10,7 @@ from convert.errors import InputError
 from convert.families import linear_shapes, norm_shapes
 from convert.gguf import open_gguf
 from convert.json_files import read_object, show
-from convert.safetensors_files import TensorFolder
+from convert.tensor_folder import TensorFolder
 from kernels.int4 import bits_per_weight
 
 

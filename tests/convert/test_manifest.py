@@ -193,7 +193,7 @@ MANIFEST_CHANGES = {
 
 @pytest.mark.parametrize("case", MANIFEST_CHANGES)
 def test_damaged_manifest(case: str, tmp_path) -> None:
-    from convert.manifest import _self_digest
+    from convert.folder_state import self_digest
 
     out = tmp_path / "out"
     write_all(out)
@@ -205,7 +205,7 @@ def test_damaged_manifest(case: str, tmp_path) -> None:
     raw = json.loads(path.read_text())
     MANIFEST_CHANGES[case](raw)
     if case != "G67-edited":
-        raw["digest"] = _self_digest(raw)
+        raw["digest"] = self_digest(raw)
     path.write_text(json.dumps(raw))
     with pytest.raises(InputError):
         read_manifest(out)
