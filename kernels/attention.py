@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from .fused import check_rope_store, rope_store_reference
 from .kv8 import KVCache, gather_kv, gather_kv_reference
 
 
@@ -39,6 +40,7 @@ def decode_attention(
     *,
     workspace: DecodeWorkspace | None = None,
     out: Tensor | None = None,
+    pdl: bool = False,
 ) -> Tensor:
     """Attention of one new token of each sequence, whose key and value are in the cache already; (B, Hq, D) of q's dtype.
 
@@ -48,6 +50,8 @@ def decode_attention(
         context_lens: (B,) int32, tokens of each sequence with the new one. 0 (an unused row) gives zeros.
         workspace: from `allocate_workspace`; without it, scratch is allocated by the call.
         out: (B, Hq, D) to write into.
+        pdl: programmatic dependent launch, as in `fused`; context_lens and block_tables must then be older than the kernel
+            launched just before.
 
     No host sync on CUDA; the grid depends on shapes alone, so a captured graph serves any lengths that fit block_tables.
     Bit-identical from run to run. Raises ValueError on shapes, dtypes or devices that do not fit together.
@@ -56,7 +60,48 @@ def decode_attention(
     if q.is_cuda:
         from .attention_triton import launch_decode
 
-        return launch_decode(q, cache, block_tables, context_lens, scale, window, workspace, out)
+        return launch_decode(q, cache, block_tables, context_lens, scale, window, workspace, out, pdl=pdl)
+    result = decode_attention_reference(q, cache, block_tables, context_lens, scale, window)
+    return result if out is None else out.copy_(result)
+
+
+def rope_decode_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: KVCache,
+    block_tables: Tensor,
+    context_lens: Tensor,
+    scale: float,
+    window: int | None = None,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    q_scale: Tensor | None = None,
+    workspace: DecodeWorkspace | None = None,
+    out: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """`rope_store` and `decode_attention` as one kernel: from the qkv product of a decode step to its attention, (B, Hq, D).
+
+    Arguments as in these two, T being B. Row b is the last token of sequence b: its key and value go to position
+    context_lens[b] - 1, the slot that block_tables gives. A row of length 0 stores nothing and gives zeros.
+    """
+    num_heads = check_rope_store(qkv, cos, sin, cache, None, q_norm, k_norm, q_scale)
+    heads = qkv.view(qkv.shape[0], -1, cache.head_dim)  # (B, Hq + 2 Hkv, D)
+    check_decode(heads[:, :num_heads], cache, block_tables, context_lens, window, out)
+    if qkv.is_cuda:
+        from .attention_triton import NewTokens, launch_decode
+
+        new = NewTokens(cos.contiguous(), sin.contiguous(), q_norm, k_norm, eps, q_scale)
+        return launch_decode(
+            heads, cache, block_tables, context_lens, scale, window, workspace, out, new=new, pdl=pdl
+        )
+    last = (context_lens.long() - 1).clamp(min=0)
+    slots = block_tables.gather(1, last[:, None] // cache.block_size)[:, 0].long() * cache.block_size
+    slots = torch.where(context_lens > 0, slots + last % cache.block_size, -1)
+    q = rope_store_reference(qkv, cos, sin, cache, slots, q_norm, k_norm, eps, q_scale)
     result = decode_attention_reference(q, cache, block_tables, context_lens, scale, window)
     return result if out is None else out.copy_(result)
 

@@ -20,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention import DecodeWorkspace
+from .fused_triton import norm_rotate
 from .kv8 import KVCache
-from .kv8_triton import cache_mode, cache_pointers, high_half, low_half
+from .kv8_triton import cache_mode, cache_pointers, high_half, low_half, store_heads
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # no inline assembly there; plain twins give the same bits
 LOG2E = 1.4426950408889634
@@ -80,6 +81,15 @@ def find_unit(
 
     The sequence is `batch` or more where the unit is not used.
     """
+    if BATCH_PAD == 1:  # the same in scalars, a few hundred cycles sooner
+        length = tl.load(lens_ptr)
+        tile0 = 0
+        if WINDOW > 0:
+            tile0 = tl.maximum(length - WINDOW, 0) // TILE
+        tiles = (length + TILE - 1) // TILE - tile0
+        most = tl.maximum((tiles + target - 1) // target, 1)
+        count = tl.maximum((tiles + most - 1) // most, 1)
+        return (unit >= count).to(tl.int32), length, 0, count, (tiles + count - 1) // count, tile0
     row = tl.arange(0, BATCH_PAD)
     lens, first, tiles, units = share_tiles(lens_ptr, row, batch, target, TILE, WINDOW)
     ends = tl.cumsum(units, 0)
@@ -139,6 +149,20 @@ def merge_units(
     )
 
 
+@triton.jit
+def prefetch_lines(pointers, ASM: tl.constexpr):
+    """Ask for the 128-byte lines at these pointers in L2. Reads nothing, so it may precede the kernel that writes them."""
+    if ASM:
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [pointers],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
 @triton.jit(do_not_specialize=["batch", "target", "max_blocks"])
 def decode_kernel(
     q_ptr,
@@ -152,18 +176,27 @@ def decode_kernel(
     partial_ptr,
     lse_ptr,
     arrivals_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    q_scale_ptr,
     batch,
     max_blocks,
     num_kv_heads,
     target,
     q_stride,
     score_scale,
+    eps,
     ROWS: tl.constexpr,
     ROW_PAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
     MODE: tl.constexpr,
+    ROPE: tl.constexpr,
+    NORM: tl.constexpr,
+    SCALE: tl.constexpr,
     FUSED_MERGE: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
@@ -176,153 +209,183 @@ def decode_kernel(
 
     score = score_scale * q . k (score_scale holds log2 e, so exp is exp2). int8: with codes c = u8 - 128 exact in fp16,
     q . k = k_scale * (q . c) + k_zero * sum(q) and p . v = (p * v_scale) . c + sum(p * v_zero): scales stay outside the products.
+    Both products are taken in halves of the head, channels below D / 2 and those above, as int8 words hold them.
     q (B, Hq, D) fp16/bf16, row stride q_stride; pages and params as in `kv8`; tables (B, max_blocks) int32; lens (B,) int32.
+    ROPE: q_ptr holds qkv rows instead (B, (Hq + 2 Hkv) * D), cos and sin (B, D / 2) fp32; q is normed and rotated here, and the
+    unit that ends a sequence first stores its new key and value, as `rope_store` does.
     Products have 16-bit operands and fp32 accumulators (int8 pages: fp16 whatever q is); p is rounded to 16 bits.
     ROW_PAD >= 16 rows (tensor core), those from ROWS on are zero; TILE divides PAGE; keys past the length weigh nothing, whatever
     a stale page holds there (NaN too).
+    PDL: lens, tables and all but the newest keys and values are not written by the kernel before, so they are looked up and
+    asked for in L2 while it drains.
     """
+    HALF: tl.constexpr = HEAD_DIM // 2
+    WIDTH: tl.constexpr = HEAD_DIM if MODE == 0 else HALF  # elements of a token in a page
     head = tl.program_id(0)
     unit = tl.program_id(1)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     seq, length, start, count, each, tile0 = find_unit(lens_ptr, batch, target, unit, TILE, WINDOW, BATCH_PAD)
     if seq >= batch:
         return
     num_heads = num_kv_heads * ROWS
     rows = tl.arange(0, ROW_PAD)
     tokens = tl.arange(0, TILE)
-    row_ok = rows < ROWS
+    dims = tl.arange(0, HALF)
+    row_ok = (rows < ROWS)[:, None]
     out_row = seq.to(tl.int64) * num_heads + head * ROWS
+    out_rows = out_ptr + (out_row + rows)[:, None] * HEAD_DIM + dims[None, :]
     if length == 0:
-        every = tl.arange(0, HEAD_DIM)
-        where = out_ptr + (out_row + rows)[:, None] * HEAD_DIM + every[None, :]
-        tl.store(where, tl.zeros([ROW_PAD, HEAD_DIM], out_ptr.dtype.element_ty), mask=row_ok[:, None])
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        nothing = tl.zeros([ROW_PAD, HALF], out_ptr.dtype.element_ty)
+        tl.store(out_rows, nothing, mask=row_ok)
+        tl.store(out_rows + HALF, nothing, mask=row_ok)
         return
+    # No unit is empty and every tile holds a visible key, so maxima and sums below are finite and positive.
     begin = tile0 + (unit - start) * each
     end = tl.minimum(begin + each, (length + TILE - 1) // TILE)
     table = tables_ptr + seq.to(tl.int64) * max_blocks
     page = tl.load(table + begin * TILE // PAGE).to(
         tl.int64
     )  # read one tile ahead: the address of a tile waits for it
-    # No unit is empty and every tile holds a visible key, so maxima and sums below are finite and positive.
+    if PDL:
+        second_tile = tl.minimum(begin + 1, end - 1)
+        second_page = tl.load(table + second_tile * TILE // PAGE).to(tl.int64)
+        line = tl.arange(0, TILE * WIDTH // 64) * 64  # 128-byte lines of a tile
+        row0 = ((page * num_kv_heads + head) * PAGE + begin * TILE % PAGE) * WIDTH
+        row1 = ((second_page * num_kv_heads + head) * PAGE + second_tile * TILE % PAGE) * WIDTH
+        prefetch_lines(k_ptr + row0 + line, ASM)
+        prefetch_lines(v_ptr + row0 + line, ASM)
+        prefetch_lines(k_ptr + row1 + line, ASM)
+        prefetch_lines(v_ptr + row1 + line, ASM)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+    q_row = q_ptr + seq.to(tl.int64) * q_stride
+    q_rows = q_row + (head * ROWS + rows)[:, None] * HEAD_DIM + dims[None, :]
+    q_low = tl.load(q_rows, mask=row_ok, other=0.0)
+    q_high = tl.load(q_rows + HALF, mask=row_ok, other=0.0)
+    if ROPE:
+        cos = tl.load(cos_ptr + seq * HALF + dims)[None, :]
+        sin = tl.load(sin_ptr + seq * HALF + dims)[None, :]
+        q_low, q_high = norm_rotate(q_low, q_high, cos, sin, q_norm_ptr, eps, NORM, HALF)
+        if SCALE:
+            factor = tl.load(q_scale_ptr + seq).to(q_low.dtype).to(tl.float32)
+            q_low = (q_low.to(tl.float32) * factor).to(q_low.dtype)
+            q_high = (q_high.to(tl.float32) * factor).to(q_high.dtype)
+        if unit - start == count - 1:
+            one = head + tl.arange(0, 1)
+            k_new = q_row + (num_heads + one)[:, None] * HEAD_DIM + dims[None, :]
+            v_new = k_new + num_kv_heads * HEAD_DIM
+            k_low, k_high = norm_rotate(
+                tl.load(k_new), tl.load(k_new + HALF), cos, sin, k_norm_ptr, eps, NORM, HALF
+            )
+            slot = tl.load(table + (length - 1) // PAGE).to(tl.int64) * PAGE + (length - 1) % PAGE
+            store_heads(
+                k_low.to(tl.float32), k_high.to(tl.float32), k_ptr, params_ptr, static_ptr, slot, one,
+                num_kv_heads, 0, HALF, PAGE, MODE,
+            )  # fmt: skip
+            store_heads(
+                tl.load(v_new).to(tl.float32), tl.load(v_new + HALF).to(tl.float32), v_ptr, params_ptr, static_ptr, slot,
+                one, num_kv_heads, 1, HALF, PAGE, MODE,
+            )  # fmt: skip
+            tl.debug_barrier()  # the stores are seen by all threads of the program before any reads the tile
     first_seen = 0
     if WINDOW > 0:
         first_seen = length - WINDOW
     top = tl.full([ROW_PAD], float("-inf"), tl.float32)
     # Sums over keys stay apart for each column of a tile until the end: a sum across warps costs two barriers.
     weights = tl.zeros([ROW_PAD, TILE], tl.float32)
-    q_rows = q_ptr + seq.to(tl.int64) * q_stride + (head * ROWS + rows)[:, None] * HEAD_DIM
-    if MODE == 0:
-        dims = tl.arange(0, HEAD_DIM)
-        q = tl.load(q_rows + dims[None, :], mask=row_ok[:, None], other=0.0)
-        acc = tl.zeros([ROW_PAD, HEAD_DIM], tl.float32)
-        for tile in range(begin, end):
-            offset = ((page * num_kv_heads + head) * PAGE + tile * TILE % PAGE) * HEAD_DIM
-            page = tl.load(table + tl.minimum(tile + 1, end - 1) * TILE // PAGE).to(tl.int64)
-            position = tile * TILE + tokens
-            ok = position < length
-            where = offset + tokens[:, None] * HEAD_DIM + dims[None, :]
-            k = tl.load(k_ptr + where)
-            v = tl.load(v_ptr + where, mask=ok[:, None], other=0.0)
-            score = tl.dot(q, tl.trans(k)) * score_scale
-            if WINDOW > 0:
-                ok = ok & (position >= first_seen)
-            score = tl.where(ok[None, :], score, float("-inf"))
-            new_top = tl.maximum(top, tl.max(score, 1))
-            keep = tl.exp2(top - new_top)
-            p = tl.exp2(score - new_top[:, None])
-            weights = weights * keep[:, None] + p
-            acc = tl.dot(p.to(v.dtype), v, acc * keep[:, None])
-            top = new_top
-        total = tl.sum(weights, 1)
-        acc = acc / total[:, None]
-    else:
-        HALF: tl.constexpr = HEAD_DIM // 2
-        dims = tl.arange(0, HALF)
-        q_low = tl.load(q_rows + dims[None, :], mask=row_ok[:, None], other=0.0).to(tl.float16)
-        q_high = tl.load(q_rows + HALF + dims[None, :], mask=row_ok[:, None], other=0.0).to(tl.float16)
+    zeros = tl.zeros([ROW_PAD, TILE], tl.float32)  # p * v_zero
+    acc_low = tl.zeros([ROW_PAD, HALF], tl.float32)
+    acc_high = tl.zeros([ROW_PAD, HALF], tl.float32)
+    if MODE > 0:
+        q_low = q_low.to(tl.float16)
+        q_high = q_high.to(tl.float16)
         q_sum = (tl.sum(q_low.to(tl.float32), 1) + tl.sum(q_high.to(tl.float32), 1)) * score_scale
-        acc_low = tl.zeros([ROW_PAD, HALF], tl.float32)
-        acc_high = tl.zeros([ROW_PAD, HALF], tl.float32)
-        zeros = tl.zeros([ROW_PAD, TILE], tl.float32)  # p * v_zero
-        if MODE == 2:
-            k_scale = tl.load(static_ptr + head) * score_scale
-            k_zero = tl.load(static_ptr + num_kv_heads + head)
+    if MODE == 1:
+        pair_ptr = params_ptr + (page * num_kv_heads + head) * (2 * PAGE) + begin * TILE % PAGE + tokens
+        k_next = tl.load(pair_ptr)
+        v_next = tl.load(pair_ptr + PAGE)
+    elif MODE == 2:
+        k_scale = tl.load(static_ptr + head) * score_scale
+        k_zero = tl.load(static_ptr + num_kv_heads + head)
+    for tile in range(begin, end):
+        offset = ((page * num_kv_heads + head) * PAGE + tile * TILE % PAGE) * WIDTH
+        where = offset + tokens[:, None] * WIDTH + dims[None, :]
+        following = tl.minimum(tile + 1, end - 1)
+        page = tl.load(table + following * TILE // PAGE).to(tl.int64)
+        position = tile * TILE + tokens
+        ok = position < length
+        if MODE == 0:
+            k_low = tl.trans(tl.load(k_ptr + where, eviction_policy="evict_first"))
+            k_high = tl.trans(tl.load(k_ptr + where + HALF, eviction_policy="evict_first"))
+            v_low = tl.load(v_ptr + where, mask=ok[:, None], other=0.0, eviction_policy="evict_first")
+            v_high = tl.load(v_ptr + where + HALF, mask=ok[:, None], other=0.0, eviction_policy="evict_first")
         else:
-            pair_ptr = params_ptr + (page * num_kv_heads + head) * (2 * PAGE) + begin * TILE % PAGE + tokens
+            k_words = tl.trans(tl.load(k_ptr + where, eviction_policy="evict_first"))
+            v_words = tl.load(v_ptr + where, eviction_policy="evict_first")
+            k_low = low_codes(k_words, ASM)
+            k_high = high_codes(k_words, ASM)
+            v_low = low_codes(v_words, ASM)
+            v_high = high_codes(v_words, ASM)
+        score = tl.dot(q_low, k_low)
+        score = tl.dot(q_high, k_high, score)
+        if MODE == 0:
+            score = score * score_scale
+        elif MODE == 1:
+            # One tile ahead, since only operands of a product are prefetched by the compiler.
+            k_pair = k_next
+            v_pair = v_next
+            pair_ptr = (
+                params_ptr + (page * num_kv_heads + head) * (2 * PAGE) + following * TILE % PAGE + tokens
+            )
             k_next = tl.load(pair_ptr)
             v_next = tl.load(pair_ptr + PAGE)
-        for tile in range(begin, end):
-            offset = ((page * num_kv_heads + head) * PAGE + tile * TILE % PAGE) * HALF
-            following = tl.minimum(tile + 1, end - 1)
-            page = tl.load(table + following * TILE // PAGE).to(tl.int64)
-            where = offset + tokens[:, None] * HALF + dims[None, :]
-            k = tl.load(k_ptr + where)
-            v = tl.load(v_ptr + where)
-            position = tile * TILE + tokens
-            ok = position < length
-            if WINDOW > 0:
-                ok = ok & (position >= first_seen)
-            k_words = tl.trans(k)
-            score = tl.dot(q_low, low_codes(k_words, ASM))
-            score = tl.dot(q_high, high_codes(k_words, ASM), score)
-            if MODE == 2:
-                score = score * k_scale + (q_sum * k_zero)[:, None]
-            else:
-                # One tile ahead, since only operands of a product are prefetched by the compiler.
-                k_pair = k_next
-                v_pair = v_next
-                pair_ptr = (
-                    params_ptr + (page * num_kv_heads + head) * (2 * PAGE) + following * TILE % PAGE + tokens
-                )
-                k_next = tl.load(pair_ptr)
-                v_next = tl.load(pair_ptr + PAGE)
-                score = (
-                    score * (low_half(k_pair) * score_scale)[None, :]
-                    + q_sum[:, None] * high_half(k_pair)[None, :]
-                )
-            score = tl.where(ok[None, :], score, float("-inf"))
-            new_top = tl.maximum(top, tl.max(score, 1))
-            keep = tl.exp2(top - new_top)
-            p = tl.exp2(score - new_top[:, None])
-            weights = weights * keep[:, None] + p
-            if MODE == 1:
-                v_scale = tl.where(ok, low_half(v_pair), 0.0)
-                v_zero = tl.where(ok, high_half(v_pair), 0.0)
-                zeros = zeros * keep[:, None] + p * v_zero[None, :]
-                p = p * v_scale[None, :]
-            p16 = p.to(tl.float16)
-            acc_low = tl.dot(p16, low_codes(v, ASM), acc_low * keep[:, None])
-            acc_high = tl.dot(p16, high_codes(v, ASM), acc_high * keep[:, None])
-            top = new_top
-        total = tl.sum(weights, 1)
-        p_zero = tl.sum(zeros, 1)
-        if MODE == 2:
-            v_scale = tl.load(static_ptr + 2 * num_kv_heads + head)
-            v_zero = tl.load(static_ptr + 3 * num_kv_heads + head)
-            p_zero = total * v_zero
-            acc_low = acc_low * v_scale
-            acc_high = acc_high * v_scale
-        acc_low = (acc_low + p_zero[:, None]) / total[:, None]
-        acc_high = (acc_high + p_zero[:, None]) / total[:, None]
+            score = (
+                score * (low_half(k_pair) * score_scale)[None, :]
+                + q_sum[:, None] * high_half(k_pair)[None, :]
+            )
+        else:
+            score = score * k_scale + (q_sum * k_zero)[:, None]
+        if WINDOW > 0:
+            ok = ok & (position >= first_seen)
+        score = tl.where(ok[None, :], score, float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, 1))
+        keep = tl.exp2(top - new_top)
+        p = tl.exp2(score - new_top[:, None])
+        weights = weights * keep[:, None] + p
+        if MODE == 1:
+            v_scale = tl.where(ok, low_half(v_pair), 0.0)
+            v_zero = tl.where(ok, high_half(v_pair), 0.0)
+            zeros = zeros * keep[:, None] + p * v_zero[None, :]
+            p = p * v_scale[None, :]
+        p = p.to(v_low.dtype)
+        acc_low = tl.dot(p, v_low, acc_low * keep[:, None])
+        acc_high = tl.dot(p, v_high, acc_high * keep[:, None])
+        top = new_top
+    total = tl.sum(weights, 1)
+    if MODE == 1:
+        added = tl.sum(zeros, 1)[:, None]
+        acc_low = acc_low + added
+        acc_high = acc_high + added
+    elif MODE == 2:
+        v_scale = tl.load(static_ptr + 2 * num_kv_heads + head)
+        added = (total * tl.load(static_ptr + 3 * num_kv_heads + head))[:, None]
+        acc_low = acc_low * v_scale + added
+        acc_high = acc_high * v_scale + added
+    acc_low = acc_low / total[:, None]
+    acc_high = acc_high / total[:, None]
 
     if count == 1:
-        out_rows = out_ptr + (out_row + rows)[:, None] * HEAD_DIM + dims[None, :]
-        if MODE == 0:
-            tl.store(out_rows, acc.to(out_ptr.dtype.element_ty), mask=row_ok[:, None])
-        else:
-            tl.store(out_rows, acc_low.to(out_ptr.dtype.element_ty), mask=row_ok[:, None])
-            tl.store(out_rows + HEAD_DIM // 2, acc_high.to(out_ptr.dtype.element_ty), mask=row_ok[:, None])
+        tl.store(out_rows, acc_low.to(out_ptr.dtype.element_ty), mask=row_ok)
+        tl.store(out_rows + HALF, acc_high.to(out_ptr.dtype.element_ty), mask=row_ok)
     else:
         index = unit * num_heads + head * ROWS + rows
         partial_rows = partial_ptr + index[:, None] * HEAD_DIM + dims[None, :]
-        if MODE == 0:
-            tl.store(partial_rows, acc, mask=row_ok[:, None])
-        else:
-            tl.store(partial_rows, acc_low, mask=row_ok[:, None])
-            tl.store(partial_rows + HEAD_DIM // 2, acc_high, mask=row_ok[:, None])
-        tl.store(lse_ptr + index, tl.log2(total) + top, mask=row_ok)
+        tl.store(partial_rows, acc_low, mask=row_ok)
+        tl.store(partial_rows + HALF, acc_high, mask=row_ok)
+        tl.store(lse_ptr + index, tl.log2(total) + top, mask=rows < ROWS)
         if FUSED_MERGE:
             tl.debug_barrier()  # every thread's stores are made before the one thread counts this unit
             counter = arrivals_ptr + seq * num_kv_heads + head
@@ -400,10 +463,10 @@ class DecodeConfig:
 
 # Tuned on an H200; see benchmarks/NOTES-attention.md. (bits, whether query heads share kv heads) -> config
 CONFIGS: dict[tuple[int, bool], DecodeConfig] = {
-    (16, False): DecodeConfig(64, 4, 2, 3),
-    (16, True): DecodeConfig(64, 4, 2, 3),
-    (8, False): DecodeConfig(64, 4, 3, 4),
-    (8, True): DecodeConfig(64, 4, 3, 4),
+    (16, False): DecodeConfig(64, 4, 4, 1),
+    (16, True): DecodeConfig(64, 4, 4, 2),
+    (8, False): DecodeConfig(64, 2, 3, 4),
+    (8, True): DecodeConfig(64, 2, 3, 4),
 }
 BATCH_PADS = (1, 16, 128, 1024)  # few sizes, so that few binaries serve all batches
 FUSED_MERGE_BYTES = 1 << 16  # partials that one program merges without being felt
@@ -427,6 +490,18 @@ def max_units(max_batch: int, num_kv_heads: int, device: torch.device | str) -> 
     return max_batch + max(_target(config, num_kv_heads, torch.device(device)) for config in CONFIGS.values())
 
 
+@dataclass(frozen=True)
+class NewTokens:
+    """What `launch_decode` rotates and stores first, where q is qkv: see `rope_decode_attention`."""
+
+    cos: Tensor
+    sin: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: float
+    q_scale: Tensor | None
+
+
 def launch_decode(
     q: Tensor,
     cache: KVCache,
@@ -437,13 +512,18 @@ def launch_decode(
     workspace: DecodeWorkspace | None,
     out: Tensor | None,
     *,
+    new: NewTokens | None = None,
     config: DecodeConfig | None = None,
     fused_merge: bool | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """`decode_attention` on CUDA (or in the interpreter), arguments checked already. The last three are for tuning."""
+    """`decode_attention` on CUDA (or in the interpreter), arguments checked already; with `new`, `rope_decode_attention`.
+
+    q is (B, Hq, D), with `new` (B, Hq + 2 Hkv, D). `config` and `fused_merge` are for tuning.
+    """
     batch, num_heads, head_dim = q.shape
     num_kv_heads = cache.num_kv_heads
+    num_heads -= 0 if new is None else 2 * num_kv_heads
     rows = num_heads // num_kv_heads
     _check_limits(q, cache, block_tables, context_lens, rows)
     config = config or CONFIGS[cache.bits, rows > 1]
@@ -453,7 +533,7 @@ def launch_decode(
         cache.block_size // tile
     )  # tiles of the longest sequence that fits the table
     units = min(target + batch, batch * max(capacity, 1))
-    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    out = torch.empty(batch, num_heads, head_dim, dtype=q.dtype, device=q.device) if out is None else out
     if workspace is None:
         workspace = DecodeWorkspace(
             torch.empty(units, num_heads, head_dim, dtype=torch.float32, device=q.device),
@@ -475,6 +555,7 @@ def launch_decode(
     merge_rows = triton.next_power_of_2(rows)
     common = {"HEAD_DIM": head_dim, "WINDOW": window or 0, "PDL": pdl, "TILE": tile, "BATCH_PAD": batch_pad}
     launch = {"launch_pdl": True} if pdl else {}
+    given = (None,) * 5 if new is None else (new.cos, new.sin, new.q_norm, new.k_norm, new.q_scale)
     decode_kernel[(num_kv_heads, units)](
         q,
         *cache_pointers(cache),
@@ -484,16 +565,21 @@ def launch_decode(
         workspace.partial,
         workspace.lse,
         workspace.arrivals,
+        *(q if part is None else part for part in given),  # stood in for where not read
         batch,
         block_tables.stride(0),
         num_kv_heads,
         target,
         q.stride(0),
         scale * LOG2E,
+        0.0 if new is None else new.eps,
         ROWS=rows,
         ROW_PAD=max(16, merge_rows),
         PAGE=cache.block_size,
         MODE=cache_mode(cache),
+        ROPE=new is not None,
+        NORM=new is not None and new.q_norm is not None,
+        SCALE=new is not None and new.q_scale is not None,
         FUSED_MERGE=fused_merge,
         ASM=not INTERPRETED,
         MERGE_ROWS=merge_rows,

@@ -95,7 +95,7 @@ def rope_store(
 
     k is rounded to qkv's dtype before it is quantized, as in `store_kv(apply_rope(k))`. Raises ValueError on anything else.
     """
-    num_heads = _check_rope_store(qkv, cos, sin, cache, slot_mapping, q_norm, k_norm, q_scale)
+    num_heads = check_rope_store(qkv, cos, sin, cache, slot_mapping, q_norm, k_norm, q_scale)
     if qkv.is_cuda:
         from .fused_triton import launch_rope_store
 
@@ -105,12 +105,12 @@ def rope_store(
     return rope_store_reference(qkv, cos, sin, cache, slot_mapping, q_norm, k_norm, eps, q_scale)
 
 
-def _check_rope_store(
+def check_rope_store(
     qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
     cache: KVCache,
-    slot_mapping: Tensor,
+    slot_mapping: Tensor | None,
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     q_scale: Tensor | None,
@@ -129,7 +129,9 @@ def _check_rope_store(
             raise ValueError(
                 f"{name} is {tuple(part.shape)} {part.dtype}, expected ({tokens}, {head_dim // 2}) float32."
             )
-    if tuple(slot_mapping.shape) != (tokens,) or slot_mapping.dtype != torch.int64:
+    if slot_mapping is not None and (
+        tuple(slot_mapping.shape) != (tokens,) or slot_mapping.dtype != torch.int64
+    ):
         raise ValueError(
             f"slot_mapping is {tuple(slot_mapping.shape)} {slot_mapping.dtype}, expected ({tokens},) int64."
         )
@@ -142,7 +144,7 @@ def _check_rope_store(
             )
     if q_scale is not None and (tuple(q_scale.shape) != (tokens,) or q_scale.dtype != torch.float32):
         raise ValueError(f"q_scale is {tuple(q_scale.shape)} {q_scale.dtype}, expected ({tokens},) float32.")
-    given = [cos, sin, slot_mapping, cache.k, *(x for x in (q_norm, k_norm, q_scale) if x is not None)]
+    given = [cos, sin, cache.k, *(x for x in (slot_mapping, q_norm, k_norm, q_scale) if x is not None)]
     if any(x.device != qkv.device for x in given):
         raise ValueError(f"qkv lies on {qkv.device} and another argument elsewhere: expected one device.")
     return num_heads

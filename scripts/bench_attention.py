@@ -9,6 +9,7 @@ the best of each kind; its figures go to attention_tuning.json. `--seconds` boun
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kernels.attention import DecodeWorkspace, decode_attention_reference  # noqa: E402
+from kernels.attention import DecodeWorkspace, decode_attention_reference, rope_decode_attention  # noqa: E402
 from kernels.attention_triton import CONFIGS, DecodeConfig, launch_decode  # noqa: E402
 from kernels.fused import add_rms_norm, rope_store, silu_mul  # noqa: E402
 from kernels.kv8 import BLOCK_SIZE, KVCache  # noqa: E402
@@ -44,30 +45,25 @@ START = time.monotonic()
 CANDIDATES = {
     16: [
         DecodeConfig(64, 4, 2, 4),
-        DecodeConfig(64, 4, 3, 3),
-        DecodeConfig(64, 4, 4, 2),
-        DecodeConfig(32, 4, 4, 3),
+        DecodeConfig(64, 4, 3, 2),
+        DecodeConfig(64, 4, 4, 1),
+        DecodeConfig(64, 8, 3, 2),
         DecodeConfig(32, 2, 4, 4),
-        DecodeConfig(64, 8, 3, 3),
+        DecodeConfig(32, 4, 5, 2),
     ],
     8: [
+        DecodeConfig(64, 2, 2, 4),
+        DecodeConfig(64, 2, 3, 4),
+        DecodeConfig(64, 2, 4, 4),
         DecodeConfig(64, 4, 2, 4),
         DecodeConfig(64, 4, 3, 4),
         DecodeConfig(64, 4, 4, 4),
-        DecodeConfig(64, 4, 5, 3),
-        DecodeConfig(32, 2, 4, 8),
-        DecodeConfig(64, 2, 3, 4),
-        DecodeConfig(64, 8, 4, 2),
-        DecodeConfig(32, 4, 4, 4),
     ],
 }
 TUNED_SHAPES = [
-    ("7b", 1, 1024),
-    ("7b", 8, 4096),
-    ("7b", 32, 8192),
-    ("70b", 1, 2048),
-    ("70b", 8, 4096),
-    ("70b", 32, 8192),
+    (layout, batch, context)
+    for layout in LAYOUTS
+    for batch, context in ((1, 512), (1, 2048), (8, 4096), (32, 8192))
 ]
 
 
@@ -233,8 +229,11 @@ def sdpa_rows(pool: Pool, batch: int, context: int, expected_us: float) -> dict[
     return times
 
 
-def layer_chain(pool: Pool, context: int, pdl: bool) -> float:
-    """Microseconds a layer of what stands between the products at batch 1: two norms, RoPE and store, attention, SiLU."""
+def layer_chain(pool: Pool, context: int, pdl: bool, is_joined: bool) -> float:
+    """Microseconds a layer of what stands between the products at batch 1: two norms, RoPE and store, attention, SiLU.
+
+    is_joined: RoPE, store and attention are one kernel.
+    """
     num_heads, heads, head_dim = LAYOUTS[pool.layout]
     width, inner = num_heads * head_dim, 11008 if pool.layout == "7b" else 28672
     tables = pool.tables(1, context)
@@ -248,8 +247,13 @@ def layer_chain(pool: Pool, context: int, pdl: bool) -> float:
 
     def layer(i: int) -> None:
         add_rms_norm(x, delta, weight[0], 1e-5, pdl=pdl)
-        q = rope_store(qkv, angles, angles, pool.cache, slots[i], pdl=pdl)
-        launch_decode(q, pool.cache, tables[i], lens, 0.1, None, scratch, None, pdl=pdl)
+        if is_joined:
+            rope_decode_attention(
+                qkv, angles, angles, pool.cache, tables[i], lens, 0.1, workspace=scratch, pdl=pdl
+            )
+        else:
+            q = rope_store(qkv, angles, angles, pool.cache, slots[i], pdl=pdl)
+            launch_decode(q, pool.cache, tables[i], lens, 0.1, None, scratch, None, pdl=pdl)
         add_rms_norm(x, delta, weight[0], 1e-5, pdl=pdl)
         silu_mul(gate_up, pdl=pdl)
 
@@ -257,15 +261,14 @@ def layer_chain(pool: Pool, context: int, pdl: bool) -> float:
 
 
 def compile_job(jobs: list[list[Any]]) -> None:
-    """In a process of its own: compile and run once each (layout, bits, batch, blocks, config) into Triton's disk cache."""
-    for layout, bits, batch, context, config, fused_merge in jobs:
-        decode_call(
-            make_pool(layout, bits, max(batch * context, 4096)),
-            batch,
-            context,
-            DecodeConfig(*config),
-            fused_merge,
-        )
+    """In a process of its own: compile into Triton's disk cache what decode_call or layer_chain needs, by running it once."""
+    for kind, layout, bits, batch, context, config, *flags in jobs:
+        pool = make_pool(layout, bits, max(batch * context, 4096))
+        if kind == "decode":
+            decode_call(pool, batch, context, DecodeConfig(*config), *flags)
+        else:
+            CONFIGS[bits, LAYOUTS[layout][0] > LAYOUTS[layout][1]] = DecodeConfig(*config)
+            layer_chain(pool, context, *flags)
 
 
 def precompile(jobs: list[list[Any]]) -> None:
@@ -379,8 +382,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.tune:
         jobs = [
-            [layout, bits, batch, context, list(asdict(c).values()), fused]
-            for layout, batch, context in (("7b", 1, 1024), ("7b", 8, 1024), ("7b", 32, 512), ("70b", 1, 1024), ("70b", 8, 1024), ("70b", 32, 512))
+            ["decode", layout, bits, batch, context, list(asdict(c).values()), fused]
+            for layout, batch, context in itertools.product(LAYOUTS, (1, 8, 32), (512,))
             for bits in CANDIDATES
             for c in CANDIDATES[bits]
             for fused in (True, False)
@@ -425,17 +428,41 @@ def run(args: argparse.Namespace) -> None:
                         }
                     )  # fmt: skip
             save()
+        chains = list(itertools.product((512, 2048), (False, True), (False, True)))
+        shared = LAYOUTS[layout][0] > heads
+        if time.monotonic() - START < args.seconds:
+            precompile(
+                [
+                    ["chain", layout, bits, 1, context, list(asdict(CONFIGS[bits, shared]).values()), *flags]
+                    for bits in pools
+                    for context, *flags in chains
+                ]
+            )
         for bits, pool in pools.items():
-            for context in (512, 2048):
-                for pdl in (False, True):
-                    if time.monotonic() - START > args.seconds:
-                        log(f"left out: layer chain {layout} {bits} bits {context}, time")
-                        continue
-                    us = layer_chain(pool, context, pdl)
+            for context in (64, 128, 512, 2048):
+                for pages, order in (("random", pool.order), ("in order", pool.order.sort().values)):
+                    call, copies, _ = decode_call(Pool(layout, bits, pool.cache, order), 1, context, None)
                     chain.append(
-                        {"layout": layout, "kv_bits": bits, "context": context, "pdl": pdl, "us": us}
-                    )
-                    log(f"layer chain {layout} {bits} bits, context {context}, pdl {pdl}: {us:.2f} us")
+                        {"layout": layout, "kv_bits": bits, "context": context, "attention_alone": pages,
+                         "us": time_us(call, copies, 8.0)[0]}
+                    )  # fmt: skip
+                    log(f"latency {chain[-1]}")
+            for context, pdl, is_joined in chains:
+                if time.monotonic() - START > args.seconds:
+                    log(f"left out: layer chain {layout} {bits} bits {context}, time")
+                    continue
+                us = layer_chain(pool, context, pdl, is_joined)
+                chain.append(
+                    {
+                        "layout": layout,
+                        "kv_bits": bits,
+                        "context": context,
+                        "pdl": pdl,
+                        "joined": is_joined,
+                        "us": us,
+                    }
+                )
+                log(f"layer chain {chain[-1]}")
         save()
         del pools, pool
         torch.cuda.empty_cache()

@@ -9,6 +9,7 @@ from kernels.attention import (
     decode_attention,
     decode_attention_reference,
     prefill_attention,
+    rope_decode_attention,
 )
 from kernels.attention_triton import launch_decode
 from kernels.fused import (
@@ -179,6 +180,27 @@ def test_rope_store_equals_the_reference(kind: str, tokens: int, has_norm: bool,
     wanted = gather_kv_reference(reference, torch.arange(20, device="cuda"), 1280, torch.float32)
     assert relative(held[0], wanted[0]) < 2e-3  # k: one code in a few hundred is a neighbour
     assert relative(held[1], wanted[1]) < 1e-6
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("kind", ["float", "dynamic", "static"])
+@pytest.mark.parametrize(("layout", "lens"), [("7b", [700]), ("70b", [1, 64, 65, 3000, 0])])
+def test_rope_and_store_in_the_attention_kernel(layout: str, lens: list[int], kind: str, pdl: bool):
+    num_heads, heads, head_dim = LAYOUTS[layout]
+    cache, tables, context_lens = filled(kind, lens, heads, head_dim, torch.float16)
+    twin, _, _ = filled(kind, lens, heads, head_dim, torch.float16)
+    qkv = torch.randn(len(lens), (num_heads + 2 * heads) * head_dim, device="cuda", dtype=torch.float16)
+    angles = torch.rand(len(lens), head_dim // 2, device="cuda") * 1000
+    cos, sin = angles.cos(), angles.sin()
+    ours = rope_decode_attention(qkv, cos, sin, cache, tables, context_lens, 0.1, pdl=pdl)
+    last = (context_lens.long() - 1).clamp(min=0)
+    slots = tables.gather(1, last[:, None] // 64)[:, 0].long() * 64 + last % 64
+    q = rope_store_reference(qkv, cos, sin, twin, torch.where(context_lens > 0, slots, -1))
+    expected = decode_attention_reference(q, twin, tables, context_lens, 0.1)
+    assert relative(ours, expected) < 2e-3
+    assert torch.equal(cache.v.nan_to_num(), twin.v.nan_to_num())
+    again = rope_decode_attention(qkv, cos, sin, cache, tables, context_lens, 0.1, pdl=pdl)
+    assert torch.equal(ours, again)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

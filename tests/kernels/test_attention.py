@@ -10,8 +10,9 @@ from kernels.attention import (
     decode_attention,
     decode_attention_reference,
     prefill_attention,
+    rope_decode_attention,
 )
-from kernels.attention_triton import DecodeConfig, launch_decode, max_units
+from kernels.attention_triton import DecodeConfig, NewTokens, launch_decode, max_units
 from kernels.kv8 import KVCache, StaticKV, allocate_cache, store_kv
 
 PAGE = 16
@@ -91,6 +92,33 @@ def test_kernel_equals_the_reference(
     reference = decode_attention_reference(q, cache, tables, context_lens, scale, window)
     assert relative(ours, reference) < 1e-3  # fp16 rounding of p and of the output: 2^-11 each
     assert all(ours[row].eq(0).all() for row, n in enumerate(lens) if n == 0)
+
+
+@pytest.mark.parametrize("has_norm", [True, False])
+@pytest.mark.parametrize("kind", ["float", "dynamic", "static"])
+def test_rope_and_store_in_the_same_kernel(kind: str, has_norm: bool):
+    """Expected from the torch reference of the two steps on an equal cache; lengths end a page, begin one, and are none."""
+    lens = [70, 0, 17, 32]
+    torch.manual_seed(3)
+    qkv = torch.randn(4, (4 + 2 * 2) * 32).half()
+    angles = torch.rand(4, 16) * 100
+    norm = (torch.rand(32) + 0.5).half() if has_norm else None
+    q_scale = torch.rand(4) + 1 if has_norm else None
+    context_lens = torch.tensor(lens, dtype=torch.int32)
+    caches = [filled_cache(kind, lens, 2, 32)[:2] for _ in range(2)]
+    new = NewTokens(angles.cos(), angles.sin(), norm, norm, 1e-6, q_scale)
+    ours = launch_decode(
+        qkv.view(4, 8, 32), *caches[0], context_lens, 0.2, None, None, None, new=new, config=CONFIG
+    )
+    expected = rope_decode_attention(
+        qkv, angles.cos(), angles.sin(), *caches[1], context_lens, 0.2, q_norm=norm, k_norm=norm, q_scale=q_scale
+    )  # fmt: skip
+    assert (
+        relative(ours, expected) < 2e-3
+    )  # rounding as above, and a neighbouring code of the new key here and there
+    assert torch.equal(caches[0][0].v.nan_to_num(), caches[1][0].v.nan_to_num())
+    changed = caches[0][0].k.nan_to_num().ne(filled_cache(kind, lens, 2, 32)[0].k.nan_to_num())
+    assert changed.any(-1).sum() == 3 * 2  # the new keys of three sequences and two heads, nothing else
 
 
 def test_workspace_is_left_ready_and_the_bits_repeat():
