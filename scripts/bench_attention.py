@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -211,12 +212,12 @@ def sdpa_rows(pool: Pool, batch: int, context: int, expected_us: float) -> dict[
     q = torch.randn(batch, num_heads, 1, head_dim, dtype=torch.float16, device="cuda")
     times: dict[str, float] = {}
     for name, backend in (
+        ("default", None),
         ("flash", SDPBackend.FLASH_ATTENTION),
         ("cudnn", SDPBackend.CUDNN_ATTENTION),
-        ("efficient", SDPBackend.EFFICIENT_ATTENTION),
     ):
         try:
-            with sdpa_kernel(backend):
+            with nullcontext() if backend is None else sdpa_kernel(backend):
                 times[name] = time_us(
                     lambda i: F.scaled_dot_product_attention(
                         q, pairs[i][0], pairs[i][1], enable_gqa=num_heads != heads
