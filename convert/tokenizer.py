@@ -39,10 +39,19 @@ class Tokenizer:
         self._control: dict[str, int] = {entry["content"]: entry["id"] for entry in added if entry["special"]}
         self.control_ids = frozenset(self._control.values())
         self._fast = _build(document, name)
+        moved = [
+            entry["content"] for entry in added if self._fast.token_to_id(entry["content"]) != entry["id"]
+        ]
+        if moved:
+            raise InputError(
+                f"{show(name)}: {len(moved)} added tokens of the tokenizer have ids that no reader gives them, the first is "
+                f"{show(moved[0])!r}. Copy the tokenizer again."
+            )
         guarded = {**document, "post_processor": None}
         guarded["added_tokens"] = [
             {**entry, "content": control_mark(entry["id"])} if entry["special"] else entry for entry in added
         ]
+        guarded["model"] = _without_control_pieces(document["model"], added)
         self._guarded = _build(guarded, name)
         self._true_id = self._renumbered(guarded["added_tokens"])
         self.vocab_size = 1 + max(self._fast.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -190,6 +199,17 @@ def _build(document: Mapping[str, Any], name: str) -> FastTokenizer:
         raise InputError(
             f"the tokenizer of {show(name)} is damaged or of an unknown kind: {show(str(error))}."
         ) from error
+
+
+def _without_control_pieces(model: Any, added: Sequence[Mapping[str, Any]]) -> Any:
+    """A unigram model finds any piece of its vocabulary in a text, control tokens too: they get names that no text has."""
+    if not isinstance(model, dict) or model.get("type") != "Unigram":
+        return model
+    control = {entry["id"] for entry in added if entry["special"]}
+    vocab = [
+        [control_mark(i) if i in control else piece, score] for i, (piece, score) in enumerate(model["vocab"])
+    ]
+    return {**model, "vocab": vocab}
 
 
 def _clean(text: str) -> str:

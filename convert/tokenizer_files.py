@@ -102,7 +102,24 @@ def _add_tokens(document: dict[str, Any], config: Mapping[str, Any]) -> None:
             for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")
         }
         present[int(key)] = {"id": int(key), "content": entry["content"], **flags}
+        _rename(document["model"], int(key), entry["content"])
     document["added_tokens"] = [present[index] for index in sorted(present)]
+
+
+def _rename(model: dict[str, Any], index: int, content: str) -> None:
+    """Give a reserved piece of the vocabulary ("[UNUSED_TOKEN_146]" of InternLM2) the text that the config gives its id."""
+    vocab = model["vocab"]
+    if isinstance(vocab, list):
+        if index < len(vocab):
+            vocab[index][0] = content
+        return
+    old = next((piece for piece, place in vocab.items() if place == index), None)
+    if old is not None and old != content:
+        del vocab[old]
+        vocab[content] = index
+        model["merges"] = [
+            pair for pair in model["merges"] if old not in (pair[0], pair[1], pair[0] + pair[1])
+        ]
 
 
 def _eos_ids(folder: Path) -> tuple[int, ...]:

@@ -242,6 +242,31 @@ def test_sentencepiece_as_sentencepiece_does_it(text: str, sentencepiece_folder:
     )
 
 
+def test_reserved_pieces_get_the_names_of_the_config(sentencepiece_folder: Path, tmp_path) -> None:
+    """InternLM2: ids of reserved pieces, and one behind the vocabulary, become control tokens through added_tokens_decoder."""
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
+    reserved, behind = len(reference) - 3, len(reference)
+    (tmp_path / "tokenizer.model").write_bytes((sentencepiece_folder / "tokenizer.model").read_bytes())
+    added = {
+        str(reserved): {"content": "<|im_start|>", "special": True},
+        str(behind): {"content": "<|im_end|>", "special": True},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "added_tokens_decoder": added})
+    )
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("<|im_start|>fox<|im_end|>")
+    assert (ids[0], ids[1], ids[-1]) == (reference.bos_id(), reserved, behind)
+    assert tokenizer.vocab_size == behind + 1 and tokenizer.token_text(reserved) == "<|im_start|>"
+    assert reserved not in tokenizer.encode_plain(
+        "<|im_start|>" + reference.id_to_piece(reserved) + "<|im_end|>"
+    )
+    added[str(behind + 5)] = added.pop(str(behind))  # a gap that no reader of such files keeps
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added}))
+    with pytest.raises(InputError, match="added tokens"):
+        load_tokenizer(tmp_path)
+
+
 def test_damaged_sentencepiece(sentencepiece_folder: Path, tmp_path) -> None:
     data = (sentencepiece_folder / "tokenizer.model").read_bytes()
     for broken in (data[: len(data) // 2], b"\xff" * 50, b"", b"{}"):

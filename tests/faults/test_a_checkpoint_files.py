@@ -489,6 +489,25 @@ def test_A16_tokenizer_larger_than_the_embedding(model: Path) -> None:
         load_tokenizer(model).check_fits(128)
 
 
+def test_A16_no_bos_no_eos_no_pad(model: Path) -> None:
+    (model / "config.json").unlink()
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer_document(special=())))
+    tokenizer = load_tokenizer(model)
+    assert (
+        tokenizer.bos_id is None
+        and tokenizer.eos_token_ids == ()
+        and tokenizer.encode("a", add_bos=True) == tokenizer.encode("a")
+    )
+
+
+def test_A16_slow_only_tokenizer(model: Path) -> None:
+    """vocab.json and merges.txt alone do not say how text is split before the merges."""
+    (model / "vocab.json").write_text("{}")
+    (model / "merges.txt").write_text("")
+    with pytest.raises(InputError, match=r"expected tokenizer\.json, tokenizer\.model or qwen\.tiktoken"):
+        load_tokenizer(model)
+
+
 def test_A14_tokenizer_as_code_is_refused_and_shown(model: Path) -> None:
     (model / "tokenization_evil.py").write_text("raise SystemExit('ran')")
     (model / "tokenizer_config.json").write_text(
