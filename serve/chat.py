@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from convert.errors import TmqError
 from serve.backends import Backend, ChatSettings
 from serve.conversation import Conversation
 from serve.errors import ApiError
+from serve.terminal import WordWrap, deaf_keyboard, printable
 
 COMMANDS = {
     "/help": "this list",
@@ -36,14 +37,6 @@ COMMANDS = {
     "/exit": "leave (also Ctrl-D)",
 }
 KEYS = "Enter sends, Alt-Enter or Ctrl-J starts a new line, Ctrl-C stops an answer, Ctrl-D leaves"
-
-
-def printable(text: str) -> str:
-    """`text` without control characters other than newline and tab, so that a model cannot steer the terminal."""
-    return "".join(
-        c if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160) else "\N{REPLACEMENT CHARACTER}"
-        for c in text
-    )
 
 
 @dataclass
@@ -75,6 +68,7 @@ class Chat:
         texts: list[str] = []
         tokens = prompt_tokens = 0
         reason: str | None = None
+        wrap = WordWrap(self._console.file, self._console.width if self._console.is_terminal else None)
         try:
             with self._console.status("thinking", spinner_style="dim") as status:
                 async with aclosing(
@@ -87,7 +81,7 @@ class Chat:
                                 first = time.monotonic()
                             last = time.monotonic()
                             texts.append(piece.text)
-                            self._write(piece.text)
+                            wrap.write(printable(piece.text))
                         tokens = max(tokens, piece.completion_tokens)
                         prompt_tokens = max(prompt_tokens, piece.prompt_tokens)
                         reason = piece.finish_reason or reason
@@ -95,10 +89,6 @@ class Chat:
             reason = "stopped"
         self._tell(start, first, last, prompt_tokens, tokens, reason)
         return "".join(texts)
-
-    def _write(self, text: str) -> None:
-        self._console.out(printable(text), end="", highlight=False)
-        self._console.file.flush()
 
     def _tell(
         self, start: float, first: float, last: float, prompt_tokens: int, tokens: int, reason: str | None
@@ -120,9 +110,10 @@ class Chat:
     async def once(self, text: str) -> None:
         """Answer one message, its text alone to the output: for input that is no terminal."""
         self.conversation.ask(text)
+        wrap = WordWrap(self._console.file, None)
         async with aclosing(self._backend.answer(self.conversation.prompt(), self._settings)) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
-                self._write(piece.text)
+                wrap.write(printable(piece.text))
         self._console.out("")
 
     async def run(self, history: History) -> None:
@@ -149,7 +140,7 @@ class Chat:
         self.conversation.ask(text)
         task = asyncio.create_task(self.answer())
         try:
-            with _interrupt_calls(task.cancel):
+            with deaf_keyboard(), _interrupt_calls(task.cancel):
                 answer = await task
         except (ApiError, TmqError) as error:
             self.conversation.undo()
@@ -246,7 +237,7 @@ def _path(argument: str) -> Path:
 
 
 @contextmanager
-def _interrupt_calls(function: Callable[[], object]):  # type: ignore[no-untyped-def]
+def _interrupt_calls(function: Callable[[], object]) -> Iterator[None]:
     """Ctrl-C calls `function` and nothing else."""
     loop = asyncio.get_running_loop()
     before = signal.getsignal(signal.SIGINT)
@@ -295,7 +286,7 @@ def open_history(path: Path) -> History:
 
 async def chat(backend: Backend, settings: ChatSettings, system: str, history_file: Path) -> None:
     """Talk in the terminal; where the input is no terminal, answer it as one message."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False)
     talk = Chat(backend, settings, console, system)
     if sys.stdin.isatty():
         await talk.run(open_history(history_file))
