@@ -20,6 +20,7 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.loading import load_source
 from engine.process import ModelSource
+from engine.wire import encode_events
 
 STATS_PERIOD_S = 0.5
 STOP_GRACE_S = 5.0  # for the step in progress, once the parent has ended
@@ -37,9 +38,9 @@ def main() -> int:
     try:
         core = load_source(ModelSource(**first["source"]), EngineConfig(**first["config"]))
     except TmqError as error:
-        write(output, {"op": "failed", "kind": type(error).__name__, "error": str(error)})
+        write(output, json.dumps({"op": "failed", "kind": type(error).__name__, "error": str(error)}))
         return error.exit_code
-    write(output, {"op": "ready", "stats": _stats(core)})
+    write(output, json.dumps({"op": "ready", "stats": _stats(core)}))
     try:
         serve(core, inbox, output)
     except BrokenPipeError:
@@ -60,17 +61,18 @@ def serve(core: EngineCore, inbox: "queue.SimpleQueue[dict[str, Any]]", output: 
             if message["op"] == "stop":
                 return
             _obey(core, message)
-        lines = [{"op": "event", "event": json.loads(event.to_json())} for event in core.step()]
+        events = core.step()
+        lines = [encode_events(events)] if events else []
         now = time.monotonic()
         if now - told_at > STATS_PERIOD_S or not core.has_work:
             told_at = now
-            lines.append({"op": "stats", "stats": _stats(core)})
+            lines.append(json.dumps({"op": "stats", "stats": _stats(core)}))
         if lines:
             write(output, *lines)
 
 
-def write(output: TextIO, *messages: dict[str, Any]) -> None:
-    output.write("".join(json.dumps(message) + "\n" for message in messages))
+def write(output: TextIO, *lines: str) -> None:
+    output.write("\n".join(lines) + "\n")
     output.flush()
 
 

@@ -59,7 +59,11 @@ def resolve_device(name: str) -> torch.device:
 def load_source(source: ModelSource, config: EngineConfig) -> EngineCore:
     """An engine on what `source` names, with its tokenizer; with config.tp > 1 on a group of ranks. Raises `convert.errors`."""
     ckpt = open_source(source, config)
-    text = None if source.random_weights is not None else load_tokenizer(ckpt.tokenizer_dir)
+    text = (
+        None
+        if source.random_weights is not None
+        else load_tokenizer(ckpt.tokenizer_dir, source.trust_remote_code)
+    )
     if text is not None:
         text.check_fits(ckpt.config.vocab_size)
     name = Path(source.path).name if source.random_weights is None else ckpt.path.name

@@ -1,6 +1,6 @@
 """ProcessEngine: the engine in a process of its own, behind a pipe of JSON lines. What a server holds; imports no torch.
 
-The parent writes `{"op": "add" | "abort" | "stop", ...}` to the child's standard input and reads `{"op": "ready" | "failed" | "event" |
+The parent writes `{"op": "add" | "abort" | "stop", ...}` to the child's standard input and reads `{"op": "ready" | "failed" | "events" |
 "stats", ...}`. Nothing is pickled and nothing listens. The child ends with its parent; when the child ends, every stream of events
 raises EngineDied. Events reach the event loop through one reader thread.
 """
@@ -20,6 +20,7 @@ from typing import IO, Any
 from convert.errors import InputError, ResourceError, TmqError, UsageError
 from engine.api import EngineDied, Event, Request, Stats
 from engine.config import EngineConfig
+from engine.wire import decode_events
 
 STOP_TIMEOUT_S = 10.0  # from "stop" to a kill
 _ERRORS: dict[str, type[TmqError]] = {
@@ -35,6 +36,7 @@ class ModelSource:
     random_weights: str | None = None
     weights: str = "fp16"
     group_size: int = 128
+    trust_remote_code: bool = False  # of a tokenizer that exists only as code
 
 
 def child_environment() -> dict[str, str]:
@@ -89,6 +91,7 @@ class ProcessEngine:
         self._wire_ids: dict[
             str, str
         ] = {}  # on the pipe no id is used twice, so that old news never reach a new request
+        self._names: dict[str, str] = {}  # the other way round
         self._submitted = 0
         self._lock = threading.Lock()  # of the dictionary and of the input pipe
         self._death: EngineDied | None = None
@@ -149,6 +152,7 @@ class ProcessEngine:
             self._submitted += 1
             wire_id = self._wire_ids[request.id] = f"{self._submitted}"
             self._streams[wire_id] = _Stream()
+            self._names[wire_id] = request.id
         self._send({"op": "add", "request": json.loads(replace(request, id=wire_id).to_json())})
         return request.id
 
@@ -168,12 +172,12 @@ class ProcessEngine:
                         finished = True
                         raise news
                     finished = news.finish_reason is not None
-                    yield replace(news, request_id=request_id)
+                    yield news
         finally:
             if not finished:
                 self.abort(request_id)
             with self._lock:
-                del self._wire_ids[request_id], self._streams[wire_id]
+                del self._wire_ids[request_id], self._names[wire_id], self._streams[wire_id]
 
     def abort(self, request_id: str) -> None:
         """End a request; its events end with finish_reason "abort". Unknown ids and a dead engine are ignored."""
@@ -221,10 +225,10 @@ class ProcessEngine:
             if message["op"] == "stats":
                 self._stats = Stats.from_json(json.dumps(message["stats"]))
                 continue
-            event = Event.from_json(json.dumps(message["event"]))
-            stream = self._streams.get(event.request_id)
-            if stream is not None:  # None: its reader left, the abort is on its way
-                stream.put(event)
+            for wire_id, event in decode_events(message["events"], self._names):
+                stream = self._streams.get(wire_id)
+                if stream is not None:
+                    stream.put(event)
         code = self._process.wait()
         reason = "was stopped" if self._stopping else f"ended unexpectedly (exit code {code})"
         with self._lock:

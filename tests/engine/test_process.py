@@ -2,19 +2,22 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from convert.errors import InputError
-from engine.api import EngineDied, Request, SamplingParams
+from engine.api import EngineDied, Event, Request, SamplingParams, TokenLogprob
 from engine.config import EngineConfig
 from engine.process import ModelSource, ProcessEngine
+from engine.wire import decode_events, encode_events
 
 SOURCE = ModelSource(random_weights="tiny")
 CONFIG = EngineConfig(device="cpu", max_batch=4, max_step_tokens=64, context_length=4096)
@@ -142,3 +145,18 @@ def test_the_child_ends_with_its_parent(tmp_path):
 def test_what_loading_raises_reaches_the_parent():
     with pytest.raises(InputError, match="nowhere"):
         ProcessEngine.start("/nowhere/at/all", CONFIG)
+
+
+def test_events_survive_the_pipe():
+    logprob = TokenLogprob(3, "x", -0.5, ((3, "x", -0.5), (4, "é\n", -1.5)))
+    events = [
+        Event("1", (3, 4), "x\u2028é\n", (logprob,), "stop", None, 5, 2),
+        Event("2", finish_reason="error", error="no", prompt_tokens=1),
+        Event("3", (1,)),
+    ]
+    line = encode_events(events)
+    assert "\n" not in line
+    decoded = decode_events(json.loads(line)["events"], {"1": "one", "2": "two"})
+    assert decoded == [
+        (e.request_id, replace(e, request_id=n)) for e, n in zip(events, ("one", "two"), strict=False)
+    ]

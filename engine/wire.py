@@ -1,0 +1,42 @@
+"""How events cross the pipe: all events of a step in one line of JSON, each a list, since thousands pass in a second."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from engine.api import Event, TokenLogprob
+
+
+def encode_events(events: Sequence[Event]) -> str:
+    """One line without its end: [[request id, token ids, text, logprobs, finish reason, error, prompt, completion], ...]."""
+    rows = [
+        [
+            event.request_id,
+            event.token_ids,
+            event.text,
+            [[p.token_id, p.text, p.logprob, p.top] for p in event.logprobs],
+            event.finish_reason,
+            event.error,
+            event.prompt_tokens,
+            event.completion_tokens,
+        ]
+        for event in events
+    ]
+    return json.dumps({"op": "events", "events": rows}, separators=(",", ":"))
+
+
+def decode_events(rows: Sequence[Sequence[Any]], names: dict[str, str]) -> list[tuple[str, Event]]:
+    """The inverse, from the parsed "events": (id on the pipe, event under its own id of `names`); unknown ids are left out."""
+    out = []
+    for row in rows:
+        wire_id, token_ids, text, logprobs, reason, error, prompt, completion = row
+        name = names.get(str(wire_id))
+        if name is not None:  # None: its reader left, the abort is on its way
+            parsed = tuple(_logprob(*part) for part in logprobs)
+            event = Event(name, tuple(token_ids), text, parsed, reason, error, prompt, completion)
+            out.append((str(wire_id), event))
+    return out
+
+
+def _logprob(token_id: int, text: str, logprob: float, top: list[tuple[int, str, float]]) -> TokenLogprob:
+    return TokenLogprob(token_id, text, logprob, tuple((i, t, value) for i, t, value in top))
