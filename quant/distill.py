@@ -19,7 +19,16 @@ from engine.ops import rms_norm
 from engine.rope import rotary
 from quant.config import QuantConfig
 from quant.gram import fast_products
-from quant.training import Adam, FlatLinears, ScaleCodes, Steps, batches, fp16_norm, fp16_scale
+from quant.training import (
+    Adam,
+    FlatLinears,
+    ScaleCodes,
+    Steps,
+    fp16_norm,
+    fp16_scale,
+    repeatable,
+    training_attend,
+)
 
 FINAL = "final_norm"
 
@@ -31,7 +40,8 @@ class Distilling:
     scale_rate: float = 1e-3
     norm_rate: float = 1e-3
     tokens: int = 4096  # of a step
-    window: int = 2048  # samples are joined up to this length, in a new order each time round
+    window: int = 2048  # pieces of the samples are joined up to this length, other pieces in every step
+    swap: float = 0.2  # a window has up to this share of its tokens replaced by others of the same text
     warmup: float = 0.1  # share of the steps
 
 
@@ -70,17 +80,16 @@ def distill(
     how = DISTILLING if settings is None else settings
     device = torch.device(device)
     flat = FlatLinears.of(blocks, device)
-    length = tokens.shape[1]
-    join = max(1, min(how.window // length, len(tokens)))
-    size = max(join, how.tokens // length // join * join)
-    size = min(size, len(tokens) // join * join)
+    window = min(how.window, config.max_position)
+    count = max(1, how.tokens // window)
     steps = quant.distill_steps
-    order = batches(len(tokens), size, steps, quant.seed + 2).to(device)
-    tokens = tokens.to(device)
-    embedding, head = embedding.float(), head.float()
-    positions = torch.arange(length * join, device=device).repeat(size // join)
+    text = (
+        splice(tokens, steps * count, window, how.swap, quant.seed + 2).view(steps, count * window).to(device)
+    )
+    embedding, head = embedding.to(device).float(), head.to(device).float()
+    positions = torch.arange(window, device=device).repeat(count)
     angles = rotary(config, positions)
-    attend = causal_attend(size // join, length * join, config)
+    attend = training_attend(causal_attend(count, window, config), device)
     teacher = [_dense(block, device) for block in source]
     wanted_norm = final_norm.to(device).float()
 
@@ -114,7 +123,7 @@ def distill(
     optimizer = Adam(params, [rate for rate in (how.scale_rate, how.norm_rate) if rate])
 
     def step() -> None:
-        ids = tokens[order.index_select(0, counter)[0]].flatten()
+        ids = text.index_select(0, counter)[0]
         with torch.no_grad():
             wanted = logits(ids, teacher, wanted_norm).log_softmax(-1)
         with torch.enable_grad():
@@ -132,13 +141,40 @@ def distill(
             history.index_copy_(0, counter, loss.detach()[None])
             counter.add_(1)
 
-    with fast_products(), torch.no_grad():
+    with fast_products(), repeatable(), torch.no_grad():
         Steps(step, device).run(steps)
         by_block, norm = norms()
         done = flat.packed(flat.codes, fp16_scale(flat.scales * (1 + scale_move)), by_block)
     span = max(1, steps // 10)
     report = DistillReport(steps, float(history[:span].mean()), float(history[-span:].mean()))
     return done, norm.half(), report
+
+
+def splice(tokens: Tensor, windows: int, length: int, swap: float, seed: int) -> Tensor:
+    """Windows (W, length) of pieces of the samples (S, L), so that no step repeats a context: int64, on the CPU.
+
+    A piece starts anywhere in a sample and has from L / 8 tokens to the rest of it. In each window a share of the tokens, drawn
+    between 0 and `swap`, is replaced by tokens from random places of the same text.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    samples, size = tokens.shape
+    tokens = tokens.cpu()
+    pool = tokens.flatten()
+    out = torch.empty(windows, length, dtype=torch.int64)
+    shortest = max(1, size // 8)
+    order: list[int] = []
+    for window in out:
+        filled = 0
+        while filled < length:
+            order = order or torch.randperm(samples, generator=generator).tolist()
+            start = int(torch.randint(0, size - shortest + 1, (1,), generator=generator))
+            piece = tokens[order.pop(), start:][: length - filled]
+            window[filled : filled + len(piece)] = piece
+            filled += len(piece)
+        share = swap * torch.rand(1, generator=generator)
+        hit = torch.rand(length, generator=generator) < share
+        window[hit] = pool[torch.randint(0, len(pool), (int(hit.sum()),), generator=generator)]
+    return out
 
 
 def _schedule(steps: int, warmup: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from convert.checkpoint import BlockWeights, LinearWeights
 from convert.config import ModelConfig
-from engine.attention import causal_attend
+from engine.attention import Attend, causal_attend
 from engine.block import Tap, attention_forward, block_forward, mlp_forward
 from engine.layers import dense_weight
 from engine.ops import rms_norm
@@ -76,10 +76,12 @@ class Parts:
         """The MLP part or the experts: (s, L, H) -> (s, L, H)."""
         return mlp_forward(h.flatten(0, 1), weights, self.config, tap).view(h.shape)
 
-    def block(self, x: Tensor, weights: BlockWeights, tap: Tap | None = None) -> Tensor:
-        """The whole block: (s, L, H) -> (s, L, H). Differentiable in the weights."""
+    def block(
+        self, x: Tensor, weights: BlockWeights, tap: Tap | None = None, *, attend: Attend | None = None
+    ) -> Tensor:
+        """The whole block: (s, L, H) -> (s, L, H). Differentiable in the weights; `attend` in place of the usual one."""
         positions, angles = self._positions(len(x))
-        attend = causal_attend(len(x), self.length, self.config)
+        attend = attend or causal_attend(len(x), self.length, self.config)
         out = block_forward(x.flatten(0, 1), positions, weights, self.config, attend, tap, angles=angles)
         return out.view(x.shape)
 

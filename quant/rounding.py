@@ -13,11 +13,24 @@ from torch import Tensor
 
 from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
+from engine.attention import causal_attend
 from quant.config import QuantConfig
 from quant.gram import fast_products
 from quant.parts import Parts
 from quant.records import LinearReport
-from quant.training import Adam, FlatLinears, RoundToGrid, SignDescent, Steps, batches, fp16_norm, fp16_scale
+from quant.sensitivity import Sensitivity
+from quant.training import (
+    Adam,
+    FlatLinears,
+    RoundToGrid,
+    SignDescent,
+    Steps,
+    batches,
+    fp16_norm,
+    fp16_scale,
+    repeatable,
+    training_attend,
+)
 
 NORMS = ("attn_norm", "mlp_norm")
 
@@ -26,13 +39,12 @@ NORMS = ("attn_norm", "mlp_norm")
 class Learning:
     """How the training goes; rates are totals over all steps of a linear decay, codes in steps of the grid, others relative."""
 
-    optimizer: Literal["sign", "adam"] = "sign"
-    code_rate: float = 1.0
-    scale_rate: float = 0.1
-    norm_rate: float = 0.0
-    batch: int = 8
-    checks: int = 8  # measurements of the whole loss
-    token_power: bool = False  # each token's error relative to its own power
+    optimizer: Literal["sign", "adam"] = "adam"
+    code_rate: float = 2.0
+    scale_rate: float = 0.2
+    norm_rate: float = 0.2
+    batch_tokens: int = 4096
+    checks: int = 4  # measurements of the whole loss
 
 
 LEARNING = Learning()
@@ -46,7 +58,7 @@ def learn_block(
     x: Tensor,
     y: Tensor,
     reports: list[LinearReport],
-    metric: Tensor | None = None,
+    sensitivity: Sensitivity | None = None,
     settings: Learning | None = None,
 ) -> tuple[BlockWeights, list[LinearReport]]:
     """Train a quantized block so that it maps x to y.
@@ -54,7 +66,7 @@ def learn_block(
     Args:
         block: Quantized linears, fp16 norms. latents: by role (N, K) float32, where each centred code would go if it
             were free; kept within half a step of its integer, so that nothing changes at first.
-        metric: (H, H) what an error is multiplied by before it is squared; None: nothing.
+        sensitivity: what errors of channels and tokens cost; None: all the same.
         x: (S, L, H) inputs, those of the quantized model; y: (S, L, H) what the float model gives after this block.
 
     Returns the block and the reports with the step and both losses added: mean squared error per element of y.
@@ -70,8 +82,9 @@ def learn_block(
     norm_moves = {role: torch.zeros_like(norm) for role, norm in norms.items()}
     max_code = quant.max_code
     parts = Parts(config, x)
-    size = min(learning.batch, len(x))
-    weights_of_tokens = _token_weights(y) if learning.token_power else None
+    size = min(max(1, learning.batch_tokens // x.shape[1]), len(x))
+    metric = None if sensitivity is None else sensitivity.metric.to(device)
+    token_weights = None if sensitivity is None else sensitivity.after.to(device)[..., None]
 
     def current() -> BlockWeights:
         scales = fp16_scale(flat.scales * (1 + scale_move))
@@ -80,9 +93,11 @@ def learn_block(
         return flat.dense(dense, [moved], device)[0]
 
     def error(part: Tensor | slice, weights: BlockWeights) -> Tensor:
-        delta = parts.block(x[part].float(), weights) - y[part].float()
+        inputs = x[part].float()
+        attend = training_attend(causal_attend(len(inputs), x.shape[1], config), device)
+        delta = parts.block(inputs, weights, attend=attend) - y[part].float()
         squared = (delta if metric is None else delta @ metric).pow(2)
-        return (squared if weights_of_tokens is None else squared * weights_of_tokens[part]).mean()
+        return (squared if token_weights is None else squared * token_weights[part]).mean()
 
     def whole() -> float:
         weights = current()
@@ -111,7 +126,7 @@ def learn_block(
             optimizer.step(grads, schedule.index_select(0, counter))
             counter.add_(1)
 
-    with fast_products(), torch.no_grad():
+    with fast_products(), repeatable(), torch.no_grad():
         first = best = whole()
         gain = 1.0 / max(first, 1e-30)  # keeps small gradients away from zero
         kept = [p.clone() for p in params]
@@ -138,9 +153,3 @@ def learn_block(
         else report
         for report in reports
     ]
-
-
-def _token_weights(y: Tensor) -> Tensor:
-    power = y.float().pow(2).mean(-1, keepdim=True)
-    weights = 1 / (power + 1e-6)
-    return weights / weights.mean()

@@ -4,7 +4,9 @@ N out features, K in features, g group size. All linears of a block lie in one f
 takes a handful of kernels. Knows no loss.
 """
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from convert.checkpoint import BlockWeights, LinearWeights
+from engine.attention import Attend
 from kernels.int4 import Quantized, round_scale
 
 
@@ -46,6 +49,36 @@ class ScaleCodes(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
         (codes,) = ctx.saved_tensors
         return None, (grads[0] * codes).sum(-1, keepdim=True)
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Gradients that repeat bit for bit: without atomic sums in the backward pass of attention."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def training_attend(attend: Attend, device: torch.device) -> Attend:
+    """Attention for float32 training: on a GPU its operands are bfloat16, for which there is a fast and repeatable kernel."""
+    if device.type != "cuda":
+        return attend
+
+    def narrow(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(layer, q.bfloat16(), k.bfloat16(), v.bfloat16()).to(q.dtype)
+
+    return narrow
 
 
 def straight_through(value: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
