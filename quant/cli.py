@@ -39,6 +39,7 @@ class Commands(click.Group):
     def _guarded(
         self, arguments: list[str], prog_name: str | None, complete_var: str | None, extra: dict[str, Any]
     ) -> int:
+        output = sys.stdout
         try:
             code = super().main(arguments, prog_name, complete_var, False, **extra)
             sys.stdout.flush()
@@ -51,6 +52,8 @@ class Commands(click.Group):
         ):  # the reader of our output has left: the work is done, only its listing is cut
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        except SystemExit as leaving:  # click's own way out of the same, after it has muffled stdout
+            return int(leaving.code or 0) if sys.stdout is output else 0
         except (click.Abort, KeyboardInterrupt):
             click.echo("\ninterrupted; give the same command again", err=True)
             return INTERRUPTED
