@@ -60,8 +60,17 @@ class Terminal:
             assert time.monotonic() < end, f"{text!r} did not come; seen: {self.seen[-2000:]!r}"
             self.read()
 
-    def type(self, text: str, wait_for: str = "", count: int = 1) -> None:
-        self.read()
+    def wait_for_prompt(self, timeout_s: float = 30.0) -> None:
+        """Until the input line is drawn; what is typed before it is not for it."""
+        end = time.monotonic() + timeout_s
+        while not self.seen.rstrip(" \r\n\b").endswith(">"):
+            assert time.monotonic() < end, f"no prompt; seen: {self.seen[-500:]!r}"
+            self.read()
+        self.read(0.2)
+
+    def type(self, text: str, wait_for: str = "", count: int = 1, early: bool = False) -> None:
+        if not early:
+            self.wait_for_prompt()
         self.seen = ""
         os.write(self._fd, text.encode())
         if wait_for:
@@ -118,8 +127,8 @@ def test_a_conversation(tmp_path: Path) -> None:
 def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
     terminal = Terminal(tmp_path, delay_s=0.05, max_tokens=400)
     terminal.type("go" + ENTER, "world", 2)
-    terminal.type("typed too early" + ENTER)
-    terminal.type(CTRL_C, "stopped")
+    terminal.type("typed too early" + ENTER, early=True)
+    terminal.type(CTRL_C, "stopped", early=True)
     assert "tokens/s" in terminal.seen
     terminal.type(CTRL_C)  # at the prompt it does nothing
     terminal.type(f"/save {tmp_path}/talk.json" + ENTER, "saved to")
@@ -138,7 +147,7 @@ def test_history_survives(tmp_path: Path) -> None:
     assert (tmp_path / "history").stat().st_mode & 0o077 == 0
     again = Terminal(tmp_path)
     again.type(UP, "remember me")
-    again.type(ENTER, "8 tokens")
+    again.type(ENTER, "8 tokens", early=True)
     again.type(CTRL_D)
     assert again.end() == 0
 
