@@ -13,7 +13,25 @@ from convert.config import ModelConfig, RopeScaling
 from convert.errors import InputError
 from convert.families import FAMILIES
 
-# TurboMind's name of a chat format, found by a marker that the checkpoint's own template must contain.
+# The chat formats built into LMDeploy 0.6.5; it refuses to load a workspace that names another one.
+CHAT_TEMPLATES = (
+    *("base", "llama", "llama2", "llama3", "llama3_1", "llama3_2", "codellama", "vicuna", "wizardlm", "puyu"),
+    *("internlm", "internlm2", "qwen", "qwen2d5", "mistral", "mixtral", "baichuan2", "solar", "yi", "falcon"),
+    *(
+        "gemma",
+        "deepseek",
+        "deepseek-coder",
+        "chatglm",
+        "chatglm3",
+        "glm4",
+        "codegeex4",
+        "dbrx",
+        "ultracm",
+        "ultralm",
+    ),
+    *("phi-3", "minicpm3"),
+)
+# One of them, found by a marker that the checkpoint's own template must contain.
 CHAT_MARKERS = (
     ("<|start_header_id|>", "llama3"),
     ("<<SYS>>", "llama2"),
@@ -35,8 +53,10 @@ class Shape:
     attn_bias: bool
 
 
-def chat_template_name(template: str | None) -> str:
+def chat_template_name(template: str | None, family: str) -> str:
     """The built-in chat format of LMDeploy that the checkpoint's template is written in; "base" where none is known."""
+    if template and family in ("internlm", "internlm2"):
+        return family
     for marker, name in CHAT_MARKERS:
         if template and marker in template:
             return name
@@ -99,18 +119,14 @@ def attention_config(config: ModelConfig) -> dict[str, Any]:
     """The map `attention_config`: RoPE with its scaling, KV cache block."""
     scaling = config.rope_scaling
     kind = scaling.kind if scaling else ""
-    is_qwen = (
-        kind == "qwen_ntk"
-    )  # TurboMind knows Qwen-1's rule by its switch alone, and counts from seq_length
+    is_qwen = kind == "qwen_ntk"  # TurboMind knows Qwen-1's rule by its switch alone
     attention_factor = scaling.attention_factor if scaling else None
     return {
         "rotary_embedding": config.head_dim,
         "rope_theta": float(config.rope_theta),
         "softmax_scale": 0.0,
         "attention_factor": -1.0 if attention_factor is None else float(attention_factor),
-        "max_position_embeddings": scaling.original_max_position
-        if scaling and is_qwen
-        else config.max_position,
+        "max_position_embeddings": counted_positions(config),
         "original_max_position_embeddings": scaling.original_max_position if scaling else 0,
         "rope_scaling_type": "" if is_qwen else kind,
         "rope_scaling_factor": float(scaling.factor) if scaling else 0.0,
@@ -122,6 +138,16 @@ def attention_config(config: ModelConfig) -> dict[str, Any]:
         "use_logn_attn": int(config.logn_attention),
         "cache_block_seq_len": 64,
     }
+
+
+def counted_positions(config: ModelConfig) -> int:
+    """What TurboMind calls max_position_embeddings: yarn and Qwen-1's rule count from the training length, in tokens."""
+    scaling = config.rope_scaling
+    return (
+        scaling.original_max_position
+        if scaling and scaling.kind in ("yarn", "qwen_ntk")
+        else config.max_position
+    )
 
 
 def parse_config_yaml(text: str, where: str) -> tuple[ModelConfig, Shape]:
@@ -165,7 +191,7 @@ def parse_config_yaml(text: str, where: str) -> tuple[ModelConfig, Shape]:
         vocab_size=model.number("vocab_size"),
         norm_eps=model.real("norm_eps"),
         rope_theta=attention.real("rope_theta"),
-        max_position=attention.number("max_position_embeddings"),
+        max_position=max(attention.number("max_position_embeddings"), model.number("session_len")),
         rope_scaling=_scaling(attention),
         qkv_bias=shape.attn_bias,
         o_bias=shape.attn_bias,
@@ -192,7 +218,8 @@ def _scaling(attention: "_Map") -> RopeScaling | None:
     scaling = RopeScaling(
         kind=kind,  # type: ignore[arg-type]
         factor=attention.real("rope_scaling_factor"),
-        original_max_position=attention.number("original_max_position_embeddings"),
+        original_max_position=attention.number("original_max_position_embeddings")
+        or attention.number("max_position_embeddings"),  # LMDeploy fills the former for llama3 alone
         low_freq_factor=attention.real("low_freq_factor"),
         high_freq_factor=attention.real("high_freq_factor"),
         beta_fast=attention.real("beta_fast"),

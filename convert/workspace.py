@@ -82,6 +82,15 @@ def _with_source_facts(
                 f"{show(where)} says {name} {getattr(stated, name)}, but {show(str(file))} says {getattr(source, name)}: "
                 "the workspace mixes two models. Pack it again."
             )
+    if not shape.attn_bias and (
+        source.qkv_bias or source.o_bias
+    ):  # LMDeploy 0.6.5 drops those of InternLM and Llama
+        notes.append(
+            "packed without the attention biases that its config.json states: they were lost in packing"
+        )
+        source = replace(source, qkv_bias=False, o_bias=False)
+    elif shape.attn_bias and not (source.qkv_bias or source.o_bias):
+        source = replace(source, qkv_bias=True, o_bias=True)
     return replace(source, dtype=stated.dtype, quantization=quantization)
 
 

@@ -15,7 +15,7 @@ from convert.config import ModelConfig, RopeScaling
 from convert.errors import InputError
 from convert.families import BY_NAME
 from convert.json_files import show
-from convert.turbomind_config import Shape
+from convert.turbomind_config import Shape, counted_positions
 
 WEIGHT_TYPES = {"float16": "fp16", "bfloat16": "bf16", "int4": "int4"}
 STATIC_KV_INT8 = 4  # quant_policy of releases up to 0.3.0; from 0.4.0 on the same number means int4
@@ -50,7 +50,7 @@ def config_ini(config: ModelConfig, shape: Shape, chat_template: str, kv_int8: b
         "cache_chunk_size": 1,
         "use_context_fmha": 1,
         "quant_policy": STATIC_KV_INT8 if kv_int8 else 0,
-        "max_position_embeddings": config.max_position,
+        "max_position_embeddings": counted_positions(config),
         "rope_scaling_factor": float(scaling.factor) if scaling else 0.0,
         "use_logn_attn": int(config.logn_attention),
     }
@@ -80,7 +80,7 @@ def parse_config_ini(text: str, where: str) -> tuple[ModelConfig, Shape]:
         group_size=section.number("group_size"),
         weight_type=kinds[weight_type],
         intermediate_size=section.number("inter_size"),
-        num_kv_heads=section.number("kv_head_num"),
+        num_kv_heads=section.number("kv_head_num") or heads,
         attn_bias=bool(section.number("attn_bias")),
     )
     max_position = section.number("max_position_embeddings")

@@ -19,7 +19,7 @@ from convert.errors import InputError
 from convert.files import check_free_space, check_output_place
 from convert.json_files import read_object, show
 from convert.manifest import OutputFolder
-from convert.turbomind_config import Shape, chat_template_name, config_yaml
+from convert.turbomind_config import CHAT_TEMPLATES, Shape, chat_template_name, config_yaml
 from convert.workspace_tensors import (
     GROUP_SIZE,
     Dialect,
@@ -159,7 +159,11 @@ def write_workspace(
     start = time.perf_counter()
     check_output_place(out, source.path)
     packing = plan_packing(source, tp, dialect, dtype)
-    chat = chat_template or chat_template_name(_chat_template(source.tokenizer_dir))
+    chat = chat_template or chat_template_name(_chat_template(source.tokenizer_dir), source.config.family)
+    if chat not in CHAT_TEMPLATES:
+        raise InputError(
+            f"LMDeploy 0.6.5 has no chat template named {show(chat)}: expected one of {', '.join(sorted(CHAT_TEMPLATES))}."
+        )
     check_free_space(out, estimate_bytes(packing), "packing")
     fingerprint = {
         "command": "pack",
