@@ -2,11 +2,11 @@
 
 B sequences, Hq query heads, Hkv kv heads, R = Hq / Hkv rows of a tile, D head_dim, P tokens of a page, N tokens of a tile.
 
-How the work is shared out: the tiles of all sequences are cut into *units* of about equal length, so that one long sequence in
-a batch does not make the others wait. With C = ceil(total tiles / target), sequence b gets ceil(tiles_b / C) units; every
-program derives this from context_lens alone, so the grid depends on shapes only and a CUDA graph serves any lengths. A unit
-leaves its normalised output and log2-sum-exp; they are merged in the order of the units, whoever does it, so the result is the
+How the work is shared out: the tiles of all sequences are cut into *units* of at most C tiles, so that one long sequence in a
+batch does not make the others wait and the programs fill whole waves of the device. Every program derives C and its unit from
+context_lens alone, so the grid depends on shapes only and a CUDA graph serves any lengths. A unit leaves its normalised output and log2-sum-exp; they are merged in the order of the units, whoever does it, so the result is the
 same bits in every run. Few partials: the last unit to arrive merges. Many: a second kernel, one program a query head.
+The units depend on who shares the batch, so a sequence's bits do too (fp32 partials: about 1e-7 before the final rounding).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -62,15 +62,24 @@ def high_codes(words, ASM: tl.constexpr):
 
 @triton.jit
 def share_tiles(lens_ptr, row, batch, target, TILE: tl.constexpr, WINDOW: tl.constexpr):
-    """Of each sequence: length, first visible tile, tiles from there on, units (one for an empty sequence: it writes zeros)."""
+    """Units of each sequence (one for an empty one: it writes zeros), `target` in all at most, and the most tiles of a unit.
+
+    The most tiles of a unit is the least of eight candidates that keeps to the target, from total / target, which rounding up in
+    each sequence may exceed, to total / (target - batch), which cannot. batch <= target; equal: one unit a sequence.
+    """
     lens = tl.load(lens_ptr + row, mask=row < batch, other=0)
-    first = tl.zeros_like(lens)
+    tiles = (lens + TILE - 1) // TILE
     if WINDOW > 0:
-        first = tl.maximum(lens - WINDOW, 0) // TILE
-    tiles = (lens + TILE - 1) // TILE - first
-    most = tl.maximum((tl.sum(tiles, 0) + target - 1) // target, 1)
+        tiles -= tl.maximum(lens - WINDOW, 0) // TILE
+    step = tl.arange(0, 8)
+    slots = 8 * target - tl.where(step == 7, 8, step) * batch
+    candidates = (tl.sum(tiles, 0) * 8 + slots - 1) // tl.maximum(slots, 1)
+    candidates = tl.maximum(tl.where(slots > 0, candidates, tl.max(tiles, 0)), 1)
+    tried = tl.maximum((tiles[None, :] + candidates[:, None] - 1) // candidates[:, None], 1)
+    needed = tl.sum(tl.where(row[None, :] < batch, tried, 0), 1)
+    most = tl.min(tl.where(needed <= target, candidates, 1 << 30), 0)
     units = tl.where(row < batch, tl.maximum((tiles + most - 1) // most, 1), 0)
-    return lens, first, tiles, units
+    return units, most
 
 
 @triton.jit
@@ -81,26 +90,26 @@ def find_unit(
 
     The sequence is `batch` or more where the unit is not used.
     """
-    if BATCH_PAD == 1:  # the same in scalars, a few hundred cycles sooner
+    if BATCH_PAD == 1:  # scalars alone, a few hundred cycles sooner
+        seq = 0
+        start = 0
         length = tl.load(lens_ptr)
-        tile0 = 0
-        if WINDOW > 0:
-            tile0 = tl.maximum(length - WINDOW, 0) // TILE
-        tiles = (length + TILE - 1) // TILE - tile0
+    else:
+        row = tl.arange(0, BATCH_PAD)
+        shares, most = share_tiles(lens_ptr, row, batch, target, TILE, WINDOW)
+        seq = tl.sum((tl.cumsum(shares, 0) <= unit).to(tl.int32), 0)
+        start = tl.sum(tl.where(row < seq, shares, 0), 0)
+        length = tl.load(lens_ptr + tl.minimum(seq, batch - 1))
+    tile0 = 0
+    if WINDOW > 0:
+        tile0 = tl.maximum(length - WINDOW, 0) // TILE
+    tiles = (length + TILE - 1) // TILE - tile0
+    if BATCH_PAD == 1:
         most = tl.maximum((tiles + target - 1) // target, 1)
-        count = tl.maximum((tiles + most - 1) // most, 1)
-        return (unit >= count).to(tl.int32), length, 0, count, (tiles + count - 1) // count, tile0
-    row = tl.arange(0, BATCH_PAD)
-    lens, first, tiles, units = share_tiles(lens_ptr, row, batch, target, TILE, WINDOW)
-    ends = tl.cumsum(units, 0)
-    seq = tl.sum((ends <= unit).to(tl.int32), 0)
-    here = row == seq
-    count = tl.sum(tl.where(here, units, 0), 0)
-    start = tl.sum(tl.where(here, ends, 0), 0) - count
-    length = tl.sum(tl.where(here, lens, 0), 0)
-    tile0 = tl.sum(tl.where(here, first, 0), 0)
-    each = (tl.sum(tl.where(here, tiles, 0), 0) + tl.maximum(count, 1) - 1) // tl.maximum(count, 1)
-    return seq, length, start, count, each, tile0
+    count = tl.maximum((tiles + most - 1) // most, 1)
+    if BATCH_PAD == 1:
+        seq = (unit >= count).to(tl.int32)
+    return seq, length, start, count, (tiles + count - 1) // count, tile0
 
 
 @triton.jit
@@ -236,7 +245,6 @@ def decode_kernel(
     if length == 0:
         if PDL:
             tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
         nothing = tl.zeros([ROW_PAD, HALF], out_ptr.dtype.element_ty)
         tl.store(out_rows, nothing, mask=row_ok)
         tl.store(out_rows + HALF, nothing, mask=row_ok)
@@ -259,7 +267,8 @@ def decode_kernel(
         prefetch_lines(k_ptr + row1 + line, ASM)
         prefetch_lines(v_ptr + row1 + line, ASM)
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    if ASM:
+        tl.extra.cuda.gdc_launch_dependents()  # for the merging kernel too
 
     q_row = q_ptr + seq.to(tl.int64) * q_stride
     q_rows = q_row + (head * ROWS + rows)[:, None] * HEAD_DIM + dims[None, :]
@@ -419,21 +428,30 @@ def merge_kernel(
     target,
     HEAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
-    PDL: tl.constexpr,
+    ASM: tl.constexpr,
     TILE: tl.constexpr,
     BATCH_PAD: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One query head of one sequence: merge its units. Sequences of one unit are written already."""
+    """One query head of one sequence: merge its units. Sequences of one unit are written already.
+
+    Launched as a dependent of `decode_kernel`: it finds its units while that drains. Every program waits, so that nothing later
+    can overtake the kernel before.
+    """
     head = tl.program_id(0)
     seq = tl.program_id(1)
-    if PDL:
+    if BATCH_PAD == 1:
+        _seq, _length, start, count, _each, _tile0 = find_unit(
+            lens_ptr, batch, target, 0, TILE, WINDOW, BATCH_PAD
+        )
+    else:
+        row = tl.arange(0, BATCH_PAD)
+        units, _most = share_tiles(lens_ptr, row, batch, target, TILE, WINDOW)
+        start = tl.sum(tl.where(row < seq, units, 0), 0)
+        count = tl.sum(tl.where(row == seq, units, 0), 0)
+    if ASM:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    row = tl.arange(0, BATCH_PAD)
-    _lens, _first, _tiles, units = share_tiles(lens_ptr, row, batch, target, TILE, WINDOW)
-    start = tl.sum(tl.where(row < seq, units, 0), 0)
-    count = tl.sum(tl.where(row == seq, units, 0), 0)
     if count > 1:
         merge_units(
             partial_ptr,
@@ -469,7 +487,7 @@ CONFIGS: dict[tuple[int, bool], DecodeConfig] = {
     (8, True): DecodeConfig(64, 2, 3, 4),
 }
 BATCH_PADS = (1, 16, 128, 1024)  # few sizes, so that few binaries serve all batches
-FUSED_MERGE_BYTES = 1 << 16  # partials that one program merges without being felt
+EXTRA_WAVES = 5  # more waves than needed that may be run to fill them evenly
 MERGE_ELEMENTS = 4096  # fp32 elements of partials in flight in a merging program
 
 
@@ -480,14 +498,23 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _target(config: DecodeConfig, num_kv_heads: int, device: torch.device) -> int:
-    """Units of one kv head that fill the device."""
+def _wave(config: DecodeConfig, num_kv_heads: int, device: torch.device) -> int:
+    """Units of one kv head that are resident together."""
     return max(1, config.per_sm * _multiprocessors(device) // num_kv_heads)
 
 
+def _target(wave: int, batch: int) -> int:
+    """Units to aim for, whole waves of them: the fewest that a batch of equal lengths nearly fills, so that no wave runs half empty."""
+    fewest = -(-batch // wave)
+    waves = range(fewest, fewest + EXTRA_WAVES + 1)
+    fill = {n: (n * wave // batch) * batch / (n * wave) for n in waves}
+    return wave * next((n for n in waves if fill[n] >= 0.9), max(waves, key=lambda n: fill[n]))
+
+
 def max_units(max_batch: int, num_kv_heads: int, device: torch.device | str) -> int:
-    """Most units that a batch can have: each sequence has at most one more than its share of the target."""
-    return max_batch + max(_target(config, num_kv_heads, torch.device(device)) for config in CONFIGS.values())
+    """A bound on the units of any batch up to max_batch."""
+    wave = max(_wave(config, num_kv_heads, torch.device(device)) for config in CONFIGS.values())
+    return max_batch + (EXTRA_WAVES + 1) * wave
 
 
 @dataclass(frozen=True)
@@ -528,11 +555,11 @@ def launch_decode(
     _check_limits(q, cache, block_tables, context_lens, rows)
     config = config or CONFIGS[cache.bits, rows > 1]
     tile = min(config.tile, cache.block_size)
-    target = _target(config, num_kv_heads, q.device)
+    target = _target(_wave(config, num_kv_heads, q.device), batch)
     capacity = block_tables.shape[1] * (
         cache.block_size // tile
     )  # tiles of the longest sequence that fits the table
-    units = min(target + batch, batch * max(capacity, 1))
+    units = min(target, batch * max(capacity, 1))
     out = torch.empty(batch, num_heads, head_dim, dtype=q.dtype, device=q.device) if out is None else out
     if workspace is None:
         workspace = DecodeWorkspace(
@@ -549,12 +576,16 @@ def launch_decode(
             f"workspace has {workspace.lse.shape[0]} units and {workspace.arrivals.numel()} counters, but batch {batch} needs "
             f"{units} and {batch * num_kv_heads}: allocate it for a larger batch."
         )
-    if fused_merge is None:
-        fused_merge = min(target, capacity) * rows * head_dim * 4 <= FUSED_MERGE_BYTES
+    if (
+        fused_merge is None
+    ):  # one step of one row: else the lone merging program is felt more than a second kernel
+        fused_merge = rows == 1 and min(target, capacity) <= MERGE_ELEMENTS // head_dim
     batch_pad = next(size for size in BATCH_PADS if size >= batch)
     merge_rows = triton.next_power_of_2(rows)
-    common = {"HEAD_DIM": head_dim, "WINDOW": window or 0, "PDL": pdl, "TILE": tile, "BATCH_PAD": batch_pad}
-    launch = {"launch_pdl": True} if pdl else {}
+    common = {
+        "HEAD_DIM": head_dim, "WINDOW": window or 0, "ASM": not INTERPRETED, "TILE": tile, "BATCH_PAD": batch_pad,
+        "enable_fp_fusion": True,
+    }  # fmt: skip
     given = (None,) * 5 if new is None else (new.cos, new.sin, new.q_norm, new.k_norm, new.q_scale)
     decode_kernel[(num_kv_heads, units)](
         q,
@@ -581,14 +612,13 @@ def launch_decode(
         NORM=new is not None and new.q_norm is not None,
         SCALE=new is not None and new.q_scale is not None,
         FUSED_MERGE=fused_merge,
-        ASM=not INTERPRETED,
+        PDL=pdl,
         MERGE_ROWS=merge_rows,
         MERGE_STEP=max(1, MERGE_ELEMENTS // (merge_rows * head_dim)),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        enable_fp_fusion=True,
         **common,
-        **launch,
+        **({"launch_pdl": True} if pdl else {}),
     )
     if not fused_merge and capacity > 1:
         merge_kernel[(num_heads, batch)](
@@ -601,9 +631,8 @@ def launch_decode(
             target,
             STEP=32,
             num_warps=4,
-            enable_fp_fusion=True,
             **common,
-            **launch,
+            **({} if INTERPRETED else {"launch_pdl": True}),
         )
     return out
 

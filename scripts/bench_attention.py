@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -35,30 +35,29 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from kernels.attention import DecodeWorkspace, decode_attention_reference, rope_decode_attention  # noqa: E402
-from kernels.attention_triton import CONFIGS, DecodeConfig, launch_decode  # noqa: E402
+from kernels.attention_triton import CONFIGS, DecodeConfig, launch_decode, max_units  # noqa: E402
 from kernels.fused import add_rms_norm, rope_store, silu_mul  # noqa: E402
 from kernels.kv8 import BLOCK_SIZE, KVCache  # noqa: E402
 
 LAYOUTS = {"7b": (32, 32, 128), "70b": (64, 8, 128)}
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
 BATCHES = (1, 8, 16, 32, 64)
+CHAINS = list(itertools.product((512, 2048), (False, True), (False, True)))  # context, pdl, joined
 START = time.monotonic()
 CANDIDATES = {
     16: [
-        DecodeConfig(64, 4, 2, 4),
-        DecodeConfig(64, 4, 3, 2),
         DecodeConfig(64, 4, 4, 1),
+        DecodeConfig(64, 4, 4, 2),
         DecodeConfig(64, 8, 3, 2),
+        DecodeConfig(64, 8, 3, 3),
         DecodeConfig(32, 2, 4, 4),
-        DecodeConfig(32, 4, 5, 2),
     ],
     8: [
-        DecodeConfig(64, 2, 2, 4),
         DecodeConfig(64, 2, 3, 4),
         DecodeConfig(64, 2, 4, 4),
-        DecodeConfig(64, 4, 2, 4),
+        DecodeConfig(64, 2, 3, 3),
         DecodeConfig(64, 4, 3, 4),
-        DecodeConfig(64, 4, 4, 4),
+        DecodeConfig(64, 4, 3, 3),
     ],
 }
 TUNED_SHAPES = [
@@ -165,7 +164,9 @@ def copy_bandwidth() -> float:
 
 def workspace(batch: int, layout: str) -> DecodeWorkspace:
     num_heads, heads, head_dim = LAYOUTS[layout]
-    units = batch + 16 * 256 // heads
+    units = (
+        max_units(batch, heads, "cuda") + 4096 // heads
+    )  # candidates may have more than the tuned configurations
     return DecodeWorkspace(
         torch.empty(units, num_heads, head_dim, device="cuda"),
         torch.empty(units, num_heads, device="cuda"),
@@ -174,7 +175,7 @@ def workspace(batch: int, layout: str) -> DecodeWorkspace:
 
 
 def decode_call(
-    pool: Pool, batch: int, context: int, config: DecodeConfig | None, fused_merge: bool | None = None
+    pool: Pool, batch: int, context: int, config: DecodeConfig | None, pdl: bool = False
 ) -> tuple[Callable[[int], Tensor], int, float]:
     """(call, copies, relative error of the call on copy 0 against fp32)."""
     num_heads, _, head_dim = LAYOUTS[pool.layout]
@@ -186,7 +187,7 @@ def decode_call(
 
     def call(i: int) -> Tensor:
         return launch_decode(
-            q, pool.cache, tables[i], lens, scale, None, scratch, out, config=config, fused_merge=fused_merge
+            q, pool.cache, tables[i], lens, scale, None, scratch, out, config=config, pdl=pdl
         )
 
     rows = min(batch, 2 if context > 8192 else 4)  # the reference is slow: some sequences of the batch
@@ -285,14 +286,23 @@ def precompile(jobs: list[list[Any]]) -> None:
     log(f"compiled {len(jobs)} binaries in {workers} processes")
 
 
+def final_jobs(layout: str) -> list[list[Any]]:
+    """Compile jobs for all that is measured with the chosen configurations of a layout."""
+    jobs: list[list[Any]] = []
+    for bits in (16, 8):
+        chosen = list(asdict(CONFIGS[bits, LAYOUTS[layout][0] > LAYOUTS[layout][1]]).values())
+        for batch, pdl in itertools.product((1, 8, 32), (False, True)):
+            jobs.append(["decode", layout, bits, batch, 512, chosen, pdl])
+        for context, *flags in CHAINS:
+            jobs.append(["chain", layout, bits, 1, context, chosen, *flags])
+    return jobs
+
+
 def tune(pools: dict[int, Pool], layout: str, bandwidth: float, rows: list[dict[str, Any]]) -> None:
-    """Set CONFIGS of this layout to the best candidate of each kind, then to its best number of programs a multiprocessor."""
+    """Set CONFIGS of this layout to the best candidate of each kind."""
     shared = LAYOUTS[layout][0] > LAYOUTS[layout][1]
     for bits, pool in pools.items():
-        best = fastest(pool, CANDIDATES[bits], bandwidth, rows)
-        CONFIGS[bits, shared] = fastest(
-            pool, [replace(best, per_sm=n) for n in (1, 2, 3, 4, 6, 8)], bandwidth, rows
-        )
+        CONFIGS[bits, shared] = fastest(pool, CANDIDATES[bits], bandwidth, rows)
         log(f"{layout} {bits} bits: {CONFIGS[bits, shared]}")
 
 
@@ -305,18 +315,16 @@ def fastest(
         times: dict[DecodeConfig, float] = {}
         floor = batch * context * pool.token_bytes / bandwidth
         for config in configs:
-            for fused_merge in (True, False):
-                call, copies, error = decode_call(pool, batch, context, config, fused_merge)
-                us, spread = time_us(call, copies, floor + 4)
-                rows.append(
-                    {
-                        "layout": pool.layout, "batch": batch, "context": context, "kv_bits": pool.bits, **asdict(config),
-                        "fused_merge": fused_merge, "us": us, "spread": spread,
-                        "bandwidth_share": floor / us, "rel_error": error,
-                    }
-                )  # fmt: skip
-                if error < 2e-3:
-                    times[config] = min(us, times.get(config, math.inf))
+            call, copies, error = decode_call(pool, batch, context, config)
+            us, spread = time_us(call, copies, floor + 4)
+            rows.append(
+                {
+                    "layout": pool.layout, "batch": batch, "context": context, "kv_bits": pool.bits, **asdict(config),
+                    "us": us, "spread": spread, "bandwidth_share": floor / us, "rel_error": error,
+                }
+            )  # fmt: skip
+            if error < 2e-3:
+                times[config] = us
         if not times:
             raise SystemExit(f"no configuration is right at {pool.layout}, {pool.bits} bits: {rows[-1]}")
         for config in configs:
@@ -337,18 +345,21 @@ def commit() -> str:
 
 
 def table(rows: list[dict[str, Any]], header: str) -> str:
-    """Markdown, one line a shape: ours at both widths and SDPA."""
-    lines = [header, "", "| layout | context | batch | fp16 us | share | int8 us | share | int8 / fp16 | SDPA us |", "| " + "--- | " * 9]  # fmt: skip
-    shapes = dict.fromkeys((r["layout"], r["context"], r["batch"]) for r in rows)
-    for shape in shapes:
+    """Markdown, one line a shape: ours at both widths, the same under programmatic launch, and SDPA."""
+    lines = [
+        header, "",
+        "| layout | context | batch | fp16 us | share | int8 us | share | int8 / fp16 | fp16, pdl | int8, pdl | ratio | SDPA us |",
+        "| " + "--- | " * 12,
+    ]  # fmt: skip
+    for shape in dict.fromkeys((r["layout"], r["context"], r["batch"]) for r in rows):
         here = {(r["kv"], r["impl"]): r for r in rows if (r["layout"], r["context"], r["batch"]) == shape}
-        half, code = here.get(("fp16", "ours")), here.get(("int8", "ours"))
-        sdpa = min((r["us"] for (_, impl), r in here.items() if impl.startswith("sdpa")), default=math.nan)  # fmt: skip
-        if half is None or code is None:
-            continue
+        half, code = here["fp16", "ours"], here["int8", "ours"]
+        half_pdl, code_pdl = here["fp16", "ours, pdl"], here["int8", "ours, pdl"]
+        sdpa = min((r["us"] for (_, impl), r in here.items() if impl.startswith("sdpa")), default=math.nan)
         lines.append(
-            "| {} | {} | {} | {:.1f} | {:.0%} | {:.1f} | {:.0%} | {:.2f} | {:.1f} |".format(
-                *shape, half["us"], half["bandwidth_share"], code["us"], code["bandwidth_share"], code["speedup_vs_fp16"], sdpa
+            "| {} | {} | {} | {:.1f} | {:.0%} | {:.1f} | {:.0%} | {:.2f} | {:.1f} | {:.1f} | {:.2f} | {:.1f} |".format(
+                *shape, half["us"], half["bandwidth_share"], code["us"], code["bandwidth_share"], code["speedup_vs_fp16"],
+                half_pdl["us"], code_pdl["us"], code_pdl["speedup_vs_fp16"], sdpa,
             )
         )  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -383,11 +394,9 @@ def run(args: argparse.Namespace) -> None:
 
     if args.tune:
         jobs = [
-            ["decode", layout, bits, batch, context, list(asdict(c).values()), fused]
-            for layout, batch, context in itertools.product(LAYOUTS, (1, 8, 32), (512,))
-            for bits in CANDIDATES
+            ["decode", layout, bits, batch, 512, list(asdict(c).values())]
+            for layout, batch, bits in itertools.product(LAYOUTS, (1, 8, 32), CANDIDATES)
             for c in CANDIDATES[bits]
-            for fused in (True, False)
         ]  # fmt: skip
         precompile(jobs)
     for layout in LAYOUTS:
@@ -400,6 +409,7 @@ def run(args: argparse.Namespace) -> None:
         if args.tune:
             tune(pools, layout, bandwidth, tuning)
             save()
+        precompile(final_jobs(layout))
         for context in args.contexts:
             for batch in args.batches:
                 if batch * context > tokens:
@@ -408,16 +418,16 @@ def run(args: argparse.Namespace) -> None:
                 if time.monotonic() - START > args.seconds:
                     log(f"left out: {layout} {batch} x {context}, time")
                     continue
-                half = math.nan
-                for bits, kv in ((16, "fp16"), (8, "int8")):
+                half: dict[str, float] = {}
+                for (bits, kv), impl in itertools.product(((16, "fp16"), (8, "int8")), ("ours", "ours, pdl")):
                     floor = batch * context * pools[bits].token_bytes / bandwidth
-                    call, copies, error = decode_call(pools[bits], batch, context, None)
+                    call, copies, error = decode_call(pools[bits], batch, context, None, impl != "ours")
                     us, spread = time_us(call, copies, floor + 4)
-                    half = us if bits == 16 else half
+                    half.setdefault(impl, us)
                     rows.append(
                         {
-                            "layout": layout, "batch": batch, "context": context, "kv": kv, "impl": "ours", "us": us,
-                            "speedup_vs_fp16": half / us, "bandwidth_share": floor / us, "rel_error": error, "spread": spread,
+                            "layout": layout, "batch": batch, "context": context, "kv": kv, "impl": impl, "us": us,
+                            "speedup_vs_fp16": half[impl] / us, "bandwidth_share": floor / us, "rel_error": error, "spread": spread,
                         }
                     )  # fmt: skip
                 floor = batch * context * pools[16].token_bytes / bandwidth
@@ -425,30 +435,19 @@ def run(args: argparse.Namespace) -> None:
                     rows.append(
                         {
                             "layout": layout, "batch": batch, "context": context, "kv": "fp16", "impl": f"sdpa {name}", "us": us,
-                            "speedup_vs_fp16": half / us, "bandwidth_share": floor / us, "rel_error": None, "spread": None,
+                            "speedup_vs_fp16": half["ours"] / us, "bandwidth_share": floor / us, "rel_error": None, "spread": None,
                         }
                     )  # fmt: skip
             save()
-        chains = list(itertools.product((512, 2048), (False, True), (False, True)))
-        shared = LAYOUTS[layout][0] > heads
-        if time.monotonic() - START < args.seconds:
-            precompile(
-                [
-                    ["chain", layout, bits, 1, context, list(asdict(CONFIGS[bits, shared]).values()), *flags]
-                    for bits in pools
-                    for context, *flags in chains
-                ]
-            )
         for bits, pool in pools.items():
             for context in (64, 128, 512, 2048):
-                for pages, order in (("random", pool.order), ("in order", pool.order.sort().values)):
-                    call, copies, _ = decode_call(Pool(layout, bits, pool.cache, order), 1, context, None)
-                    chain.append(
-                        {"layout": layout, "kv_bits": bits, "context": context, "attention_alone": pages,
-                         "us": time_us(call, copies, 8.0)[0]}
-                    )  # fmt: skip
-                    log(f"latency {chain[-1]}")
-            for context, pdl, is_joined in chains:
+                call, copies, _ = decode_call(pool, 1, context, None)
+                us = time_us(call, copies, 8.0)[0]
+                chain.append(
+                    {"layout": layout, "kv_bits": bits, "context": context, "attention_alone": True, "us": us}
+                )
+                log(f"latency {chain[-1]}")
+            for context, pdl, is_joined in CHAINS:
                 if time.monotonic() - START > args.seconds:
                     log(f"left out: layer chain {layout} {bits} bits {context}, time")
                     continue
@@ -469,7 +468,7 @@ def run(args: argparse.Namespace) -> None:
         torch.cuda.empty_cache()
     save()
     print((args.out / "attention.md").read_text())
-    wrong = [r for r in rows if r["impl"] == "ours" and not r["rel_error"] < 2e-3]
+    wrong = [r for r in rows if not r["impl"].startswith("sdpa") and not r["rel_error"] < 2e-3]
     if wrong:
         raise SystemExit(f"{len(wrong)} rows are wrong or not repeatable: {wrong[:3]}")
 

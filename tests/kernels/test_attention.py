@@ -3,6 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.attention import (
@@ -12,7 +16,7 @@ from kernels.attention import (
     prefill_attention,
     rope_decode_attention,
 )
-from kernels.attention_triton import DecodeConfig, NewTokens, launch_decode, max_units
+from kernels.attention_triton import DecodeConfig, NewTokens, _target, launch_decode, max_units, share_tiles
 from kernels.kv8 import KVCache, StaticKV, allocate_cache, store_kv
 
 PAGE = 16
@@ -119,6 +123,34 @@ def test_rope_and_store_in_the_same_kernel(kind: str, has_norm: bool):
     assert torch.equal(caches[0][0].v.nan_to_num(), caches[1][0].v.nan_to_num())
     changed = caches[0][0].k.nan_to_num().ne(filled_cache(kind, lens, 2, 32)[0].k.nan_to_num())
     assert changed.any(-1).sum() == 3 * 2  # the new keys of three sequences and two heads, nothing else
+
+
+@triton.jit
+def units_kernel(lens_ptr, units_ptr, most_ptr, batch, target, WINDOW: tl.constexpr):
+    row = tl.arange(0, 16)
+    units, most = share_tiles(lens_ptr, row, batch, target, 16, WINDOW)
+    tl.store(units_ptr + row, units)
+    tl.store(most_ptr, most)
+
+
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=16), st.integers(1, 40), st.sampled_from([0, 100]))
+@settings(max_examples=40, deadline=None)
+def test_units_keep_to_the_target_and_share_evenly(lens: list[int], wave: int, window: int):
+    target = _target(wave, len(lens))
+    assert target % wave == 0 and target >= len(lens)
+    units, most = torch.empty(16, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
+    units_kernel[(1,)](torch.tensor(lens, dtype=torch.int32), units, most, len(lens), target, window)
+    assert units[: len(lens)].ge(1).all() and units[len(lens) :].eq(0).all()
+    assert units.sum() <= target
+    tiles = [-(-n // 16) - (max(n - window, 0) // 16 if window else 0) for n in lens]
+    for count, have in zip(units.tolist(), tiles, strict=False):
+        each = -(-have // count)
+        assert each <= most and -(-have // max(each, 1)) in (
+            count,
+            0,
+        )  # no unit of a sequence with tokens is empty
+    if len(lens) < target:
+        assert most <= max(-(-sum(tiles) // (target - len(lens))), 1)
 
 
 def test_workspace_is_left_ready_and_the_bits_repeat():
