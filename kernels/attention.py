@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from .fused import check_rope_store, rope_store_reference
 from .kv8 import KVCache, gather_kv, gather_kv_reference
@@ -252,6 +251,9 @@ def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | N
     if window is not None and window < length:
         mask = _visible(tokens, length, window, q.device)
     elif 1 < tokens < length:
+        # Imported here because it brings in torch._dynamo, which takes seconds that no other path needs.
+        from torch.nn.attention.bias import causal_lower_right
+
         # A chunk after others: torch aligns `is_causal` to the first key, this class to the last. It takes no enable_gqa.
         mask = causal_lower_right(tokens, length)
         keys, values = (x.repeat_interleave(q.shape[1] // k.shape[0], 1) for x in (keys, values))
