@@ -482,7 +482,7 @@ class DecodeConfig:
 # Tuned on an H200; see benchmarks/NOTES-attention.md. (bits, whether query heads share kv heads) -> config
 CONFIGS: dict[tuple[int, bool], DecodeConfig] = {
     (16, False): DecodeConfig(64, 4, 4, 1),
-    (16, True): DecodeConfig(64, 4, 4, 2),
+    (16, True): DecodeConfig(64, 4, 4, 1),
     (8, False): DecodeConfig(64, 2, 3, 4),
     (8, True): DecodeConfig(64, 2, 3, 4),
 }
