@@ -1,5 +1,6 @@
 """What the `quantize` commands do, once their flags are read: open, plan, check, run, and an outcome to show."""
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from convert.checkpoint import Checkpoint, open_checkpoint
 from convert.config import ModelConfig
 from convert.errors import InputError, ResourceError, UsageError
 from convert.files import check_free_space, check_output_place
+from convert.gguf import default_cache
 from convert.manifest import FolderState, OutputFolder, folder_state, read_manifest
 from engine.loading import resolve_device
 from engine.model import compute_dtype
@@ -61,9 +63,14 @@ class Job:
     dry_run: bool
 
 
+def cache_folder() -> Path:
+    """Where unpacked .gguf files, fetched models and self-written texts are kept: TMQ_CACHE, else the user's cache."""
+    return default_cache(os.environ)
+
+
 def open_source(model: str, flags: Flags, pad_to: int | None = None) -> Checkpoint:
     """The float checkpoint to work on, padded where asked. Raises InputError for one that is quantized already."""
-    ckpt = open_checkpoint(model, family=flags.get("family"))
+    ckpt = open_checkpoint(model, family=flags.get("family"), cache_dir=cache_folder())
     if ckpt.config.quantization is not None:
         raise InputError(
             f"{model} is quantized already ({ckpt.kind}): give the float model that it was made from. `quantize pack`, `evaluate` "
@@ -161,10 +168,16 @@ def with_text(
         if folder.finished:
             return finished_outcome(job.out)
         if text is None:
-            progress.say(
-                f"the model writes its own calibration text: {job.quant.samples} x {job.quant.seqlen} tokens ..."
+            text = write_text(
+                job.request,
+                job.ckpt,
+                tokenizer,
+                job.device,
+                job.dtype,
+                folder.work,
+                cache_folder(),
+                progress.say,
             )
-            text = write_text(job.request, job.ckpt, tokenizer, folder.work, job.device, job.dtype)
         for warning in text.warnings:
             progress.warn(warning)
         return act(text, folder)
@@ -271,7 +284,7 @@ def run_pack(path: str, out: Path, flags: Flags) -> Outcome:
     """`quantize pack`."""
     from convert.workspace_write import estimate_bytes, plan_packing, write_workspace
 
-    ckpt = open_checkpoint(path, family=flags["family"])
+    ckpt = open_checkpoint(path, family=flags["family"], cache_dir=cache_folder())
     if flags["dry_run"]:
         packing = plan_packing(ckpt, flags["tp"], flags["dialect"])
         size = estimate_bytes(packing)
@@ -317,7 +330,7 @@ def run_verify(path: str, flags: Flags) -> Outcome:
 
     source = None if flags["source"] is None else Path(flags["source"])
     with Progress("verify") as progress:
-        report = verify_path(Path(path), source, progress=progress.step)
+        report = verify_path(Path(path), source, cache_dir=cache_folder(), progress=progress.step)
     marks = {True: "ok  ", False: "FAIL"}
     lines = [f"{marks[check.passed]} {check.name}: {check.detail}" for check in report.checks]
     lines += [f"note: {note}" for note in report.notes]

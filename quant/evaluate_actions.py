@@ -15,7 +15,7 @@ from engine.loading import resolve_device
 from engine.model import Model, compute_dtype
 from engine.perplexity import PerplexityResult, Reference
 from kernels.int4 import bits_per_weight
-from quant.actions import Outcome, fit_seqlen, open_source, tokenizer_of
+from quant.actions import Outcome, cache_folder, fit_seqlen, open_source, tokenizer_of
 from quant.config import BITS, GROUP_SIZES, QuantConfig
 from quant.evaluation import (
     Judged,
@@ -45,7 +45,7 @@ def run_ppl(paths: Sequence[str], flags: Flags) -> Outcome:
     reference: Reference | None = None
     with Progress("evaluate ppl") as progress:
         for path in paths:
-            ckpt = open_checkpoint(path, family=flags["family"])
+            ckpt = open_checkpoint(path, family=flags["family"], cache_dir=cache_folder())
             tokens = tokens_of(text, tokenizer_of(ckpt, flags), ckpt)
             kv = simulation(ckpt, flags["kv_bits"], flags["kv_mode"])
             dtype = compute_dtype(ckpt.config, device, flags["dtype"])
@@ -111,8 +111,7 @@ def run_table(model: str, flags: Flags) -> Outcome:
     with Progress("evaluate table") as progress:
         text = None
         if needs_ranges(request) or any(arm is not None and arm.needs_text for arm in request.arms()):
-            from quant.generate import SelfGenerator
-            from quant.text import vocabulary_of
+            from quant.text import vocabulary_of, write_text
 
             source = TextRequest(
                 flags["calib_data"],
@@ -123,11 +122,9 @@ def run_table(model: str, flags: Flags) -> Outcome:
                 flags["allow_fewer"],
             )
             if source.is_generated:
-                progress.say(
-                    f"the model writes its own calibration text: {quant.samples} x {quant.seqlen} tokens ..."
-                )
-            generate = SelfGenerator(ckpt, device, dtype)
-            text = load_blocks(source, tokenizer, vocabulary_of(ckpt, tokenizer), generate)
+                text = write_text(source, ckpt, tokenizer, device, dtype, None, cache_folder(), progress.say)
+            else:
+                text = load_blocks(source, tokenizer, vocabulary_of(ckpt, tokenizer))
             for warning in text.warnings:
                 progress.warn(warning)
         rows = evaluate_table(ckpt, Path(model).name, request, text, eval_tokens, device, dtype, progress.say)

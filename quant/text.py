@@ -1,5 +1,6 @@
 """The calibration text of a run: read before the output folder is touched, or written by the model inside it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,8 +10,18 @@ from calib_data.blocks import CalibrationSet
 from calib_data.generated import SOURCE, generated_rule
 from calib_data.sources import TextRequest, Tokenizes, Vocabulary, finish_set, load_blocks
 from convert.checkpoint import Checkpoint
-from convert.files import atomic_write, safetensors_chunks, sha256_file, write_json
+from convert.errors import ResourceError
+from convert.files import (
+    atomic_write,
+    json_bytes,
+    make_folder,
+    safetensors_chunks,
+    sha256_bytes,
+    sha256_file,
+    write_json,
+)
 from convert.safetensors_files import read_header, read_tensor
+from quant.fingerprint import device_kind, library_versions
 from quant.frontier import read_record
 from quant.generate import SelfGenerator
 
@@ -53,18 +64,68 @@ def write_text(
     request: TextRequest,
     ckpt: Checkpoint,
     tokenizer: ModelTokenizer,
-    work: Path,
     device: torch.device,
     dtype: torch.dtype,
+    work: Path | None,
+    cache: Path,
+    say: Callable[[str], None],
 ) -> CalibrationSet:
-    """Let the model write the blocks, once a run: they are kept in its work folder and read from there on resume."""
+    """Let the model write the blocks, once: they are kept in the work folder for a resumed run, and in the user's cache for the
+    next run on the same model, machine and versions.
+    """
     vocabulary = vocabulary_of(ckpt, tokenizer)
-    path = work / TOKENS
-    mark = read_record(path.with_suffix(".json"))
-    if mark is not None and path.is_file() and mark.get("sha256") == sha256_file(path):
-        tokens = read_tensor(read_header(path)["tokens"]).clone()
-        return finish_set(tokens, generated_rule(vocabulary.bos), request, tokenizer, vocabulary, [])
+    rule = generated_rule(vocabulary.bos)
+    kept = cache / "written" / f"{_cache_key(request, ckpt, tokenizer, device, dtype)}.safetensors"
+    for path in (kept,) if work is None else (work / TOKENS, kept):
+        tokens = _read_tokens(path)
+        if tokens is not None:
+            if path == kept:
+                say("calibration text: the model wrote it in an earlier run")
+                _keep_tokens(tokens, work)
+            return finish_set(tokens, rule, request, tokenizer, vocabulary, [])
+    say(f"the model writes its own calibration text: {request.samples} x {request.seqlen} tokens ...")
     text = load_blocks(request, tokenizer, vocabulary, SelfGenerator(ckpt, device, dtype))
-    _, digest = atomic_write(path, safetensors_chunks({"tokens": text.tokens}))
-    write_json(path.with_suffix(".json"), {"source": SOURCE, "sha256": digest})
+    _keep_tokens(text.tokens, work)
+    try:
+        make_folder(kept.parent)
+        _write_tokens(kept, text.tokens)
+    except ResourceError as error:
+        say(f"note: the text is not kept for later runs: {error}")
     return text
+
+
+def _cache_key(
+    request: TextRequest,
+    ckpt: Checkpoint,
+    tokenizer: ModelTokenizer,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str:
+    """Names a text by all that it follows from."""
+    facts = {
+        "model": ckpt.digest(),
+        "padded": ckpt.config.padded_from is not None,
+        "tokenizer": tokenizer.digest(),
+        "text": [request.samples, request.seqlen, request.seed],
+        "machine": [device_kind(device), str(dtype), torch.get_num_threads()],
+        "versions": library_versions(),
+    }
+    return sha256_bytes(json_bytes(facts))
+
+
+def _keep_tokens(tokens: torch.Tensor, work: Path | None) -> None:
+    if work is not None:
+        _write_tokens(work / TOKENS, tokens)
+
+
+def _write_tokens(path: Path, tokens: torch.Tensor) -> None:
+    _, digest = atomic_write(path, safetensors_chunks({"tokens": tokens}))
+    write_json(path.with_suffix(".json"), {"source": SOURCE, "sha256": digest})
+
+
+def _read_tokens(path: Path) -> torch.Tensor | None:
+    """Tokens that were kept whole, or None."""
+    mark = read_record(path.with_suffix(".json"))
+    if mark is None or not path.is_file() or mark.get("sha256") != sha256_file(path):
+        return None
+    return read_tensor(read_header(path)["tokens"]).clone()

@@ -94,6 +94,7 @@ class Forked:
                     number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
                 )
             torch.set_num_threads(1)
+            os.environ["TMQ_CACHE"] = str(self._place / "cache")
             if prepare is not None:
                 prepare()
             getattr(quant.commands, name).main(arguments)
