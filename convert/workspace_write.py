@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from convert.checkpoint import Checkpoint
+from convert.config import ModelConfig
 from convert.errors import InputError
+from convert.families import BY_NAME, linear_modules, linear_shapes
 from convert.files import check_free_space, check_output_place
 from convert.json_files import read_object, show
 from convert.manifest import OutputFolder
@@ -103,8 +105,9 @@ def _weight_type(source: Checkpoint, dtype: str | None) -> WeightType:
             f"{where} has groups of {quantization.group_size}: TurboMind's int4 kernels know only {GROUP_SIZE}. "
             "Quantize again with --group-size 128 (and --pad where the model's sizes need it)."
         )
-    if quantization.modules_to_not_convert:
-        listed = ", ".join(quantization.modules_to_not_convert[:4])
+    skipped = skipped_linears(source.config, quantization.modules_to_not_convert)
+    if skipped:
+        listed = ", ".join(skipped[:4])
         raise InputError(
             f"{where} leaves linears in float ({listed}): TurboMind wants all of them quantized. "
             "Quantize again with --pad instead of --keep-ragged."
@@ -190,10 +193,17 @@ def write_workspace(
     return PackResult(out, len(weights), size, time.perf_counter() - start, tuple(source.notes))
 
 
+def skipped_linears(config: ModelConfig, not_converted: tuple[str, ...]) -> list[str]:
+    """Those of `modules_to_not_convert` that name a linear of a block: head, embedding and router are float anyway."""
+    family = BY_NAME[config.family]
+    modules = [module for role, module in linear_modules(family, config).items() if role != "router"]
+    modules += [family.fused] if family.fused else []
+    paths = [family.block.format(i=0) + module for module in modules]
+    return [entry for entry in not_converted if any(entry in path for path in paths)]
+
+
 def estimate_bytes(packing: Packing) -> int:
     """Bytes of the weight files, from the shapes alone."""
-    from convert.families import linear_shapes
-
     config = packing.config
     per_weight = 0.5 + 4 / GROUP_SIZE if packing.weight_type == "int4" else 2
     linears = sum(rows * cols for rows, cols in linear_shapes(config).values())

@@ -82,14 +82,20 @@ def shapes(family: str, raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         if family == "qwen":
             p = f"transformer.h.{i}."
             table |= {p + "attn.c_attn.weight": (3 * hidden, hidden), p + "attn.c_attn.bias": (3 * hidden,)}
-            table |= {p + "attn.c_proj.weight": (hidden, hidden), p + "mlp.c_proj.weight": (hidden, inner // 2)}
+            table |= {
+                p + "attn.c_proj.weight": (hidden, hidden),
+                p + "mlp.c_proj.weight": (hidden, inner // 2),
+            }
             table |= {p + f"mlp.w{n}.weight": (inner // 2, hidden) for n in (1, 2)}
             table |= {p + f"ln_{n}.weight": (hidden,) for n in (1, 2)}
             continue
         p = f"model.layers.{i}."
         if family == "internlm2":
             table |= {p + "attention.wqkv.weight": (queries + 2 * keys, hidden)}
-            table |= {p + "attention.wo.weight": (hidden, queries), p + "feed_forward.w2.weight": (hidden, inner)}
+            table |= {
+                p + "attention.wo.weight": (hidden, queries),
+                p + "feed_forward.w2.weight": (hidden, inner),
+            }
             table |= {p + f"feed_forward.w{n}.weight": (inner, hidden) for n in (1, 3)}
             table |= {p + name: (hidden,) for name in ("attention_norm.weight", "ffn_norm.weight")}
             continue
@@ -102,7 +108,9 @@ def shapes(family: str, raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             table[p + "block_sparse_moe.gate.weight"] = (raw["num_local_experts"], hidden)
             for expert in range(raw["num_local_experts"]):
                 e = f"{p}block_sparse_moe.experts.{expert}."
-                table |= {e + f"w{n}.weight": (hidden, inner) if n == 2 else (inner, hidden) for n in (1, 2, 3)}
+                table |= {
+                    e + f"w{n}.weight": (hidden, inner) if n == 2 else (inner, hidden) for n in (1, 2, 3)
+                }
         else:
             table |= {p + f"mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
             table[p + "mlp.down_proj.weight"] = (hidden, inner)
@@ -115,7 +123,9 @@ def shapes(family: str, raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return table if raw["tie_word_embeddings"] else table | {head + ".weight": (vocab, hidden)}
 
 
-def random_weights(table: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int = 11) -> dict[str, Tensor]:
+def random_weights(
+    table: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int = 11
+) -> dict[str, Tensor]:
     """Linears of a size that keeps activations near 1, with an offset for each row so that int4 zero points differ."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -145,7 +155,18 @@ def quantize_source(source: Path, out: Path) -> Path:
     """`quantize awq --preset rtn --group-size 128`, as a user runs it, in this process."""
     from quant.commands import quantize
 
-    arguments = ["awq", str(source), "-o", str(out), "--preset", "rtn", "--group-size", "128", "--device", "cpu"]
+    arguments = [
+        "awq",
+        str(source),
+        "-o",
+        str(out),
+        "--preset",
+        "rtn",
+        "--group-size",
+        "128",
+        "--device",
+        "cpu",
+    ]
     status = quantize.main(arguments, standalone_mode=False)
     if status:
         raise SystemExit(f"quantize {' '.join(arguments)} ended with {status}")

@@ -1,0 +1,427 @@
+"""Workspaces of ours before the real engine: tiny checkpoints are packed and judged by a command that runs LMDeploy 0.6.5's engine.
+
+    python scripts/bench_turbomind.py --oracle "python3 PATH/turbomind_oracle.py" [--load-only] [--out benchmarks]
+    python scripts/bench_turbomind.py --speed --oracle ...     decode speed of the engine on a 7B shape in int4 (random weights)
+    python scripts/bench_turbomind.py --pack-7b FOLDER         seconds to pack a 7B-shape AWQ checkpoint, and the disk's own speed
+
+The oracle command takes a workspace and `--hf-fp16 FOLDER --json FILE`, and writes {"verdicts": [[check, passed], ...], "logits":
+{"rel_fro", "argmax", "argmax_ties"}, ...}. It reads Llama-like names: the others are renamed here, tensor by tensor, independently of
+the packing code. Mixtral is judged with equal experts (then it is a dense model), and with different ones by names and bytes.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from tiny_checkpoints import document, quantize_source, random_weights, shapes, write_source  # noqa: E402
+from torch import Tensor  # noqa: E402
+from turbomind_rows import merge_rows  # noqa: E402
+
+from convert.checkpoint import open_checkpoint  # noqa: E402
+from convert.workspace_write import write_workspace  # noqa: E402
+
+LIMITS = {"float16": 5e-3, "int4": 5e-3, "bfloat16": 2e-2}  # relative error of the logits
+ARGMAX = 0.99
+PADDED_DEMO = {
+    "hidden_size": 640,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One workspace. `changes` go into config.json; `judged` False: its logits have no reference."""
+
+    name: str
+    family: str
+    format: str
+    tp: int = 1
+    changes: dict[str, Any] = field(default_factory=dict)
+    judged: bool = True
+    truncated: bool = False
+
+
+def cases() -> list[Case]:
+    found = []
+    for kind in ("float16", "int4"):
+        for family in ("llama", "mistral", "qwen2", "internlm", "internlm2", "qwen"):
+            found.append(Case(family, family, kind))
+        found.append(
+            Case("llama3 rope", "llama", kind, changes={"rope_theta": 500000.0, "tie_word_embeddings": True})
+        )
+        found.append(Case("padded demo", "llama", kind, changes=PADDED_DEMO))
+        found.append(Case("mixtral, equal experts", "mixtral", kind))
+        found.append(Case("mixtral", "mixtral", kind, judged=False))
+        for family in ("llama", "qwen2", "internlm", "internlm2", "mixtral"):
+            found.append(Case(family, family, kind, tp=2, judged=False))
+        found.append(
+            Case("llama, odd vocabulary", "llama", kind, tp=2, changes={"vocab_size": 513}, judged=False)
+        )
+        found.append(
+            Case(
+                "llama, KV heads copied",
+                "llama",
+                kind,
+                tp=4,
+                changes={"intermediate_size": 640},
+                judged=False,
+            )
+        )
+    found += [Case(family, family, "bfloat16") for family in ("llama", "qwen2")]
+    found.append(Case("llama, truncated file", "llama", "int4", judged=False, truncated=True))
+    return found
+
+
+def build(case: Case, folder: Path) -> tuple[Path, Path | None]:
+    """Write the checkpoint, its workspace and a reference with Llama-like names; (workspace, reference)."""
+    dtype = "bfloat16" if case.format == "bfloat16" else "float16"
+    source = write_source(folder / "source", case.family, dtype, **case.changes)
+    if case.name == "mixtral, equal experts":
+        make_experts_equal(source)
+    if case.format == "int4":
+        source = quantize_source(source, folder / "awq")
+    write_workspace(open_checkpoint(source), folder / "workspace", tp=case.tp)
+    reference = llama_like(source, folder / "reference", case.family) if case.judged else None
+    return folder / "workspace", reference
+
+
+def make_experts_equal(source: Path) -> None:
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    for name in tensors:
+        if ".experts." in name:
+            before, after = name.split(".experts.")
+            tensors[name] = tensors[f"{before}.experts.0.{after.split('.', 1)[1]}"].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def llama_like(source: Path, out: Path, family: str) -> Path:
+    """The same weights under Llama's names. Fused tensors are cut along their output axis (1 in packed tensors), by whole heads."""
+    raw = json.loads((source / "config.json").read_text())
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(source.glob("*.safetensors")):
+        tensors |= load_file(path)
+    heads = raw["num_attention_heads"]
+    kv_heads = raw.get("num_key_value_heads", heads)
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        module, part = name.rsplit(".", 1)
+        axis = 0 if part in ("weight", "bias") else 1
+        if family == "qwen":
+            cut = (
+                dict(zip("qkv", tensor.chunk(3, dim=axis), strict=True)) if module.endswith("c_attn") else {}
+            )
+        elif module.endswith("attention.wqkv"):
+            slots = tensor.unflatten(axis, (kv_heads, heads // kv_heads + 2, -1)).movedim(
+                (axis, axis + 1), (0, 1)
+            )
+            pick = {"q": slots[:, :-2].flatten(0, 1), "k": slots[:, -2], "v": slots[:, -1]}
+            cut = {role: piece.movedim(0, axis).flatten(axis, axis + 1) for role, piece in pick.items()}
+        else:
+            cut = {}
+        if cut:
+            block = ".".join(module.split(".")[:3])
+            renamed |= {
+                f"{renamed_module(block + '.')}self_attn.{role}_proj.{part}": p for role, p in cut.items()
+            }
+        elif (new := renamed_module(module)) is not None:
+            renamed[f"{new}.{part}"] = tensor
+    raw.update(
+        rms_norm_eps=raw.get("rms_norm_eps", raw.get("layer_norm_epsilon")), num_key_value_heads=kv_heads
+    )
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(raw))
+    save_file({name: tensor.contiguous() for name, tensor in renamed.items()}, out / "model.safetensors")
+    return out
+
+
+NAMES = (
+    ("transformer.h.", "model.layers."),
+    ("transformer.wte", "model.embed_tokens"),
+    ("transformer.ln_f", "model.norm"),
+    ("attn.c_proj", "self_attn.o_proj"),
+    ("mlp.w2", "mlp.gate_proj"),
+    ("mlp.w1", "mlp.up_proj"),
+    ("mlp.c_proj", "mlp.down_proj"),
+    (".ln_1", ".input_layernorm"),
+    (".ln_2", ".post_attention_layernorm"),
+    ("model.tok_embeddings", "model.embed_tokens"),
+    ("attention.wo", "self_attn.o_proj"),
+    ("feed_forward.w1", "mlp.gate_proj"),
+    ("feed_forward.w3", "mlp.up_proj"),
+    ("feed_forward.w2", "mlp.down_proj"),
+    ("attention_norm", "input_layernorm"),
+    ("ffn_norm", "post_attention_layernorm"),
+    ("block_sparse_moe.experts.0.w1", "mlp.gate_proj"),
+    ("block_sparse_moe.experts.0.w3", "mlp.up_proj"),
+    ("block_sparse_moe.experts.0.w2", "mlp.down_proj"),
+)
+
+
+def renamed_module(module: str) -> str | None:
+    """Llama's name; None for the router and for all experts but the first."""
+    if module == "output":
+        return "lm_head"
+    for old, new in NAMES:
+        module = module.replace(old, new)
+    return None if "block_sparse_moe" in module else module
+
+
+def judge(case: Case, folder: Path, oracle: list[str]) -> list[dict[str, Any]]:
+    """Build, run the oracle, and turn its verdicts into rows. A workspace of several ranks is judged by names and bytes."""
+    name = f"{case.name} {case.format} tp {case.tp}"
+    workspace, reference = folder / "workspace", folder / "reference"
+    result = folder / "result.json"
+    arguments = [*oracle, str(workspace), "--json", str(result)]
+    if case.truncated:
+        arguments.append("--expect-fail")
+    elif "--load-only" not in oracle:
+        if not case.judged:
+            arguments.append("--load-only")
+        else:
+            arguments += [
+                "--hf-fp16",
+                str(reference),
+                "--rel",
+                str(LIMITS[case.format]),
+                "--argmax",
+                str(ARGMAX),
+            ]
+            if "mixtral" not in case.family:
+                arguments.append("--emulate")
+    begin = time.perf_counter()
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    print(
+        f"== {name}: {time.perf_counter() - begin:.0f} s, exit {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-800:]}",
+        flush=True,
+    )
+    found = json.loads(result.read_text()) if result.is_file() else {"verdicts": []}
+    row = {"name": case.name, "format": case.format, "tp": case.tp}
+    if case.truncated:
+        return [
+            {**row, "check": "truncated", "passed": done.returncode == 0, "rel_error": None, "argmax": None}
+        ]
+    verdicts = dict(found["verdicts"])
+    verdicts["names"] = verdicts.get("names", False)
+    silent = verdicts.pop(
+        "load", False
+    )  # the engine says so where it pads a vocabulary, which is no complaint
+    verdicts["bytes"] = verdicts.get("bytes", False) and (silent or "odd vocabulary" in case.name)
+    rows = []
+    for check in ("names", "bytes", "emulate", "logits", "greedy"):
+        if check in verdicts:
+            numbers = found.get(check, {})
+            rows.append(
+                {
+                    **row,
+                    "check": check,
+                    "passed": bool(verdicts[check]),
+                    "rel_error": numbers.get("rel_fro"),
+                    "argmax": numbers.get("argmax"),
+                }
+            )
+    return rows
+
+
+def run_cases(args: argparse.Namespace, oracle: list[str]) -> None:
+    work = Path(tempfile.mkdtemp(prefix="turbomind-", dir=args.work))
+    chosen = [case for case in cases() if args.only is None or args.only in f"{case.name} {case.format}"]
+    if args.judged:
+        chosen = [case for case in chosen if case.judged or case.truncated]
+    folders = [work / str(number) for number in range(len(chosen))]
+    begin = time.perf_counter()
+    for case, folder in zip(chosen, folders, strict=True):
+        build(case, folder)
+    print(f"{len(chosen)} workspaces packed in {time.perf_counter() - begin:.1f} s", flush=True)
+    how = (
+        "the engine's loader on host memory (no kernels)"
+        if "--load-only" in oracle
+        else "the engine with its kernels"
+    )
+    rows = judge(chosen[0], folders[0], oracle)  # alone: the engine is unpacked at its first use
+    merge_rows(args.out, rows, device(), how)
+    with ThreadPoolExecutor(args.workers) as pool:
+        for found in pool.map(judge, chosen[1:], folders[1:], [oracle] * (len(chosen) - 1)):
+            rows += found
+            merge_rows(
+                args.out, rows, device(), how
+            )  # after each: a run that is cut short keeps what it found
+    shutil.rmtree(work)
+    print((args.out / "turbomind.md").read_text())
+    failed = [row for row in rows if not row["passed"]]
+    print(f"{len(rows)} checks, {len(failed)} fail, {time.perf_counter() - begin:.0f} s")
+
+
+def device() -> str:
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+
+
+def run_speed(args: argparse.Namespace, oracle: list[str]) -> None:
+    """Decode tokens/s of the engine on a 7B-shape int4 workspace of random weights, batch 1, 8, 16."""
+    from engine.random_weights import random_checkpoint
+
+    work = Path(tempfile.mkdtemp(prefix="turbomind-speed-", dir=args.work))
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    begin = time.perf_counter()
+    write_workspace(random_checkpoint("7b", place, weights="int4"), work / "workspace", workers=8)
+    packed_s = time.perf_counter() - begin
+    print(f"packed in {packed_s:.1f} s", flush=True)
+    result = work / "result.json"
+    command = [*oracle, str(work / "workspace"), "--speed", "--tokens", "0", "--json", str(result)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(done.stdout[-3000:], done.stderr[-500:], flush=True)
+    found = json.loads(result.read_text())
+    rows = [
+        {
+            "impl": "turbomind",
+            "shape": "7b",
+            "weights": "int4",
+            "kv": "fp16",
+            "batch": int(batch),
+            "prompt": 16,
+            "tok_per_s": speed,
+        }
+        for batch, speed in found.get("speed", {}).items()
+    ]
+    head = {
+        "command": " ".join(["python", "scripts/bench_turbomind.py", *sys.argv[1:]]),
+        "device": device(),
+        "pack_s": packed_s,
+    }
+    (args.out / "turbomind_speed.json").write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    shutil.rmtree(work)
+
+
+def run_pack_7b(args: argparse.Namespace) -> None:
+    """Pack a 7B-shape AWQ checkpoint of random words; the disk's speed is that of one plain write and fsync of as many bytes."""
+    folder = Path(args.pack_7b)
+    source, workspace = folder / "awq-7b", folder / "workspace-7b"
+    if not source.is_dir():
+        write_awq_7b(source)
+    if workspace.is_dir():
+        shutil.rmtree(workspace)
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    seconds = {"disk_write": plain_write(folder / "plain.bin", size)}
+    begin = time.perf_counter()
+    result = write_workspace(open_checkpoint(source), workspace, workers=args.workers)
+    seconds["pack"] = time.perf_counter() - begin
+    rate = result.weight_bytes / seconds["pack"]
+    row = {
+        "shape": "7b",
+        "weights": "int4",
+        "workers": args.workers,
+        "cpus": os.cpu_count(),
+        "weight_bytes": result.weight_bytes,
+        "seconds": seconds["pack"],
+        "bytes_per_s": rate,
+        "disk_share": rate * seconds["disk_write"] / size,
+    }
+    print(json.dumps(row, indent=1))
+    head = {"command": " ".join(["python", "scripts/bench_turbomind.py", *sys.argv[1:]]), "device": "cpu"}
+    (args.out / "turbomind_pack.json").write_text(json.dumps({**head, "rows": [row]}, indent=1) + "\n")
+    shutil.rmtree(workspace)
+
+
+def plain_write(path: Path, size: int) -> float:
+    chunk = os.urandom(2**24)
+    begin = time.perf_counter()
+    with path.open("wb") as file:
+        for _ in range(size // len(chunk)):
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - begin
+    path.unlink()
+    return seconds
+
+
+def write_awq_7b(folder: Path) -> None:
+    """Random words in the shape of Llama-2-7B, one shard a block."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    sizes |= {"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000}
+    raw = document("llama", "float16", sizes)
+    quantization = {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": 4,
+        "group_size": 128,
+        "zero_point": True,
+    }
+    folder.mkdir(parents=True)
+    table = shapes("llama", raw)
+    generator = torch.Generator().manual_seed(0)
+    for block in (*range(32), None):
+        tensors: dict[str, Tensor] = {}
+        for name, shape in table.items():
+            if (f".layers.{block}." not in name) if block is not None else ".layers." in name:
+                continue
+            if "_proj." not in name:
+                tensors |= random_weights({name: shape}, torch.float16)
+                continue
+            module, (rows, cols) = name.removesuffix(".weight"), shape
+            for part, height in (("qweight", cols), ("qzeros", cols // 128)):
+                words = torch.randint(
+                    -(2**31), 2**31, (height, rows // 8), generator=generator, dtype=torch.int64
+                )
+                tensors[f"{module}.{part}"] = words.to(torch.int32)
+            tensors[f"{module}.scales"] = (
+                torch.rand(cols // 128, rows, generator=generator).half() * 0.01 + 0.001
+            )
+        save_file(tensors, folder / f"model-{33 if block is None else block + 1:05d}-of-00033.safetensors")
+    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": quantization}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--oracle", help="command that judges one workspace")
+    parser.add_argument(
+        "--load-only", action="store_true", help="names and bytes alone (an engine without a GPU)"
+    )
+    parser.add_argument("--judged", action="store_true", help="only the cases whose logits are judged")
+    parser.add_argument("--only", help="cases whose name and format hold this text")
+    parser.add_argument(
+        "--speed", action="store_true", help="decode speed of the engine instead of the cases"
+    )
+    parser.add_argument("--pack-7b", metavar="FOLDER", help="time the packing of a 7B shape there instead")
+    parser.add_argument(
+        "--workers", type=int, default=4, help="workspaces judged, or blocks packed, at a time"
+    )
+    parser.add_argument("--work", type=Path, help="folder for the models; the system's by default")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the results")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.pack_7b:
+        run_pack_7b(args)
+        return
+    if not args.oracle:
+        parser.error("--oracle is needed")
+    oracle = shlex.split(args.oracle) + (["--load-only"] if args.load_only else [])
+    if args.speed:
+        run_speed(args, oracle)
+    else:
+        run_cases(args, oracle)
+
+
+if __name__ == "__main__":
+    main()
