@@ -53,18 +53,26 @@ async def _stream(client: httpx.AsyncClient, text: str, count: int) -> str:
     return "".join(parts)
 
 
-def test_requests_over_the_queue_get_429_I89() -> None:
-    engine = FakeEngine(delay_s=0.02)
+@pytest.mark.parametrize("case", ["I89-requests-over-queue"])
+def test_requests_over_the_queue_get_429(case: str) -> None:
+    engine = FakeEngine(delay_s=0.001)
     with live_server(engine, ServeConfig(limits=Limits(pending=50, pending_per_client=50))) as server:
 
         async def inside(client: httpx.AsyncClient) -> object:
             return await client.post(CHAT, json={"messages": "inside", "max_tokens": 150})
 
+        refused = 0
+
         async def beyond(client: httpx.AsyncClient) -> object:
+            nonlocal refused
             while server.service.admission.pending < 50:
                 await asyncio.sleep(0.01)
-            return await client.post(CHAT, json={"messages": "beyond", "max_tokens": 150})
+            reply = await client.post(CHAT, json={"messages": "beyond", "max_tokens": 150})
+            refused += 1
+            engine.hangs = refused < 1000  # those inside end after the last refusal
+            return reply
 
+        engine.hangs = True
         replies = many(server.url, [inside] * 50 + [beyond] * 1000)
         assert all(isinstance(reply, httpx.Response) for reply in replies), replies[0]
         statuses = [reply.status_code for reply in replies]  # type: ignore[attr-defined]
@@ -80,7 +88,8 @@ def test_requests_over_the_queue_get_429_I89() -> None:
         assert "tmq_refused_total 1000.0" in httpx.get(server.url + "/metrics").text
 
 
-def test_one_client_cannot_take_the_whole_queue_I89() -> None:
+@pytest.mark.parametrize("case", ["I89-one-client-cannot"])
+def test_one_client_cannot_take_the_whole_queue(case: str) -> None:
     limits = Limits(pending=10, pending_per_client=2)
     config = ServeConfig(api_keys=("a", "b"), limits=limits)
     with live_server(FakeEngine(delay_s=0.05), config) as server:
@@ -97,7 +106,8 @@ def test_one_client_cannot_take_the_whole_queue_I89() -> None:
         assert statuses[5] == 200
 
 
-def test_short_requests_pass_long_ones_I90() -> None:
+@pytest.mark.parametrize("case", ["I90-short-requests-pass"])
+def test_short_requests_pass_long_ones(case: str) -> None:
     with live_server(FakeEngine(delay_s=0.005, context_length=4000)) as server:
         ended: list[int] = []
 
@@ -109,7 +119,8 @@ def test_short_requests_pass_long_ones_I90() -> None:
         assert ended == [3] * 20 + [400] * 5
 
 
-def test_one_failure_stays_one_I93() -> None:
+@pytest.mark.parametrize("case", ["I93-one-failure-stays"])
+def test_one_failure_stays_one(case: str) -> None:
     engine = FakeEngine(delay_s=0.002)
     bad = "x" * 40
     engine.fails = {str(len(FakeTokenizer().apply_chat_template([{"role": "user", "content": bad}])))}
@@ -179,7 +190,8 @@ class Background(threading.Thread):
             self.error = e
 
 
-def test_engine_death_I94(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["I94-engine-death"])
+def test_engine_death(case: str, tmp_path: Path) -> None:
     with server_process(tmp_path, 30, 0.05) as (process, url):
         pending = Background(url, 400)
         assert httpx.post(url + CHAT, json={"messages": "hello"}).status_code == 503
@@ -191,7 +203,8 @@ def test_engine_death_I94(tmp_path: Path) -> None:
         assert process.wait(20) == 70
 
 
-def test_sigterm_drains_I95(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["I95-sigterm-drains"])
+def test_sigterm_drains(case: str, tmp_path: Path) -> None:
     with server_process(tmp_path, 30, 0.02) as (process, url):
         pending = Background(url, 50)
         process.send_signal(signal.SIGTERM)
@@ -203,7 +216,8 @@ def test_sigterm_drains_I95(tmp_path: Path) -> None:
         assert process.wait(20) == 0
 
 
-def test_sigterm_has_a_deadline_I95(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["I95-sigterm-has-deadline"])
+def test_sigterm_has_a_deadline(case: str, tmp_path: Path) -> None:
     with server_process(tmp_path, 0.5, 0.05) as (process, url):
         pending = Background(url, 450)
         start = time.monotonic()
@@ -214,7 +228,8 @@ def test_sigterm_has_a_deadline_I95(tmp_path: Path) -> None:
         assert "The server is ending" in pending.lines[-1]
 
 
-def test_second_signal_ends_at_once_I95(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["I95-second-signal-ends"])
+def test_second_signal_ends_at_once(case: str, tmp_path: Path) -> None:
     with server_process(tmp_path, 60, 0.05) as (process, url):
         Background(url, 450)
         process.send_signal(signal.SIGTERM)
@@ -226,7 +241,8 @@ def test_second_signal_ends_at_once_I95(tmp_path: Path) -> None:
         assert time.monotonic() - start < 4
 
 
-def test_streams_do_not_cross_I96() -> None:
+@pytest.mark.parametrize("case", ["I96-streams-cross"])
+def test_streams_do_not_cross(case: str) -> None:
     with live_server(FakeEngine(delay_s=0.001, context_length=4000)) as server:
         chosen = random.Random(0)
         asked = [("x" * chosen.randrange(1, 40), chosen.randrange(1, 60)) for _ in range(200)]
@@ -237,7 +253,8 @@ def test_streams_do_not_cross_I96() -> None:
         server.wait_idle()
 
 
-def test_soak_with_random_disconnects_I97() -> None:
+@pytest.mark.parametrize("case", ["I97-soak-with-random"])
+def test_soak_with_random_disconnects(case: str) -> None:
     engine = FakeEngine(delay_s=0.002, context_length=4000)
     with live_server(engine) as server:
         chosen = random.Random(1)
@@ -298,7 +315,8 @@ def _held(server: LiveServer) -> dict[str, float]:
     }
 
 
-def test_two_servers_share_nothing_I98() -> None:
+@pytest.mark.parametrize("case", ["I98-two-servers-share"])
+def test_two_servers_share_nothing(case: str) -> None:
     with live_server(FakeEngine(0.001)) as one, live_server(FakeEngine(0.001)) as two:
         assert one.port != two.port
         for server in (one, two):
@@ -314,7 +332,8 @@ class SlowTokenizer(FakeTokenizer):
         return super().apply_chat_template(messages)
 
 
-def test_health_and_metrics_answer_under_load_I99() -> None:
+@pytest.mark.parametrize("case", ["I99-health-and-metrics"])
+def test_health_and_metrics_answer_under_load(case: str) -> None:
     with live_server(FakeEngine(delay_s=0.01), tokenizer=SlowTokenizer()) as server:
         asking = [Background(server.url, 100) for _ in range(1)]
         threads = [threading.Thread(target=httpx.post, args=(server.url + CHAT,), daemon=True,
@@ -333,7 +352,8 @@ def test_health_and_metrics_answer_under_load_I99() -> None:
         server.wait_idle()
 
 
-def test_a_hung_engine_is_no_healthy_one_I99() -> None:
+@pytest.mark.parametrize("case", ["I99-hung-engine-healthy"])
+def test_a_hung_engine_is_no_healthy_one(case: str) -> None:
     engine = FakeEngine()
     with live_server(engine, ServeConfig(limits=Limits(health_s=0.3))) as server:
         assert httpx.get(server.url + "/health").status_code == 200

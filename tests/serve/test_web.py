@@ -161,6 +161,7 @@ def test_markup_is_shown_and_not_obeyed(text: str, view: str) -> None:
     assert shown(text) == view
 
 
-def test_huge_paste_H88(server: LiveServer, engine: FakeEngine) -> None:
+@pytest.mark.parametrize("case", ["H88-huge-paste"])
+def test_huge_paste(case: str, server: LiveServer, engine: FakeEngine) -> None:
     reply = httpx.post(server.url + "/gradio_api/queue/join", json={"data": ["x" * 3_000_000]}, timeout=30)
     assert reply.status_code == 413
