@@ -225,7 +225,7 @@ def _scaling(attention: "_Map") -> RopeScaling | None:
         beta_fast=attention.real("beta_fast"),
         beta_slow=attention.real("beta_slow"),
     )
-    factor = attention.real("attention_factor")
+    factor = -1.0 if attention.raw.get("attention_factor") is None else attention.real("attention_factor")
     return scaling if factor < 0 else replace(scaling, attention_factor=factor)
 
 

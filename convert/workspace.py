@@ -110,9 +110,11 @@ class WorkspaceCheckpoint(Checkpoint):
         super().__init__(folder, kind, config, tokenizer, notes)  # type: ignore[arg-type]
         self.weights = folder / "triton_models" / "weights"
         self.shape = shape
-        self.packing = Packing(config, shape.tp, shape.weight_type, dialect)  # type: ignore[arg-type]
-        expected = (self.packing.intermediate_size, config.num_kv_heads * self.packing.replication)
-        if expected != (shape.intermediate_size, shape.num_kv_heads):
+        derived = Packing(config, shape.tp, shape.weight_type, dialect)  # type: ignore[arg-type]
+        self.packing = replace(derived, stated_intermediate=shape.intermediate_size)
+        expected = (derived.intermediate_size, config.num_kv_heads * derived.replication)
+        # LMDeploy pads Qwen-1 to twice its size: more than derived is zeros, less is another model
+        if expected[0] > shape.intermediate_size or expected[1] != shape.num_kv_heads:
             raise InputError(
                 f"{show(str(folder))}: the configuration states an intermediate size of {shape.intermediate_size} and "
                 f"{shape.num_kv_heads} KV heads, where tp {shape.tp} of this model gives {expected[0]} and {expected[1]}. "

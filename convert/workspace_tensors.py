@@ -34,6 +34,7 @@ class Packing:
     tp: int
     weight_type: WeightType
     dialect: Dialect
+    stated_intermediate: int = 0  # of a workspace that is read: as its configuration says, 0 derives it
 
     @property
     def group_size(self) -> int:
@@ -51,6 +52,8 @@ class Packing:
     @property
     def intermediate_size(self) -> int:
         """Padded; dialect 0.1 has no padding."""
+        if self.stated_intermediate:
+            return self.stated_intermediate
         size = self.config.intermediate_size
         return size if self.dialect == "0.1" else layout.padded_intermediate(size, self.group_size, self.tp)
 

@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_checkpoints import document, quantize_source, random_weights, shapes, write_source  # noqa: E402
 from torch import Tensor  # noqa: E402
-from turbomind_rows import merge_rows  # noqa: E402
+from turbomind_rows import command_line, merge_rows  # noqa: E402
 
 from convert.checkpoint import open_checkpoint  # noqa: E402
 from convert.workspace_write import write_workspace  # noqa: E402
@@ -302,7 +302,7 @@ def run_speed(args: argparse.Namespace, oracle: list[str]) -> None:
         for batch, speed in found.get("speed", {}).items()
     ]
     head = {
-        "command": " ".join(["python", "scripts/bench_turbomind.py", *sys.argv[1:]]),
+        "command": command_line(),
         "device": device(),
         "pack_s": packed_s,
     }
@@ -335,7 +335,7 @@ def run_pack_7b(args: argparse.Namespace) -> None:
         "disk_share": rate * seconds["disk_write"] / size,
     }
     print(json.dumps(row, indent=1))
-    head = {"command": " ".join(["python", "scripts/bench_turbomind.py", *sys.argv[1:]]), "device": "cpu"}
+    head = {"command": command_line(), "device": "cpu"}
     (args.out / "turbomind_pack.json").write_text(json.dumps({**head, "rows": [row]}, indent=1) + "\n")
     shutil.rmtree(workspace)
 

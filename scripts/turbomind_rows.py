@@ -21,12 +21,12 @@ def merge_rows(out: Path, rows: list[dict[str, Any]], device: str, note: str) ->
     ours = {_key(row) for row in rows}
     kept = [row for row in document["rows"] if _key(row) not in ours]
     script = Path(sys.argv[0]).name
-    runs = document["runs"] | {script: {"command": _command(), "device": device, "note": note}}
+    runs = document["runs"] | {script: {"command": command_line(), "device": device, "note": note}}
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     document = {
-        "command": _command(),
+        "command": command_line(),
         "commit": commit.stdout.strip(),
         "date": date.today().isoformat(),
         "device": device,
@@ -39,8 +39,10 @@ def merge_rows(out: Path, rows: list[dict[str, Any]], device: str, note: str) ->
     (out / "turbomind.md").write_text(table(document))
 
 
-def _command() -> str:
-    return " ".join(["python", "scripts/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+def command_line() -> str:
+    """The command that runs, without the folders of this machine."""
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    return " ".join(["python", "scripts/" + Path(sys.argv[0]).name, *words])
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str, int, str]:
