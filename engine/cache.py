@@ -16,6 +16,7 @@ from engine.attention import HeadNorms, window_of
 from engine.config import GIB, EngineConfig
 from engine.rope import Rotary
 from kernels.attention import allocate_workspace, decode_attention, prefill_attention
+from kernels.attention_cpu import PagedDecode
 from kernels.fused import rope_store
 from kernels.kv8 import StaticKV, allocate_cache, cache_block_bytes, store_kv
 
@@ -94,6 +95,7 @@ class PagedAttend:
 
     def __init__(self, cache: PagedCache, batch: StepBatch) -> None:
         self._cache, self._batch = cache, batch
+        self._decodes: dict[int | None, PagedDecode] = {}  # by window, on the CPU
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         store_kv(self._cache.layers[layer], k, v, self._batch.slots)
@@ -120,21 +122,10 @@ class PagedAttend:
         cache, batch = self._cache, self._batch
         pages, window, count = cache.layers[layer], cache.windows[layer], batch.decodes
         if count == len(q):
-            return decode_attention(
-                q, pages, batch.tables, batch.lengths, cache.scale, window, workspace=cache.workspace
-            ).flatten(1)
+            return self._decode(layer, q, None).flatten(1)
         out = torch.zeros_like(q)
         if count:
-            decode_attention(
-                q[:count],
-                pages,
-                batch.tables[:count],
-                batch.lengths[:count],
-                cache.scale,
-                window,
-                workspace=cache.workspace,
-                out=out[:count],
-            )
+            self._decode(layer, q[:count], out[:count])
         stop = count + sum(batch.query_lens)
         if stop > count:
             out[count:stop] = prefill_attention(
@@ -147,6 +138,20 @@ class PagedAttend:
                 window,
             )
         return out.flatten(1)
+
+    def _decode(self, layer: int, q: Tensor, out: Tensor | None) -> Tensor:
+        """Attention of the decoding sequences, q (B, Hq, D), written to `out` where given."""
+        cache, batch, count = self._cache, self._batch, len(q)
+        pages, window = cache.layers[layer], cache.windows[layer]
+        tables, lengths = batch.tables[:count], batch.lengths[:count]
+        if q.is_cuda:
+            return decode_attention(
+                q, pages, tables, lengths, cache.scale, window, workspace=cache.workspace, out=out
+            )
+        if window not in self._decodes:
+            self._decodes[window] = PagedDecode(tables, lengths, cache.block_size, window)
+        result = self._decodes[window](q, pages, cache.scale)
+        return result if out is None else out.copy_(result)
 
 
 def block_bytes(config: ModelConfig, engine: EngineConfig, dtype: torch.dtype) -> int:
