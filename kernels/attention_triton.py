@@ -61,31 +61,35 @@ def high_codes(words, ASM: tl.constexpr):
 
 
 @triton.jit
-def share_tiles(lens_ptr, row, batch, target, TILE: tl.constexpr, WINDOW: tl.constexpr):
-    """Units of each sequence (one for an empty one: it writes zeros), `target` in all at most, and the most tiles of a unit.
+def share_tiles(lens_ptr, row, batch, aim, TILE: tl.constexpr, WINDOW: tl.constexpr, EVEN: tl.constexpr):
+    """Units of each sequence (one for an empty one: it writes zeros) and the most tiles of a unit.
 
-    The most tiles of a unit is the least of eight candidates that keeps to the target, from total / target, which rounding up in
-    each sequence may exceed, to total / (target - batch), which cannot. batch <= target; equal: one unit a sequence.
+    EVEN: `aim` units in all at most, batch <= aim. The most tiles of a unit is the least of eight candidates that keeps to it,
+    from total / aim, which rounding up in each sequence may exceed, to total / (aim - batch), which cannot.
+    Else: total / aim, so that only sequences longer than that are cut; batch + aim units at most.
     """
     lens = tl.load(lens_ptr + row, mask=row < batch, other=0)
     tiles = (lens + TILE - 1) // TILE
     if WINDOW > 0:
         tiles -= tl.maximum(lens - WINDOW, 0) // TILE
-    step = tl.arange(0, 8)
-    slots = 8 * target - tl.where(step == 7, 8, step) * batch
-    candidates = (tl.sum(tiles, 0) * 8 + slots - 1) // tl.maximum(slots, 1)
-    candidates = tl.maximum(tl.where(slots > 0, candidates, tl.max(tiles, 0)), 1)
-    tried = tl.maximum((tiles[None, :] + candidates[:, None] - 1) // candidates[:, None], 1)
-    needed = tl.sum(tl.where(row[None, :] < batch, tried, 0), 1)
-    most = tl.min(tl.where(needed <= target, candidates, 1 << 30), 0)
+    if EVEN:
+        step = tl.arange(0, 8)
+        slots = 8 * aim - tl.where(step == 7, 8, step) * batch
+        candidates = (tl.sum(tiles, 0) * 8 + slots - 1) // tl.maximum(slots, 1)
+        candidates = tl.maximum(tl.where(slots > 0, candidates, tl.max(tiles, 0)), 1)
+        tried = tl.maximum((tiles[None, :] + candidates[:, None] - 1) // candidates[:, None], 1)
+        needed = tl.sum(tl.where(row[None, :] < batch, tried, 0), 1)
+        most = tl.min(tl.where(needed <= aim, candidates, 1 << 30), 0)
+    else:
+        most = tl.maximum((tl.sum(tiles, 0) + aim - 1) // aim, 1)
     units = tl.where(row < batch, tl.maximum((tiles + most - 1) // most, 1), 0)
     return units, most
 
 
 @triton.jit
 def find_unit(
-    lens_ptr, batch, target, unit, TILE: tl.constexpr, WINDOW: tl.constexpr, BATCH_PAD: tl.constexpr
-):
+    lens_ptr, batch, aim, unit, TILE: tl.constexpr, WINDOW: tl.constexpr, EVEN: tl.constexpr, BATCH_PAD: tl.constexpr
+):  # fmt: skip
     """Which tiles a unit covers: sequence, its length, index of its first unit, its number of units, tiles a unit, first tile.
 
     The sequence is `batch` or more where the unit is not used.
@@ -96,7 +100,7 @@ def find_unit(
         length = tl.load(lens_ptr)
     else:
         row = tl.arange(0, BATCH_PAD)
-        shares, most = share_tiles(lens_ptr, row, batch, target, TILE, WINDOW)
+        shares, most = share_tiles(lens_ptr, row, batch, aim, TILE, WINDOW, EVEN)
         seq = tl.sum((tl.cumsum(shares, 0) <= unit).to(tl.int32), 0)
         start = tl.sum(tl.where(row < seq, shares, 0), 0)
         length = tl.load(lens_ptr + tl.minimum(seq, batch - 1))
@@ -105,7 +109,7 @@ def find_unit(
         tile0 = tl.maximum(length - WINDOW, 0) // TILE
     tiles = (length + TILE - 1) // TILE - tile0
     if BATCH_PAD == 1:
-        most = tl.maximum((tiles + target - 1) // target, 1)
+        most = tl.maximum((tiles + aim - 1) // aim, 1)
     count = tl.maximum((tiles + most - 1) // most, 1)
     if BATCH_PAD == 1:
         seq = (unit >= count).to(tl.int32)
@@ -172,7 +176,7 @@ def prefetch_lines(pointers, ASM: tl.constexpr):
         )
 
 
-@triton.jit(do_not_specialize=["batch", "target", "max_blocks"])
+@triton.jit(do_not_specialize=["batch", "aim", "max_blocks"])
 def decode_kernel(
     q_ptr,
     k_ptr,
@@ -193,7 +197,7 @@ def decode_kernel(
     batch,
     max_blocks,
     num_kv_heads,
-    target,
+    aim,
     q_stride,
     score_scale,
     eps,
@@ -210,6 +214,7 @@ def decode_kernel(
     ASM: tl.constexpr,
     PDL: tl.constexpr,
     TILE: tl.constexpr,
+    EVEN: tl.constexpr,
     BATCH_PAD: tl.constexpr,
     MERGE_ROWS: tl.constexpr,
     MERGE_STEP: tl.constexpr,
@@ -232,7 +237,9 @@ def decode_kernel(
     WIDTH: tl.constexpr = HEAD_DIM if MODE == 0 else HALF  # elements of a token in a page
     head = tl.program_id(0)
     unit = tl.program_id(1)
-    seq, length, start, count, each, tile0 = find_unit(lens_ptr, batch, target, unit, TILE, WINDOW, BATCH_PAD)
+    seq, length, start, count, each, tile0 = find_unit(
+        lens_ptr, batch, aim, unit, TILE, WINDOW, EVEN, BATCH_PAD
+    )
     if seq >= batch:
         return
     num_heads = num_kv_heads * ROWS
@@ -417,7 +424,7 @@ def decode_kernel(
                 )
 
 
-@triton.jit(do_not_specialize=["batch", "target"])
+@triton.jit(do_not_specialize=["batch", "aim"])
 def merge_kernel(
     lens_ptr,
     out_ptr,
@@ -425,11 +432,12 @@ def merge_kernel(
     lse_ptr,
     batch,
     num_heads,
-    target,
+    aim,
     HEAD_DIM: tl.constexpr,
     WINDOW: tl.constexpr,
     ASM: tl.constexpr,
     TILE: tl.constexpr,
+    EVEN: tl.constexpr,
     BATCH_PAD: tl.constexpr,
     STEP: tl.constexpr,
 ):
@@ -442,11 +450,11 @@ def merge_kernel(
     seq = tl.program_id(1)
     if BATCH_PAD == 1:
         _seq, _length, start, count, _each, _tile0 = find_unit(
-            lens_ptr, batch, target, 0, TILE, WINDOW, BATCH_PAD
+            lens_ptr, batch, aim, 0, TILE, WINDOW, EVEN, BATCH_PAD
         )
     else:
         row = tl.arange(0, BATCH_PAD)
-        units, _most = share_tiles(lens_ptr, row, batch, target, TILE, WINDOW)
+        units, _most = share_tiles(lens_ptr, row, batch, aim, TILE, WINDOW, EVEN)
         start = tl.sum(tl.where(row < seq, units, 0), 0)
         count = tl.sum(tl.where(row == seq, units, 0), 0)
     if ASM:
@@ -503,18 +511,26 @@ def _wave(config: DecodeConfig, num_kv_heads: int, device: torch.device) -> int:
     return max(1, config.per_sm * _multiprocessors(device) // num_kv_heads)
 
 
-def _target(wave: int, batch: int) -> int:
-    """Units to aim for, whole waves of them: the fewest that a batch of equal lengths nearly fills, so that no wave runs half empty."""
+def _share(wave: int, batch: int) -> tuple[int, int, bool]:
+    """(`aim`, bound on the units, EVEN) of `share_tiles` for a batch, from shapes alone.
+
+    A small batch is cut into whole waves of units: the fewest that equal lengths nearly fill, so that no wave runs half empty.
+    Where that is one unit a sequence, only sequences far longer than the others are cut.
+    """
     fewest = -(-batch // wave)
     waves = range(fewest, fewest + EXTRA_WAVES + 1)
     fill = {n: (n * wave // batch) * batch / (n * wave) for n in waves}
-    return wave * next((n for n in waves if fill[n] >= 0.9), max(waves, key=lambda n: fill[n]))
+    target = wave * next((n for n in waves if fill[n] >= 0.9), max(waves, key=lambda n: fill[n]))
+    if batch > 1 and target // batch == 1:
+        aim = min(2 * wave, batch)
+        return aim, batch + aim, False
+    return target, target, True
 
 
 def max_units(max_batch: int, num_kv_heads: int, device: torch.device | str) -> int:
     """A bound on the units of any batch up to max_batch."""
     wave = max(_wave(config, num_kv_heads, torch.device(device)) for config in CONFIGS.values())
-    return max_batch + (EXTRA_WAVES + 1) * wave
+    return 2 * max_batch + (EXTRA_WAVES + 1) * wave
 
 
 @dataclass(frozen=True)
@@ -555,11 +571,11 @@ def launch_decode(
     _check_limits(q, cache, block_tables, context_lens, rows)
     config = config or CONFIGS[cache.bits, rows > 1]
     tile = min(config.tile, cache.block_size)
-    target = _target(_wave(config, num_kv_heads, q.device), batch)
+    aim, units, even = _share(_wave(config, num_kv_heads, q.device), batch)
     capacity = block_tables.shape[1] * (
         cache.block_size // tile
     )  # tiles of the longest sequence that fits the table
-    units = min(target, batch * max(capacity, 1))
+    units = min(units, batch * max(capacity, 1))
     out = torch.empty(batch, num_heads, head_dim, dtype=q.dtype, device=q.device) if out is None else out
     if workspace is None:
         workspace = DecodeWorkspace(
@@ -576,15 +592,15 @@ def launch_decode(
             f"workspace has {workspace.lse.shape[0]} units and {workspace.arrivals.numel()} counters, but batch {batch} needs "
             f"{units} and {batch * num_kv_heads}: allocate it for a larger batch."
         )
-    if (
-        fused_merge is None
-    ):  # one step of one row: else the lone merging program is felt more than a second kernel
-        fused_merge = rows == 1 and min(target, capacity) <= MERGE_ELEMENTS // head_dim
+    if fused_merge is None:
+        # The last unit merges where that is rare, or one step of one row: else a lone merging program takes longer than a second
+        # kernel, which reads with many.
+        fused_merge = not even or (rows == 1 and min(aim, capacity) <= MERGE_ELEMENTS // head_dim)
     batch_pad = next(size for size in BATCH_PADS if size >= batch)
     merge_rows = triton.next_power_of_2(rows)
     common = {
-        "HEAD_DIM": head_dim, "WINDOW": window or 0, "ASM": not INTERPRETED, "TILE": tile, "BATCH_PAD": batch_pad,
-        "enable_fp_fusion": True,
+        "HEAD_DIM": head_dim, "WINDOW": window or 0, "ASM": not INTERPRETED, "TILE": tile, "EVEN": even,
+        "BATCH_PAD": batch_pad, "enable_fp_fusion": True,
     }  # fmt: skip
     given = (None,) * 5 if new is None else (new.cos, new.sin, new.q_norm, new.k_norm, new.q_scale)
     decode_kernel[(num_kv_heads, units)](
@@ -600,7 +616,7 @@ def launch_decode(
         batch,
         block_tables.stride(0),
         num_kv_heads,
-        target,
+        aim,
         q.stride(0),
         scale * LOG2E,
         0.0 if new is None else new.eps,
@@ -628,7 +644,7 @@ def launch_decode(
             workspace.lse,
             batch,
             num_heads,
-            target,
+            aim,
             STEP=32,
             num_warps=4,
             **common,

@@ -16,7 +16,7 @@ from kernels.attention import (
     prefill_attention,
     rope_decode_attention,
 )
-from kernels.attention_triton import DecodeConfig, NewTokens, _target, launch_decode, max_units, share_tiles
+from kernels.attention_triton import DecodeConfig, NewTokens, _share, launch_decode, max_units, share_tiles
 from kernels.kv8 import KVCache, StaticKV, allocate_cache, store_kv
 
 PAGE = 16
@@ -126,22 +126,21 @@ def test_rope_and_store_in_the_same_kernel(kind: str, has_norm: bool):
 
 
 @triton.jit
-def units_kernel(lens_ptr, units_ptr, most_ptr, batch, target, WINDOW: tl.constexpr):
+def units_kernel(lens_ptr, units_ptr, most_ptr, batch, aim, WINDOW: tl.constexpr, EVEN: tl.constexpr):
     row = tl.arange(0, 16)
-    units, most = share_tiles(lens_ptr, row, batch, target, 16, WINDOW)
+    units, most = share_tiles(lens_ptr, row, batch, aim, 16, WINDOW, EVEN)
     tl.store(units_ptr + row, units)
     tl.store(most_ptr, most)
 
 
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=16), st.integers(1, 40), st.sampled_from([0, 100]))
-@settings(max_examples=40, deadline=None)
-def test_units_keep_to_the_target_and_share_evenly(lens: list[int], wave: int, window: int):
-    target = _target(wave, len(lens))
-    assert target % wave == 0 and target >= len(lens)
+@settings(max_examples=60, deadline=None)
+def test_units_keep_to_their_bound_and_share_evenly(lens: list[int], wave: int, window: int):
+    aim, bound, even = _share(wave, len(lens))
     units, most = torch.empty(16, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
-    units_kernel[(1,)](torch.tensor(lens, dtype=torch.int32), units, most, len(lens), target, window)
+    units_kernel[(1,)](torch.tensor(lens, dtype=torch.int32), units, most, len(lens), aim, window, even)
     assert units[: len(lens)].ge(1).all() and units[len(lens) :].eq(0).all()
-    assert units.sum() <= target
+    assert units.sum() <= bound
     tiles = [-(-n // 16) - (max(n - window, 0) // 16 if window else 0) for n in lens]
     for count, have in zip(units.tolist(), tiles, strict=False):
         each = -(-have // count)
@@ -149,8 +148,38 @@ def test_units_keep_to_the_target_and_share_evenly(lens: list[int], wave: int, w
             count,
             0,
         )  # no unit of a sequence with tokens is empty
-    if len(lens) < target:
-        assert most <= max(-(-sum(tiles) // (target - len(lens))), 1)
+    if even and len(lens) < aim:
+        assert most <= max(-(-sum(tiles) // (aim - len(lens))), 1)
+
+
+def test_equal_lengths_fill_whole_waves():
+    """Sequences of 128 tiles, 16 units a wave: 8 are cut in two, 24 too (three waves, not one and a half), 32 not at all."""
+    for batch, expected in ((1, 16), (8, 2), (24, 2), (32, 1)):
+        aim, _, even = _share(16, batch)
+        units, most = torch.empty(64, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
+        lens = torch.full((batch,), 128 * 16, dtype=torch.int32)
+        wide_units_kernel[(1,)](lens, units, most, batch, aim, even)
+        assert units[:batch].eq(expected).all()
+
+
+@triton.jit
+def wide_units_kernel(lens_ptr, units_ptr, most_ptr, batch, aim, EVEN: tl.constexpr):
+    row = tl.arange(0, 64)
+    units, most = share_tiles(lens_ptr, row, batch, aim, 16, 0, EVEN)
+    tl.store(units_ptr + row, units)
+    tl.store(most_ptr, most)
+
+
+def test_one_long_sequence_among_short_ones_is_cut():
+    """More sequences than a wave holds, so that equal ones stay whole: the long one alone is cut."""
+    lens = [16, 400, 16, 16, 33]
+    cache, tables, _ = filled_cache("dynamic", lens, 4, 32)
+    q, context_lens = torch.randn(5, 4, 32).half(), torch.tensor(lens, dtype=torch.int32)
+    config = DecodeConfig(
+        tile=16, num_warps=4, num_stages=2, per_sm=2
+    )  # 16 programs of 4 heads: waves of 4 units
+    ours = launch_decode(q, cache, tables, context_lens, 0.2, None, None, None, config=config)
+    assert relative(ours, decode_attention_reference(q, cache, tables, context_lens, 0.2)) < 1e-3
 
 
 def test_workspace_is_left_ready_and_the_bits_repeat():
