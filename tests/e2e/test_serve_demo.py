@@ -115,7 +115,10 @@ def test_200_streams(served: Served) -> None:
         texts = sorted((a["text"] for a in done if a["number"] == number), key=len)
         differing += sum(not texts[-1].startswith(text) for text in texts)
     assert differing <= STREAMS // 20
-    # Fair: nobody waits for a first token much longer than those who came before it.
+    # Fair: first tokens come in the order of asking, but for what threads and batches shuffle.
+    order = sorted(range(STREAMS), key=lambda i: done[i]["first_s"])
+    displaced = sum(abs(place - asked_at) for place, asked_at in enumerate(order)) / STREAMS
+    assert displaced < STREAMS / 10
     firsts = sorted(answer["first_s"] for answer in done)
     after = served.stats()
     assert after["blocks_free"] == after["blocks_total"] == before["blocks_total"]
@@ -123,7 +126,7 @@ def test_200_streams(served: Served) -> None:
     tokens = sum(length for _, length in asked)
     ttft = f"first token p50 {firsts[len(firsts) // 2]:.1f} s, p99 {firsts[int(len(firsts) * 0.99)]:.1f} s"
     print(f"\n{STREAMS} streams: {tokens} tokens in {elapsed_s:.1f} s, {tokens / elapsed_s:.0f} tokens/s; {ttft}; "
-          f"memory {memory_before:.0f} -> {served.memory_mib():.0f} MiB; differing texts {differing}")  # fmt: skip
+          f"memory {memory_before:.0f} -> {served.memory_mib():.0f} MiB; differing texts {differing}, mean displacement {displaced:.1f} places")  # fmt: skip
     assert served.memory_mib() < memory_before + 300
 
 
