@@ -75,6 +75,10 @@ class AwqWriter:
             tensors |= _stored(prefix + module, linears[role])
         for role, norm in block.norms.items():
             tensors[f"{prefix}{self.family.norms[role]}.weight"] = norm
+        return self.store_floats(tensors)
+
+    def store_floats(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Floats as they are stored: float16."""
         return _half(tensors)
 
     def finish_files(self) -> None:
@@ -85,7 +89,7 @@ class AwqWriter:
         }
         if not self.config.tie_embeddings:
             rest[self.family.lm_head + ".weight"] = self.source.lm_head()
-        self.out.save_tensors(self.shard_name(self.config.num_layers), _half(rest))
+        self.out.save_tensors(self.shard_name(self.config.num_layers), self.store_floats(rest))
         self._write_index()
         self.out.write_json("config.json", self.config_document())
         self._copy_others()
@@ -95,7 +99,12 @@ class AwqWriter:
         document = updated_config(read_object(self.source.tokenizer_dir / "config.json"), self.config)
         document.pop("torch_dtype", None)
         document["dtype"] = "float16"
-        document["quantization_config"] = {
+        document["quantization_config"] = self.quantization_document()
+        return document
+
+    def quantization_document(self) -> dict[str, Any]:
+        """`quantization_config`, by which other loaders know the format."""
+        return {
             "quant_method": "awq",
             "version": "gemm",
             "bits": 4,
@@ -103,7 +112,6 @@ class AwqWriter:
             "zero_point": True,
             "modules_to_not_convert": self._skipped_modules(),
         }
-        return document
 
     def _skipped_modules(self) -> list[str]:
         """Names by which loaders recognise the linears that stay float: the ends of their full names."""

@@ -286,7 +286,7 @@ def run_pack(path: str, out: Path, flags: Flags) -> Outcome:
 
     ckpt = open_checkpoint(path, family=flags["family"], cache_dir=cache_folder())
     if flags["dry_run"]:
-        packing = plan_packing(ckpt, flags["tp"], flags["dialect"])
+        packing = plan_packing(ckpt, flags["tp"], flags["dialect"], flags["dtype"])
         size = estimate_bytes(packing)
         document = {
             "tp": flags["tp"],
@@ -309,6 +309,8 @@ def run_pack(path: str, out: Path, flags: Flags) -> Outcome:
             out,
             tp=flags["tp"],
             dialect=flags["dialect"],
+            dtype=flags["dtype"],
+            chat_template=flags["chat_template"],
             restart=not flags["resume"],
             progress=lambda done, total: progress.step(done, total),
         )
@@ -317,6 +319,22 @@ def run_pack(path: str, out: Path, flags: Flags) -> Outcome:
         f"{result.weight_bytes / 2**20:,.0f} MiB, {duration(result.elapsed_s)}",
         f"next: quantize verify {out} --source {path}",
     ]
+    return Outcome(result.to_json(), ["\n".join(lines)])
+
+
+def run_unpack(path: str, out: Path, flags: Flags) -> Outcome:
+    """`quantize unpack`."""
+    from convert.unpack import unpack_workspace
+    from convert.workspace import WorkspaceCheckpoint
+
+    ckpt = open_checkpoint(path)
+    if not isinstance(ckpt, WorkspaceCheckpoint):
+        raise InputError(f"{path} is no TurboMind workspace but {ckpt.kind}: there is nothing to unpack.")
+    with Progress("unpack") as progress:
+        for note in ckpt.notes:
+            progress.say(f"note: {note}")
+        result = unpack_workspace(ckpt, out, restart=not flags["resume"], progress=progress.step)
+    lines = [f"{out}: {result.kind} checkpoint, {duration(result.elapsed_s)}", f"next: evaluate ppl {out}"]
     return Outcome(result.to_json(), ["\n".join(lines)])
 
 

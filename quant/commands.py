@@ -139,6 +139,16 @@ def awq(model: str, output: str, **flags: Any) -> None:
     help="TurboMind's format.",
 )
 @click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16"]),
+    help="Of a float model's weights; left out, that of the source (int4 models: float16).",
+)
+@click.option(
+    "--chat-template",
+    metavar="NAME",
+    help="LMDeploy's name of the chat format (llama3, qwen, ...); left out, it is found in the tokenizer's template.",
+)
+@click.option(
     "--resume/--restart",
     default=True,
     help="Resume an unfinished WORKSPACE (the default), or discard it first.",
@@ -157,6 +167,29 @@ def pack(path: str, output: str, **flags: Any) -> None:
 
     with resumable("quantize pack"):
         outcome = run_pack(path, Path(output), flags)
+    finish(outcome, flags["as_json"])
+
+
+@quantize.command()
+@click.argument("workspace")
+@output_option
+@click.option(
+    "--resume/--restart", default=True, help="Resume an unfinished OUT (the default), or discard it first."
+)
+@together(json_option, debug_option)
+def unpack(workspace: str, output: str, **flags: Any) -> None:
+    """Turn a TurboMind WORKSPACE of either dialect, ours or LMDeploy's, back into a checkpoint.
+
+    An int4 one becomes an AWQ checkpoint, a float one a Hugging Face folder; no number changes.
+
+    \b
+    Example:  quantize unpack workspace -o my-model-4bit
+    Next:     quantize verify workspace --source my-model-4bit
+    """
+    from quant.actions import run_unpack
+
+    with resumable("quantize unpack"):
+        outcome = run_unpack(workspace, Path(output), flags)
     finish(outcome, flags["as_json"])
 
 
