@@ -1,0 +1,88 @@
+"""The check of the regression table can fail: a worse figure, a missing row, a changed float model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import write_runnable, write_text
+
+from convert.checkpoint import open_checkpoint
+from convert.tokenizer import load_tokenizer
+from quant import regression
+from quant.config import QuantConfig
+from quant.evaluation import Judgement
+from quant.table import TableRequest
+
+RUNS = (
+    {"demo: fp16": 29.0, "demo: rtn int4 g64": 36.0, "demo: fast int4 g64": 33.0},
+    {"demo: fp16": 29.0, "demo: rtn int4 g64": 36.0, "demo: fast int4 g64": 33.4},
+    {"demo: fp16": 29.0, "demo: rtn int4 g64": 36.0, "demo: fast int4 g64": 32.9},
+)
+
+
+def test_tolerance_is_three_times_the_spread_and_never_nothing():
+    rows = {row["row"]: row for row in regression.record_rows(RUNS)}
+    assert rows["demo: fast int4 g64"]["tolerance"] == pytest.approx(3 * (33.4 - 32.9))
+    assert rows["demo: rtn int4 g64"]["tolerance"] == pytest.approx(36.0 * regression.FLOOR)
+
+
+def test_the_check_passes_what_is_on_record_and_fails_what_is_worse():
+    rows = regression.record_rows(RUNS)
+    assert regression.compare(RUNS[0], rows) == []
+    better = RUNS[0] | {"demo: fast int4 g64": 30.0}
+    assert regression.compare(better, rows) == []
+    worse = RUNS[0] | {"demo: fast int4 g64": 33.0 + 3 * 0.5 + 0.01}
+    assert regression.compare(worse, rows) == [
+        "demo: fast int4 g64: 34.51, on record 33, at most 34.5 allowed."
+    ]
+    for name in ("demo: rtn int4 g64", "demo: fp16"):
+        assert len(regression.compare(RUNS[0] | {name: RUNS[0][name] * 1.01}, rows)) == 1
+    for broken in (float("nan"), float("inf")):
+        assert len(regression.compare(RUNS[0] | {"demo: fast int4 g64": broken}, rows)) == 1
+
+
+def test_missing_new_and_too_good_rows_are_faults():
+    rows = regression.record_rows(RUNS)
+    found = dict(RUNS[0])
+    del found["demo: fast int4 g64"]
+    assert "was not computed" in regression.compare(found, rows)[0]
+    assert "not on record" in regression.compare(RUNS[0] | {"demo: new": 1.0}, rows)[0]
+    assert "has changed" in regression.compare(RUNS[0] | {"demo: fp16": 20.0}, rows)[0]
+
+
+def test_a_method_that_is_broken_is_noticed(tmp_path, monkeypatch):
+    """The real computation, on a tiny model: with the search's result spoilt, the check fails."""
+    torch.set_num_threads(1)
+    ckpt = open_checkpoint(write_runnable(tmp_path / "model"))
+    tokenizer = load_tokenizer(ckpt.tokenizer_dir)
+    text = write_text(tmp_path / "text.txt")
+    base = QuantConfig(group_size=32, samples=4, seqlen=32)
+    request = TableRequest(base, ("fp16", "fast"), (4,), (32,), how=Judgement(128, 4, 4))
+    parts = (regression.Part("tiny", "ppl", request), regression.Part("tiny-kl", "kl", request, 2))
+    monkeypatch.setattr(regression, "parts", lambda seed: parts)
+    rows = regression.record_rows([regression.compute(ckpt, tokenizer, text, 0, lambda line: None)])
+    assert regression.compare(regression.compute(ckpt, tokenizer, text, 0, lambda line: None), rows) == []
+
+    from kernels.int4 import Quantized
+
+    real = Quantized.dequantize
+    monkeypatch.setattr(Quantized, "dequantize", lambda self, dtype=torch.float32: real(self, dtype) * 1.3)
+    faults = regression.compare(regression.compute(ckpt, tokenizer, text, 0, lambda line: None), rows)
+    assert any("tiny-kl: fast" in fault for fault in faults)
+
+
+def test_the_committed_record_is_whole():
+    path = Path(regression.__file__).resolve().parents[1] / "benchmarks" / "regression.json"
+    if not path.is_file():
+        pytest.skip("benchmarks/regression.json is not recorded yet")
+    rows = {row["row"]: row for row in json.loads(path.read_text())["rows"]}
+    wanted = {"demo: fp16", "demo: fp16 kv8 dynamic"}
+    wanted |= {f"demo: {method} int{bits} g64" for method in ("rtn", "fast", "default") for bits in (4, 3)}
+    wanted |= {f"head: {method} int4 g64" for method in ("gptq", "gptq-r", "awq", "best")}
+    assert wanted <= set(rows)
+    for row in rows.values():
+        assert row["tolerance"] >= 3 * row["spread"] * 0.999 and row["tolerance"] > 0
+    for bits in (4, 3):
+        values = [rows[f"demo: {method} int{bits} g64"]["value"] for method in ("default", "fast", "rtn")]
+        assert values == sorted(values)
