@@ -21,7 +21,6 @@ from quant.gram import InputStats, from_sums, observe, outer_sum
 from quant.parts import Parts, linear
 from quant.presets import PLANS, Plan, effort_on
 from quant.records import BlockResult, GramStatistics, LinearReport, Streams
-from quant.sensitivity import Sensitivity
 from quant.solve import Solution, Stack, free_codes, solve
 
 
@@ -34,14 +33,14 @@ def quantize_block(
     dtype: torch.dtype,
     *,
     tap: Tap | None = None,
-    sensitivity: Sensitivity | None = None,
+    metric: Tensor | None = None,
 ) -> BlockResult:
     """Quantize the linears of one block.
 
     Args:
         inputs: hidden states before the block; statistics of the float stream for `fast` alone; None for `rtn`.
         dtype: of the forward passes; the search itself computes in float32.
-        sensitivity: what errors cost the model (`measure_sensitivity`); `best` alone looks at it, and does without.
+        metric: (H, H), what errors of the block's output cost (`measure_sensitivity`); `best` alone reads it; None: the same.
         tap: sees "k" and "v" of the quantized block, for KV parameters.
 
     Returns linears as Quantized with folded norms, float16 throughout (a router and, with `keep_ragged`, linears whose K
@@ -65,8 +64,7 @@ def quantize_block(
         from quant.awq_published import quantize_published
 
         return quantize_published(walk.weights, config, quant, inputs, tap)
-    walk.sensitivity = sensitivity if walk.plan.learn else None
-    return walk.run(inputs, tap)
+    return walk.run(inputs, tap, metric)
 
 
 def _check(weights: BlockWeights, quant: QuantConfig) -> None:
@@ -168,7 +166,6 @@ class Walk:
         self.plan: Plan = PLANS.get(quant.preset, Plan())
         self.effort = effort_on(device)
         self.reports: list[LinearReport] = []
-        self.sensitivity: Sensitivity | None = None
         self.latents: dict[str, Tensor] = {}  # by role: centred codes as they would be if they were free
 
     # -- the pieces of every walk
@@ -200,19 +197,9 @@ class Walk:
             start += rows
         return solution
 
-    def observe(self, parts: Parts, inputs: Tensor, what: str, *, before: bool = False) -> InputStats:
-        """Statistics of a linear's inputs (S, L, K), tokens weighted by what their errors cost where that is known."""
-        chunks = (inputs[part] for part in parts.slices())
-        weights = self.token_weights(before)
-        return observe(
-            chunks, self.name(what), None if weights is None else (weights[p] for p in parts.slices())
-        )
-
-    def token_weights(self, before: bool) -> Tensor | None:
-        """(S, L), of the stream in front of the block or behind it."""
-        if self.sensitivity is None:
-            return None
-        return (self.sensitivity.before if before else self.sensitivity.after).to(self.device)
+    def observe(self, parts: Parts, inputs: Tensor, what: str) -> InputStats:
+        """Statistics of a linear's inputs (S, L, K)."""
+        return observe((inputs[part] for part in parts.slices()), self.name(what))
 
     def put(self, role: str, part: LinearWeights) -> None:
         self.weights = replace(self.weights, linears={**self.weights.linears, role: part})
@@ -229,7 +216,7 @@ class Walk:
 
     # -- on streams
 
-    def run(self, inputs: Streams, tap: Tap | None) -> BlockResult:
+    def run(self, inputs: Streams, tap: Tap | None, metric: Tensor | None) -> BlockResult:
         x = inputs.quantized
         parts = Parts(self.config, x)
         keep_float = inputs.fp is not x
@@ -241,7 +228,7 @@ class Walk:
             from quant.rounding import learn_block
 
             done, self.reports = learn_block(
-                done, self.latents, self.config, self.quant, x, reference.out, self.reports, self.sensitivity
+                done, self.latents, self.config, self.quant, x, reference.out, self.reports, metric
             )
             dense = parts.dense(done)
             out = parts.map(lambda h: parts.block(h, dense, tap), x)
@@ -273,19 +260,15 @@ class Walk:
             return None
         weight = torch.cat([self.weight(role) for role in roles])
         total = torch.zeros(1, device=self.device)
-        token_weights = self.token_weights(roles[0] == "q")
         for part in parts.slices():
             now = x[part].flatten(0, 1)
-            counted = (
-                now if token_weights is None else now * token_weights[part].flatten()[:, None].to(now.dtype)
-            )
             if of_inputs is not None:
-                total = total + outer_sum(of_inputs[part].flatten(0, 1) - now, counted)
+                total = total + outer_sum(of_inputs[part].flatten(0, 1) - now, now)
             elif of_outputs is not None:
                 given = linear(now, self.source.linears[roles[0]], weight)
-                total = total + outer_sum(of_outputs[part].flatten(0, 1) - given, counted)
-        tokens = x.shape[0] * x.shape[1]
-        return weight @ (total / tokens) if of_inputs is not None else total / tokens
+                total = total + outer_sum(of_outputs[part].flatten(0, 1) - given, now)
+        total = total / (x.shape[0] * x.shape[1])
+        return weight @ total if of_inputs is not None else total
 
     def _attention(self, parts: Parts, x: Tensor, reference: _Float | None) -> Tensor:
         """q, k, v, then o; returns the stream after the attention part."""
@@ -293,7 +276,7 @@ class Walk:
         h = parts.map(lambda part: parts.norm(part, norm), x)
         roles = ("q", "k", "v")
         if all(_is_quantized(self.source, role, self.quant) for role in roles):
-            stats = self.observe(parts, h, "q, k, v", before=True)
+            stats = self.observe(parts, h, "q, k, v")
             cross = self._cross(parts, roles, h, reference.attn_in if reference else None, None)
             solution = self.search(roles, stats, norm_fold(norm), cross)
             self.put_norm("attn_norm", fold_norm(norm, solution.channel_scale))

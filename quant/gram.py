@@ -57,37 +57,32 @@ def outer_sum(left: Tensor, right: Tensor) -> Tensor:
     return left.float().t() @ right.float()
 
 
-def observe(chunks: Iterable[Tensor], name: str, weights: Iterable[Tensor] | None = None) -> InputStats:
+def observe(chunks: Iterable[Tensor], name: str) -> InputStats:
     """Statistics over chunks (samples, L, K) of the inputs of the linear(s) `name`.
 
-    weights: a weight for each token, chunks (samples, L), mean 1. Tokens with a NaN or an infinity are left out and
-    counted; raises InputError above EXCLUDED_MAX of them.
+    Tokens with a NaN or an infinity are left out and counted; raises InputError above EXCLUDED_MAX of them.
     """
     parts: list[Tensor] = []  # fit, hold
     total = torch.zeros(0)
     seen = [0, 0]
     excluded = sample = 0
-    weight_iter = iter(weights) if weights is not None else None
     for chunk in chunks:
         if not parts:
             cols = chunk.shape[-1]
             parts = [torch.zeros(cols, cols, device=chunk.device) for _ in range(2)]
             total = torch.zeros(cols, dtype=torch.float64, device=chunk.device)
-        token_weight = next(weight_iter) if weight_iter is not None else None
         numbers = torch.arange(sample, sample + len(chunk), device=chunk.device)
-        sample += len(chunk)
         held = numbers % HOLD_EVERY == HOLD_EVERY - 1
+        sample += len(chunk)
         for k, rows in enumerate((~held, held)):
             x = chunk[rows].flatten(0, 1)
-            scale = None if token_weight is None else token_weight[rows].flatten()[:, None]
-            contribution = outer_sum(x, x if scale is None else x * scale.to(x.dtype))
+            contribution = outer_sum(x, x)
             size = x.abs().sum(0, dtype=torch.float32)
             if not (contribution.isfinite().all() and size.isfinite().all()):
                 finite = x.isfinite().all(-1)
                 excluded += int((~finite).sum())
                 x = x[finite]
-                scale = None if scale is None else scale[finite]
-                contribution = outer_sum(x, x if scale is None else x * scale.to(x.dtype))
+                contribution = outer_sum(x, x)
                 size = x.abs().sum(0, dtype=torch.float32)
             parts[k] += contribution
             total += size

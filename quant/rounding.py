@@ -18,7 +18,6 @@ from quant.config import QuantConfig
 from quant.gram import fast_products
 from quant.parts import Parts
 from quant.records import LinearReport
-from quant.sensitivity import Sensitivity
 from quant.training import (
     Adam,
     FlatLinears,
@@ -39,15 +38,16 @@ NORMS = ("attn_norm", "mlp_norm")
 class Learning:
     """How the training goes; rates are totals over all steps of a linear decay, codes in steps of the grid, others relative."""
 
-    optimizer: Literal["sign", "adam"] = "adam"
-    code_rate: float = 2.0
-    scale_rate: float = 0.2
-    norm_rate: float = 0.2
+    optimizer: Literal["sign", "adam"] = "sign"
+    code_rate: float = 1.0
+    scale_rate: float = 0.1
+    norm_rate: float = 0.1
     batch_tokens: int = 4096
     checks: int = 4  # measurements of the whole loss
 
 
 LEARNING = Learning()
+_STEADY_STEPS = 100  # fewer steps than these are not made longer
 
 
 def learn_block(
@@ -58,7 +58,7 @@ def learn_block(
     x: Tensor,
     y: Tensor,
     reports: list[LinearReport],
-    sensitivity: Sensitivity | None = None,
+    metric: Tensor | None = None,
     settings: Learning | None = None,
 ) -> tuple[BlockWeights, list[LinearReport]]:
     """Train a quantized block so that it maps x to y.
@@ -66,7 +66,7 @@ def learn_block(
     Args:
         block: Quantized linears, fp16 norms. latents: by role (N, K) float32, where each centred code would go if it
             were free; kept within half a step of its integer, so that nothing changes at first.
-        sensitivity: what errors of channels and tokens cost; None: all the same.
+        metric: (H, H), what an error is multiplied by before it is squared; None: nothing.
         x: (S, L, H) inputs, those of the quantized model; y: (S, L, H) what the float model gives after this block.
 
     Returns the block and the reports with the step and both losses added: mean squared error per element of y.
@@ -83,8 +83,7 @@ def learn_block(
     max_code = quant.max_code
     parts = Parts(config, x)
     size = min(max(1, learning.batch_tokens // x.shape[1]), len(x))
-    metric = None if sensitivity is None else sensitivity.metric.to(device)
-    token_weights = None if sensitivity is None else sensitivity.after.to(device)[..., None]
+    metric = None if metric is None else metric.to(device)
 
     def current() -> BlockWeights:
         scales = fp16_scale(flat.scales * (1 + scale_move))
@@ -96,8 +95,7 @@ def learn_block(
         inputs = x[part].float()
         attend = training_attend(causal_attend(len(inputs), x.shape[1], config), device)
         delta = parts.block(inputs, weights, attend=attend) - y[part].float()
-        squared = (delta if metric is None else delta @ metric).pow(2)
-        return (squared if token_weights is None else squared * token_weights[part]).mean()
+        return (delta if metric is None else delta @ metric).pow(2).mean()
 
     def whole() -> float:
         weights = current()
@@ -107,7 +105,7 @@ def learn_block(
     params = [latent, scale_move, *norm_moves.values()]
     rates = [learning.code_rate, learning.scale_rate] + [learning.norm_rate] * len(norm_moves)
     trained = [p for p, rate in zip(params, rates, strict=True) if rate]
-    rates = [rate / steps for rate in rates if rate]
+    rates = [rate / max(steps, _STEADY_STEPS) for rate in rates if rate]
     optimizer = (Adam if learning.optimizer == "adam" else SignDescent)(trained, rates)
     order = batches(len(x), size, steps, quant.seed + 1).to(device)
     schedule = 1 - torch.arange(steps, device=device, dtype=torch.float32) / steps

@@ -89,7 +89,8 @@ def quantize_model(
     records = resumed.records
     start = _start(ckpt, quant, source, device, dtype, resumed.tensors)
     progress.start(layers, resumed.first, frontier.notes)
-    for step in walk(ckpt, quant, start, device, dtype, resumed.first):
+    tokens = source.tokens if isinstance(source, CalibrationSet) else None
+    for step in walk(ckpt, quant, start, device, dtype, resumed.first, tokens):
         store.write_block(step.index, step.result.weights)
         record = {
             "reports": [report_record(report, step.index) for report in step.result.reports],

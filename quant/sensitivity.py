@@ -1,13 +1,11 @@
 """What an error at the output of a block costs the model: gradients of its own predictions, taken on the float model once.
 
 S samples, L tokens a sample, H hidden size. With labels drawn from the model itself, the mean of g g^T over gradients g of the
-negative log-likelihood is the Fisher matrix, and a small error d costs about d^T F d / 2 in KL divergence (Martens, 2014).
-Here tokens and channels are taken apart, as in K-FAC: a matrix over channels for each block, a weight for each token.
+negative log-likelihood is the Fisher matrix F, and a small error d costs about d^T F d / 2 in KL divergence (Martens, 2014).
 For models that fit on the device whole.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from convert.checkpoint import BlockWeights, LinearWeights
 from convert.config import ModelConfig
+from convert.families import linear_shapes
 from engine.attention import causal_attend
 from engine.block import block_forward
 from engine.ops import rms_norm
@@ -23,21 +22,19 @@ from kernels.int4 import Quantized
 from quant.gram import fast_products
 from quant.training import repeatable, training_attend
 
+PLAIN = 0.3  # share of the identity in a metric
 _STEP_TOKENS = 4096
-_CLIP = 20.0  # a token counts at most this many times the median
-_FLOOR = 0.05  # and at least this share of the mean
+_CPU_BYTES = 1 << 32
+_GPU_SHARE = 0.5
 
 
-@dataclass(frozen=True)
-class Sensitivity:
-    """Of one block. metric: (H, H) float32, errors (.., H) @ metric squared and summed cost what the model pays for them.
-
-    before, after: (S, L) float32 with mean 1, the weight of each token's error in front of and behind the block.
-    """
-
-    metric: Tensor
-    before: Tensor
-    after: Tensor
+def fits_whole(config: ModelConfig, device: torch.device) -> bool:
+    """Whether the float32 weights leave room for gradients; by the size of the device alone, so that a run repeats."""
+    elements = config.num_layers * sum(rows * cols for rows, cols in linear_shapes(config).values())
+    elements += 2 * config.vocab_size * config.hidden_size
+    if device.type != "cuda":
+        return 4 * elements < _CPU_BYTES
+    return 4 * elements < _GPU_SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
 def measure_sensitivity(
@@ -49,18 +46,19 @@ def measure_sensitivity(
     tokens: Tensor,
     device: torch.device | str,
     seed: int,
-    plain: float = 0.1,
-) -> list[Sensitivity]:
-    """One backward pass over the text, a few samples at a time.
+    plain: float = PLAIN,
+) -> list[Tensor]:
+    """A metric (H, H) float32 for each block: errors d @ metric, squared and summed, cost what the model pays for them.
+
+    One backward pass over the text, a few samples at a time.
 
     Args:
         embedding, head: (V, H). final_norm: (H,). tokens: (S, L) int64.
-        plain: share of the identity in each metric; the rest is the Fisher matrix over channels, mean diagonal 1.
+        plain: share of the identity in each metric; the rest is the Fisher matrix, scaled to a mean diagonal of 1.
     """
     device = torch.device(device)
     hidden, length = config.hidden_size, tokens.shape[1]
     fisher = [torch.zeros(hidden, hidden, device=device) for _ in blocks]
-    power = torch.zeros(len(blocks) + 1, *tokens.shape, device=device)
     generator = torch.Generator(device=device).manual_seed(seed)
     dense = [_float_block(block, device) for block in blocks]
     table, out_table, norm = (t.to(device).float() for t in (embedding, head, final_norm))
@@ -72,40 +70,26 @@ def measure_sensitivity(
             attend = training_attend(causal_attend(len(part), length, config), device)
             angles = rotary(config, positions)
             x = F.embedding(part.flatten(), table).requires_grad_(True)
-            states = [x]
+            states = []
             for block in dense:
                 x = block_forward(x, positions, block, config, attend, angles=angles)
                 states.append(x)
             logits = F.linear(rms_norm(x, norm, config.norm_eps), out_table)
             labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             grads = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), states)
-            for k, grad in enumerate(grads):
-                if k:
-                    fisher[k - 1] += grad.t() @ grad
-                power[k, start : start + len(part)] = grad.pow(2).mean(-1).view(len(part), length)
-    weights = [_token_weights(p) for p in power]
-    return [
-        Sensitivity(_metric(matrix, plain), weights[k], weights[k + 1]) for k, matrix in enumerate(fisher)
-    ]
+            for total, grad in zip(fisher, grads, strict=True):
+                total += grad.t() @ grad
+    return [_metric(matrix, plain) for matrix in fisher]
 
 
 def _metric(fisher: Tensor, plain: float) -> Tensor:
-    """The symmetric square root of (1 - plain) F + plain I, with F scaled to a mean diagonal of 1."""
+    """The Cholesky factor M of (1 - plain) F + plain I, M M^T, with F scaled to a mean diagonal of 1; I where F is unusable."""
     eye = torch.eye(len(fisher), device=fisher.device)
     mean = fisher.diagonal().mean()
     if not bool(mean > 0) or not bool(fisher.isfinite().all()):
         return eye
-    values, vectors = torch.linalg.eigh(((1 - plain) * fisher / mean + plain * eye).double())
-    root: Tensor = (vectors * values.clamp(min=1e-6).sqrt()) @ vectors.t()
-    return root.float()
-
-
-def _token_weights(power: Tensor) -> Tensor:
-    mean = power.mean()
-    if not bool(mean > 0) or not bool(power.isfinite().all()):
-        return torch.ones_like(power)
-    weights = power.clamp(max=_CLIP * power.median()) + _FLOOR * mean
-    return weights / weights.mean()
+    factor, info = torch.linalg.cholesky_ex((1 - plain) * fisher / mean + plain * eye)
+    return eye if int(info) else factor
 
 
 def _float_block(block: BlockWeights, device: torch.device) -> BlockWeights:

@@ -21,6 +21,7 @@ from quant.presets import Effort, Plan
 from quant.records import LinearReport
 
 _TINY = 1e-30
+RIDGE = 0.03  # of the mean of G's diagonal, when targets move toward the float stream
 
 
 @dataclass
@@ -156,7 +157,7 @@ def solve(
 
 def _toward_float(weight: Tensor, stats: InputStats, cross: Tensor, share: float) -> Tensor:
     """W + share * C (G + lambda I)^-1: the linear map of the quantized stream's inputs that best gives the float outputs."""
-    lower, info = torch.linalg.cholesky_ex(damped(stats.gram, 0.03))
+    lower, info = torch.linalg.cholesky_ex(damped(stats.gram, RIDGE))
     if int(info):
         return weight
     shift = torch.cholesky_solve(cross.t(), lower).t()

@@ -184,7 +184,8 @@ def quantized_model(
         streams = first_streams(ckpt, text.tokens, quant, device, dtype)
     blocks: list[BlockWeights] = []
     ranges: list[HeadRanges] = []
-    for step in walk(ckpt, quant, streams, device, dtype):
+    tokens = None if text is None else text.tokens
+    for step in walk(ckpt, quant, streams, device, dtype, tokens=tokens):
         blocks.append(step.result.weights)
         if step.ranges is not None:
             ranges.append(step.ranges)

@@ -18,6 +18,7 @@ from quant.kv import folded_ranges
 from quant.plan import needs_float_stream
 from quant.progress import gpu_peak_gib
 from quant.records import BlockResult, LinearReport, Streams
+from quant.sensitivity import fits_whole, measure_sensitivity
 from quant.statistics import BlockStatistics
 from quant.streams import advance, embed_tokens
 
@@ -57,12 +58,16 @@ def walk(
     device: torch.device,
     dtype: torch.dtype,
     first: int = 0,
+    tokens: Tensor | None = None,
 ) -> Iterator[Step]:
     """Quantize the blocks from `first` on. `source`: streams before that block, saved statistics, or None (`rtn`).
+
+    tokens: (S, L), the calibration text; from it `best` learns what errors cost, where the model fits on the device.
 
     Raises ResourceError when the device runs out of memory, with the numbers.
     """
     streams = source if isinstance(source, Streams) else None
+    metrics = error_metrics(ckpt, quant, tokens, device)
     for index in range(first, ckpt.config.num_layers):
         weights = ckpt.block(index)
         saved = source.block(index) if isinstance(source, StatisticsFolder) else None
@@ -70,7 +75,14 @@ def walk(
         tap = block.tap_ranges if streams is not None else None
         try:
             result = quantize_block(
-                weights, ckpt.config, quant, saved.grams if saved else streams, device, dtype, tap=tap
+                weights,
+                ckpt.config,
+                quant,
+                saved.grams if saved else streams,
+                device,
+                dtype,
+                tap=tap,
+                metric=metrics[index] if metrics else None,
             )
         except torch.OutOfMemoryError as error:
             total = torch.cuda.get_device_properties(device).total_memory / 2**30
@@ -86,6 +98,23 @@ def walk(
             ranges = {name: (low.cpu(), high.cpu()) for name, (low, high) in block.head_ranges().items()}
         streams = result.streams
         yield Step(index, result, ranges)
+
+
+def error_metrics(
+    ckpt: Checkpoint, quant: QuantConfig, tokens: Tensor | None, device: torch.device
+) -> list[Tensor] | None:
+    """What errors at the output of each block cost the model, for presets that learn rounding and models that fit."""
+    from quant.presets import PLANS
+
+    plan = PLANS.get(quant.preset)
+    if tokens is None or plan is None or not plan.learn or not fits_whole(ckpt.config, device):
+        return None
+    embedding = ckpt.embedding()
+    head = embedding if ckpt.config.tie_embeddings else ckpt.lm_head()
+    source = [ckpt.block(index) for index in range(ckpt.config.num_layers)]
+    return measure_sensitivity(
+        source, ckpt.config, embedding, ckpt.final_norm(), head, tokens, device, quant.seed
+    )
 
 
 def range_record(ranges: HeadRanges) -> dict[str, list[list[float]]]:

@@ -25,10 +25,11 @@ from torch import Tensor
 from convert.checkpoint import BlockWeights, Checkpoint, open_checkpoint
 from engine.attention import causal_attend
 from engine.block import Block
-from engine.model import Model
+from engine.model import Model, compute_dtype
 from quant.blocks import quantize_block
 from quant.config import QuantConfig
 from quant.records import LinearReport, Streams
+from quant.walk import error_metrics
 
 
 def tokenize(folder: Path, text: Path, cache: Path | None) -> Tensor:
@@ -127,8 +128,10 @@ def quantize_model(
         x = F.embedding(tokens.to(device), ckpt.embedding().to(device=device, dtype=dtype))
         streams = Streams(x, x if quant.preset in ("fast", "gptq", "gptq-r") else x.clone())
     blocks, reports = [], []
-    for weights in source:
-        result = quantize_block(weights, ckpt.config, quant, streams, device, dtype)
+    metrics = error_metrics(ckpt, quant, tokens, torch.device(device))
+    for index, weights in enumerate(source):
+        metric = metrics[index] if metrics else None
+        result = quantize_block(weights, ckpt.config, quant, streams, device, dtype, metric=metric)
         streams = result.streams
         blocks.append(result.weights)
         reports += result.reports
@@ -172,7 +175,7 @@ def main() -> None:
     ckpt = open_checkpoint(args.model)
     device = args.device
     dtype = {
-        "auto": torch.float32,
+        "auto": compute_dtype(ckpt.config, device),
         "float32": torch.float32,
         "float16": torch.float16,
         "bfloat16": torch.bfloat16,

@@ -32,16 +32,6 @@ def test_observed_statistics_equal_those_of_all_tokens_and_split_into_fit_and_ho
     torch.testing.assert_close(split.hold, held.t() @ held / len(held), rtol=1e-4, atol=1e-5)
 
 
-def test_weights_of_tokens_count() -> None:
-    x = torch.randn(8, 16, 12, generator=torch.Generator().manual_seed(3))
-    weights = torch.rand(8, 16, generator=torch.Generator().manual_seed(4))
-    stats = observe([x], "x", [weights])
-    flat = x.flatten(0, 1)
-    torch.testing.assert_close(
-        stats.gram, (flat * weights.flatten()[:, None]).t() @ flat / 128, rtol=1e-4, atol=1e-5
-    )
-
-
 def test_too_many_broken_tokens_stop() -> None:
     x = torch.ones(2, 8, 4)
     x[0, :4] = torch.nan

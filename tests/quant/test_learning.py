@@ -1,0 +1,195 @@
+"""Learned rounding and distillation: what they may change, what they must lower, gradients through the grid."""
+
+import pytest
+import torch
+
+from convert.checkpoint import BlockWeights, LinearWeights
+from convert.errors import UsageError
+from kernels.int4 import Quantized
+from quant import rounding
+from quant.blocks import quantize_block
+from quant.config import QuantConfig
+from quant.distill import Distilling, distill, splice
+from quant.records import Streams
+from quant.sensitivity import measure_sensitivity
+from quant.training import Adam, FlatLinears, RoundToGrid, ScaleCodes, Steps, batches
+from tests.quant.toy_blocks import block_of, config_of, stream_of
+
+
+def small_model() -> tuple[list[BlockWeights], torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    config = config_of("llama")
+    generator = torch.Generator().manual_seed(3)
+    blocks = [block_of(config, seed) for seed in (0, 1)]
+    embedding = torch.randn(64, 128, generator=generator)
+    tokens = torch.randint(0, 64, (16, 32), generator=generator)
+    head = 0.2 * torch.randn(64, 128, generator=generator)
+    return blocks, embedding, head, torch.ones(128), tokens
+
+
+def test_the_gradient_passes_straight_through_the_grid() -> None:
+    latent = torch.tensor([[0.2, 1.6, 9.0, -3.0]], requires_grad=True)
+    scale = torch.tensor([[0.5]], requires_grad=True)
+    out = RoundToGrid.apply(latent, scale, torch.tensor([[2.0]]), 7)
+    assert out.tolist() == [[0.0, 1.0, 2.5, -1.0]]  # codes 0, 2, clamped to 5 and to -2
+    out.backward(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    assert latent.grad is not None and scale.grad is not None
+    assert latent.grad.tolist() == [[0.5, 1.0, 0.0, 0.0]]
+    assert scale.grad.tolist() == [[2.0 * 2 + 3.0 * 5 + 4.0 * -2]]
+
+
+def test_scales_alone_get_the_gradient_of_fixed_codes() -> None:
+    scale = torch.tensor([[0.5], [2.0]], requires_grad=True)
+    codes = torch.tensor([[1, -2], [3, 0]], dtype=torch.int8)
+    ScaleCodes.apply(codes, scale).backward(torch.ones(2, 2))
+    assert scale.grad is not None and scale.grad.tolist() == [[-1.0], [3.0]]
+
+
+def test_flat_weights_are_the_weights_and_come_back_unchanged() -> None:
+    config = config_of("qwen2")
+    block = block_of(config)
+    with torch.no_grad():
+        done = quantize_block(
+            block, config, QuantConfig(preset="rtn", group_size=32), None, "cpu", torch.float32
+        ).weights
+    flat = FlatLinears.of([done], "cpu")
+    dense = flat.dense(flat.codes * flat.scales, [{}], "cpu")[0]
+    again = flat.packed(flat.codes, flat.scales, [{}])[0]
+    for role, part in done.linears.items():
+        other, back = dense.linears[role].weight, again.linears[role].weight
+        assert (
+            isinstance(part.weight, Quantized)
+            and isinstance(back, Quantized)
+            and isinstance(other, torch.Tensor)
+        )
+        assert torch.equal(part.weight.dequantize(), other)
+        assert torch.equal(part.weight.codes, back.codes) and torch.equal(part.weight.scales, back.scales)
+
+
+def test_learned_rounding_lowers_the_error_of_the_block_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 1,536 tokens: far fewer than the rates of the preset are made for
+    gentle = rounding.Learning(optimizer="adam", code_rate=0.3, scale_rate=0.03, norm_rate=0.03)
+    monkeypatch.setattr(rounding, "LEARNING", gentle)
+    config = config_of("llama")
+    x = stream_of(config)
+    quant = QuantConfig(preset="best", group_size=32, bits=3, rounding_steps=40)
+    with torch.no_grad():
+        result = quantize_block(block_of(config), config, quant, Streams(x, x.clone()), "cpu", torch.float32)
+    values = result.reports[0].values
+    assert values["block_after"] < 0.97 * values["block_before"]
+    assert all("rounding" in report.steps for report in result.reports)
+
+
+def test_the_metric_says_what_errors_cost_the_model() -> None:
+    blocks, embedding, head, norm, tokens = small_model()
+    config = config_of("llama")
+    head[:, 40:] = 0  # nothing reads these channels after the last block
+    first, last = measure_sensitivity(blocks, config, embedding, norm, head, tokens, "cpu", 0, plain=0.1)
+    error = torch.zeros(2, 128)
+    error[0, :40], error[1, 40:80] = 1, 1
+    cost = (error @ last).pow(2).sum(-1)
+    assert float(cost[0]) > 5 * float(cost[1])
+    again = measure_sensitivity(blocks, config, embedding, norm, head, tokens, "cpu", 0, plain=0.1)
+    assert torch.equal(first, again[0])
+    x = torch.nn.functional.embedding(tokens, embedding)
+    quant = QuantConfig(preset="best", group_size=32, rounding_steps=8)
+    with torch.no_grad():
+        result = quantize_block(
+            blocks[0], config, quant, Streams(x, x.clone()), "cpu", torch.float32, metric=first
+        )
+    assert result.streams is not None and bool(result.streams.quantized.isfinite().all())
+
+
+def test_distillation_moves_scales_and_norms_alone_and_lowers_the_divergence() -> None:
+    blocks, embedding, head, norm, tokens = small_model()
+    config = config_of("llama")
+    quant = QuantConfig(preset="best", group_size=32, bits=2, distill=True, distill_steps=30)
+    with torch.no_grad():
+        rounded = [
+            quantize_block(
+                block, config, QuantConfig(preset="rtn", bits=2, group_size=32), None, "cpu", torch.float32
+            ).weights
+            for block in blocks
+        ]
+    how = Distilling(scale_rate=0.02, norm_rate=0.02, tokens=128, window=64, swap=0.0)
+    done, final, report = distill(blocks, rounded, config, quant, tokens, embedding, norm, head, "cpu", how)
+    assert report.kl_last < 0.9 * report.kl_first and final.dtype == torch.float16
+    for before, after in zip(rounded, done, strict=True):
+        for role, part in before.linears.items():
+            new = after.linears[role].weight
+            assert isinstance(part.weight, Quantized) and isinstance(new, Quantized)
+            assert torch.equal(part.weight.codes, new.codes) and torch.equal(part.weight.zeros, new.zeros)
+            assert not torch.equal(part.weight.scales, new.scales)
+        assert not torch.equal(before.norms["attn_norm"], after.norms["attn_norm"])
+    repeated, _, _ = distill(blocks, rounded, config, quant, tokens, embedding, norm, head, "cpu", how)
+    first, second = repeated[0].linears["q"].weight, done[0].linears["q"].weight
+    assert (
+        isinstance(first, Quantized)
+        and isinstance(second, Quantized)
+        and torch.equal(first.scales, second.scales)
+    )
+
+
+def test_spliced_windows_hold_the_same_text_in_other_contexts() -> None:
+    tokens = torch.arange(8 * 32).view(8, 32)
+    windows = splice(tokens, 5, 100, swap=0.0, seed=0)
+    assert windows.shape == (5, 100)
+    neighbours = (windows[:, 1:] - windows[:, :-1]) == 1
+    assert 0.8 < float(neighbours.float().mean()) < 1  # pieces, in order inside
+    swapped = splice(tokens, 5, 100, swap=1.0, seed=0)
+    assert int(swapped.min()) >= 0 and int(swapped.max()) < 256
+    assert float(((swapped[:, 1:] - swapped[:, :-1]) == 1).float().mean()) < float(neighbours.float().mean())
+    assert torch.equal(windows, splice(tokens, 5, 100, swap=0.0, seed=0))
+
+
+def test_every_sample_is_used_once_before_any_is_used_again() -> None:
+    order = batches(10, 4, 5, seed=0)
+    assert sorted(order.flatten()[:10].tolist()) == list(range(10))
+    assert torch.equal(order, batches(10, 4, 5, seed=0))
+
+
+def test_adam_is_the_adam_of_torch() -> None:
+    ours, theirs = torch.ones(5), torch.ones(5, requires_grad=True)
+    optimizer = Adam([ours], [0.1], (0.9, 0.95))
+    reference = torch.optim.Adam([theirs], lr=0.1, betas=(0.9, 0.95), eps=1e-20)
+    for step in range(5):
+        grad = torch.linspace(-1, 1, 5) * (step + 1) + 0.01
+        theirs.grad = grad.clone()
+        reference.step()
+        optimizer.step([grad], torch.ones(1))
+    torch.testing.assert_close(ours, theirs.detach())
+
+
+def test_steps_run_as_often_as_asked() -> None:
+    count = torch.zeros(1)
+    runner = Steps(lambda: count.add_(1) and None, torch.device("cpu"))
+    runner.run(3)
+    runner.run(4)
+    assert int(count) == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"preset": "quick"}, "expected one of rtn"),
+        ({"bits": 5}, "bits is 5"),
+        ({"group_size": 48}, "expected 32, 64 or 128"),
+        ({"samples": 0}, "samples is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"kv_bits": 6}, "kv_bits is 6"),
+        ({"preset": "rtn", "distill": True}, "distill needs calibration text"),
+    ],
+)
+def test_a_configuration_is_checked_in_full_sentences(options: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        QuantConfig(**options)  # type: ignore[arg-type]
+
+
+def test_a_frozen_block_of_biases_survives_training() -> None:
+    config = config_of("internlm")
+    block, x = block_of(config), stream_of(config, samples=8)
+    quant = QuantConfig(preset="best", group_size=32, rounding_steps=4)
+    with torch.no_grad():
+        result = quantize_block(block, config, quant, Streams(x, x.clone()), "cpu", torch.float32)
+    part: LinearWeights = result.weights.linears["q"]
+    assert part.bias is not None and block.linears["q"].bias is not None
+    assert torch.equal(part.bias, block.linears["q"].bias.half())
