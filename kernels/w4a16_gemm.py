@@ -24,47 +24,70 @@ PARTIAL_FLOATS = 1 << 24  # 64 MiB: two tiles of at most BM x BN for each progra
 
 
 @triton.jit
-def _dot(w, x, acc, SWAP: tl.constexpr, ASM: tl.constexpr):
-    """acc + the product of weights and tokens, the weights on the left for SWAP. The interpreter has no bf16 dot: float32."""
+def _dot(left, right, acc, ASM: tl.constexpr):
+    """acc + left @ right in float32. The interpreter has no bf16 dot: it gets float32 operands."""
     if not ASM:
-        w = w.to(tl.float32)
-        x = x.to(tl.float32)
-    return tl.dot(w, x, acc) if SWAP else tl.dot(x, w, acc)
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, acc)
 
 
 @triton.jit
-def _block_dot(
-    acc, words, xs, scale_zero, N,
-    GROUP: tl.constexpr, SWAP: tl.constexpr, SCALE_FIRST: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
+def _plane_weights(
+    words, packed, PLANE: tl.constexpr,
+    SWAP: tl.constexpr, SCALE_FIRST: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """acc + the product of one block. words (32, BN) or (BN, 32) for SWAP; scale_zero: pointers (BN,) of the first group."""
+    """One plane in the shape of words. packed (BN,): scale and zero."""
+    zero = zero_of(packed, PLANE, BF16)
+    zero, _ = tl.broadcast(zero[:, None] if SWAP else zero[None, :], words)
+    w = centred(words, zero, PLANE, BF16, ASM)
+    if SCALE_FIRST:
+        scale = scale_of(packed)
+        factor = scale.to(tl.float32).to(tl.bfloat16) if BF16 else scale
+        factor, _ = tl.broadcast(factor[:, None] if SWAP else factor[None, :], w)
+        w = times(w, factor, BF16, ASM)
+    return w
+
+
+@triton.jit
+def _stacked_weights(words, scale_zero, N, GROUP: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
+    """All planes of a block as one operand (BN, 128) of (q - z) * s, for a dot with the weights on the left.
+
+    words (BN, 32) int16; scale_zero: pointers (BN,) of the block's first group. The planes are stacked by renaming
+    registers only: a thread's share of 128 k in a dot operand is its share of 32 k, four times. One dot over 128 k then
+    runs asynchronously, and the next block is unpacked meanwhile; a chain of four dots would wait for each.
+    """
+    p0 = tl.load(scale_zero, eviction_policy="evict_first")
+    p1 = tl.load(scale_zero + N, eviction_policy="evict_first") if GROUP == 32 else p0
+    p2 = tl.load(scale_zero + 64 // GROUP * N, eviction_policy="evict_first") if GROUP <= 64 else p0
+    p3 = tl.load(scale_zero + 3 * N, eviction_policy="evict_first") if GROUP == 32 else p2
+    w0 = _plane_weights(words, p0, 0, True, True, BF16, ASM)
+    w1 = _plane_weights(words, p1, 1, True, True, BF16, ASM)
+    w2 = _plane_weights(words, p2, 2, True, True, BF16, ASM)
+    w3 = _plane_weights(words, p3, 3, True, True, BF16, ASM)
+    joined = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # (BN, 32, plane % 2, plane // 2)
+    return tl.reshape(tl.permute(joined, (0, 3, 2, 1)), (words.shape[0], 128))
+
+
+@triton.jit
+def _planewise_dot(
+    acc, words, xs, scale_zero, N,
+    GROUP: tl.constexpr, SCALE_FIRST: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """acc (BM, BN) + the product of one block, plane by plane. words (32, BN); xs: x of each plane, (BM, 32)."""
     part = tl.zeros_like(acc)
     for plane in tl.static_range(4):
         if plane * 32 % GROUP == 0:
             packed = tl.load(scale_zero + plane * 32 // GROUP * N, eviction_policy="evict_first")
-            scale = scale_of(packed)
-        zero = zero_of(packed, plane, BF16)
-        if SWAP:
-            zero, _ = tl.broadcast(zero[:, None], words)
-        else:
-            zero, _ = tl.broadcast(zero[None, :], words)
-        w = centred(words, zero, plane, BF16, ASM)
-        x = xs[plane]
+        w = _plane_weights(words, packed, plane, False, SCALE_FIRST, BF16, ASM)
         if SCALE_FIRST:
-            factor = scale.to(tl.float32).to(tl.bfloat16) if BF16 else scale
-            if SWAP:
-                factor, _ = tl.broadcast(factor[:, None], w)
-            else:
-                factor, _ = tl.broadcast(factor[None, :], w)
-            w = times(w, factor, BF16, ASM)
-            acc = _dot(w, x, acc, SWAP, ASM)
+            acc = _dot(xs[plane], w, acc, ASM)
         else:
             if plane * 32 % GROUP == 0:
                 part = tl.zeros_like(acc)
-            part = _dot(w, x, part, SWAP, ASM)
+            part = _dot(xs[plane], w, part, ASM)
             if (plane + 1) * 32 % GROUP == 0:
-                wide = scale.to(tl.float32)
-                acc += part * (wide[:, None] if SWAP else wide[None, :])
+                acc += part * scale_of(packed).to(tl.float32)[None, :]
     return acc
 
 
@@ -90,8 +113,8 @@ def w4_matmul(
     x (M, K) fp16 or bf16, rows `stride_x` apart; words (KB, N, 32) int16 and scale_zero (KB * P, N) int32 of
     `w4a16_layout`; out, residual (M, N) or (M, N / 2) row-major, dtype of x; bias (N,); partial: float32 workspace of two
     tiles for each program; arrived (T,) int32, zero before and after.
-    Rounding: SCALE_FIRST rounds (q - z) * s once to the dtype of x before the dot (for bf16 also s); otherwise q - z is exact
-    in the dot and s multiplies the float32 sum of a group. Products accumulate in float32; one rounding at the end.
+    Rounding: SCALE_FIRST or SWAP rounds (q - z) * s once to the dtype of x before the dot (for bf16 also s); otherwise q - z
+    is exact in the dot and s multiplies the float32 sum of a group. Products accumulate in float32; one rounding at the end.
     Tiles: BM, BN powers of two >= 16 (SWAP: BN >= 64 and the weights are the left operand); SEGMENTS >= programs in a tile.
     Ragged edges: rows >= N are read from row N - 1 and not stored; tokens >= M and k >= K are read as zero.
     """
@@ -103,7 +126,6 @@ def w4_matmul(
     end = tl.minimum(begin + run, total)
     c = tl.arange(0, 32)
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         first = begin // KB // m_tiles * BN
         ahead = tl.arange(0, 4)
         row = tl.minimum(first + tl.arange(0, BN // 2) * 2, N - 1)
@@ -122,35 +144,53 @@ def w4_matmul(
         b0 = tl.maximum(begin - tile * KB, 0)
         b1 = tl.minimum(end - tile * KB, KB)
         if SWAP:
+            k = tl.arange(0, 128)[:, None]
             word_ptr = words + (b0 * N + n[:, None]) * 32 + c[None, :]
-            x_ptr = x + b0 * 128 + m[None, :] * stride_x + c[:, None]
+            x_ptr = x + b0 * 128 + m[None, :] * stride_x + k
             live = m[None, :] < M
-            k = c[:, None]
             acc = tl.zeros([BN, BM], tl.float32)
         else:
-            word_ptr = words + (b0 * N + n[None, :]) * 32 + c[:, None]
-            x_ptr = x + b0 * 128 + m[:, None] * stride_x + c[None, :]
-            live = m[:, None] < M
             k = c[None, :]
+            word_ptr = words + (b0 * N + n[None, :]) * 32 + c[:, None]
+            x_ptr = x + b0 * 128 + m[:, None] * stride_x + k
+            live = m[:, None] < M
             acc = tl.zeros([BM, BN], tl.float32)
         param_ptr = scale_zero + b0 * (128 // GROUP) * N + n
         for b in range(b0, b1):
             w = tl.load(word_ptr, eviction_policy="evict_first")
-            if EVEN_K:
-                x0 = tl.load(x_ptr, mask=live, other=0.0, eviction_policy="evict_last")
-                x1 = tl.load(x_ptr + 32, mask=live, other=0.0, eviction_policy="evict_last")
-                x2 = tl.load(x_ptr + 64, mask=live, other=0.0, eviction_policy="evict_last")
-                x3 = tl.load(x_ptr + 96, mask=live, other=0.0, eviction_policy="evict_last")
+            if SWAP:
+                inside = live if EVEN_K else live & (k < K - b * 128)
+                x0 = tl.load(x_ptr, mask=inside, other=0.0, eviction_policy="evict_last")
+                acc = _dot(_stacked_weights(w, param_ptr, N, GROUP, BF16, ASM), x0, acc, ASM)
             else:
                 left = K - b * 128
-                x0 = tl.load(x_ptr, mask=live & (k < left), other=0.0)
-                x1 = tl.load(x_ptr + 32, mask=live & (k + 32 < left), other=0.0)
-                x2 = tl.load(x_ptr + 64, mask=live & (k + 64 < left), other=0.0)
-                x3 = tl.load(x_ptr + 96, mask=live & (k + 96 < left), other=0.0)
-            acc = _block_dot(acc, w, (x0, x1, x2, x3), param_ptr, N, GROUP, SWAP, SCALE_FIRST, BF16, ASM)
+                x0 = tl.load(
+                    x_ptr, mask=live if EVEN_K else live & (k < left), other=0.0, eviction_policy="evict_last"
+                )
+                x1 = tl.load(
+                    x_ptr + 32,
+                    mask=live if EVEN_K else live & (k + 32 < left),
+                    other=0.0,
+                    eviction_policy="evict_last",
+                )
+                x2 = tl.load(
+                    x_ptr + 64,
+                    mask=live if EVEN_K else live & (k + 64 < left),
+                    other=0.0,
+                    eviction_policy="evict_last",
+                )
+                x3 = tl.load(
+                    x_ptr + 96,
+                    mask=live if EVEN_K else live & (k + 96 < left),
+                    other=0.0,
+                    eviction_policy="evict_last",
+                )
+                acc = _planewise_dot(acc, w, (x0, x1, x2, x3), param_ptr, N, GROUP, SCALE_FIRST, BF16, ASM)
             word_ptr += N * 32
             param_ptr += 128 // GROUP * N
             x_ptr += 128
+        if PDL:  # not earlier: waiting programs would crowd some multiprocessors and leave others idle
+            tl.extra.cuda.gdc_launch_dependents()
         complete = True
         if SEGMENTS > 1:
             first_program = tile * KB // run
@@ -189,6 +229,7 @@ class GemmTile:
     """How `w4_matmul` cuts a product: tile BM x BN, operand order, where the scale goes, and how many programs share the work.
 
     `programs_per_sm` programs are started for each multiprocessor (0: one for each tile, so that no tile is shared).
+    `dependent_pays`: whether a dependent launch was measured to be the faster one; otherwise the wish for one is ignored.
     """
 
     bm: int
@@ -198,6 +239,7 @@ class GemmTile:
     swap: bool
     scale_first: bool
     programs_per_sm: float
+    dependent_pays: bool = True
 
 
 @dataclass(frozen=True)
@@ -256,6 +298,7 @@ def launch_gemm(
     """Write the product of x (M, K) and `weight` to out (M, out_features). Operands as `w4a16_linear` has checked them."""
     tokens = x.shape[0]
     plan = schedule(tokens, weight.rows, weight.blocks, tile, multiprocessors)
+    is_dependent = is_dependent and tile.dependent_pays
     interpreted = triton.knobs.runtime.interpret
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if is_dependent:

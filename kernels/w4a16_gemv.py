@@ -39,6 +39,9 @@ FMA_PLANE = tl.constexpr(tuple(_half2(_FMA, plane) for plane in range(4)))
 SUM_HALVES = tl.constexpr(
     "{ .reg .f16 a, b; .reg .f32 c, d; mov.b32 {a, b}, $1; cvt.f32.f16 c, a; cvt.f32.f16 d, b; add.f32 $0, c, d; }"
 )
+FIRST_WAVE = tl.constexpr(
+    1056
+)  # programs that may start before the kernel ahead has ended: 132 multiprocessors x 8
 LOAD_FOUR = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
 LOAD_SHARED_PARAM = tl.constexpr(
     "{ .reg .b32 t; ld.global.nc.b32 t, [$4]; mov.b32 $0, t; mov.b32 $1, t; mov.b32 $2, t; mov.b32 $3, t; }"
@@ -144,14 +147,17 @@ def _load_x(pointers, mask, IS_MASKED: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def _accumulate(
-    acc, words, x, scale_zero, N,
-    GROUP: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
+    acc, words, x, packed, scale_zero, N,
+    GROUP: tl.constexpr, IS_PACKED: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """acc + the products of a tile, each element of it one word of 8 codes. acc, words (BN, C); x four planes (1, C) int32."""
+    """acc + the products of a tile, each element of it one word of 8 codes. acc, words (BN, C); x four planes (1, C) int32.
+
+    packed (BN, C): scale and zero of each word where IS_PACKED; otherwise read here, from the pointers scale_zero (BN, C).
+    """
     total = words
     wide = acc
     for plane in tl.static_range(4):
-        if plane * 32 % GROUP == 0:
+        if not IS_PACKED and plane * 32 % GROUP == 0:
             packed = _load_params(scale_zero + plane * 32 // GROUP * N, ASM)
         x_plane, _ = tl.broadcast(x[plane], words)
         if BF16:
@@ -174,7 +180,7 @@ def w4_gemv(
     GROUP: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PAIRED: tl.constexpr, BF16: tl.constexpr,
-    BN: tl.constexpr, BLOCKS: tl.constexpr,
+    BN: tl.constexpr, BLOCKS: tl.constexpr, SCALES_AHEAD: tl.constexpr,
     ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """out[n] = f(sum_k x[k] * (q[n, k] - z[n, g]) * s[n, g] + bias[n]) + residual[n], f of `store_tile`.
@@ -195,16 +201,29 @@ def w4_gemv(
     c = column % 16
     last = KB - 1
     word_ptr = words + n[:, None] * 16 + c[None, :]
-    b = block
-    if EVEN_K:
-        w = tl.load(word_ptr + b[None, :] * (N * 16), eviction_policy="evict_first")
-    else:
-        w = tl.load(
-            word_ptr + b[None, :] * (N * 16), mask=(b < KB)[None, :], other=0, eviction_policy="evict_first"
-        )
+    param_ptr = scale_zero + n[:, None]
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        if tl.program_id(0) < FIRST_WAVE:
+            near = tl.minimum(tl.arange(0, BLOCKS), last)
+            line = words + (near[None, :] * N + n[:, None]) * 16
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+                "=r,l",
+                [line],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
         tl.extra.cuda.gdc_wait()
+    w = tl.load(
+        word_ptr + block[None, :] * (N * 16),
+        mask=(block < KB)[None, :],
+        other=0,
+        eviction_policy="evict_first",
+    )
+    packed = word_ptr
+    if SCALES_AHEAD:
+        packed = _load_params(param_ptr + tl.minimum(block, last)[None, :] * N, ASM)
     acc = tl.zeros([BN, BLOCKS * 16], tl.float32)
     for start in range(0, KB, BLOCKS):
         b = start + block
@@ -213,29 +232,50 @@ def w4_gemv(
         x1 = _load_x(x + pair + 16, pair + 16 < K // 2, not EVEN_K, ASM)
         x2 = _load_x(x + pair + 32, pair + 32 < K // 2, not EVEN_K, ASM)
         x3 = _load_x(x + pair + 48, pair + 48 < K // 2, not EVEN_K, ASM)
-        group = tl.minimum(b, last) * (128 // GROUP)
-        ahead = b + BLOCKS
+        ahead = b + BLOCKS  # what the next turn multiplies is asked for now
         following = tl.load(
             word_ptr + ahead[None, :] * (N * 16),
             mask=(ahead < KB)[None, :],
             other=0,
             eviction_policy="evict_first",
         )
+        if SCALES_AHEAD:
+            following_packed = _load_params(param_ptr + tl.minimum(ahead, last)[None, :] * N, ASM)
+        group = tl.minimum(b, last) * (128 // GROUP)
         acc = _accumulate(
-            acc, w, (x0, x1, x2, x3), scale_zero + group[None, :] * N + n[:, None], N, GROUP, BF16, ASM
+            acc,
+            w,
+            (x0, x1, x2, x3),
+            packed,
+            param_ptr + group[None, :] * N,
+            N,
+            GROUP,
+            SCALES_AHEAD,
+            BF16,
+            ASM,
         )
         w = following
+        if SCALES_AHEAD:
+            packed = following_packed
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     total = tl.sum(acc, 1)[None, :]
     store_tile(total, out, bias, residual, tl.arange(0, 1), n0, 1, N, BN, HAS_BIAS, HAS_RESIDUAL, PAIRED)
 
 
 @dataclass(frozen=True)
 class GemvTile:
-    """How `w4_gemv` cuts a product: BN rows and BLOCKS blocks of 128 k at a time."""
+    """How `w4_gemv` cuts a product: BN rows and BLOCKS blocks of 128 k at a time.
+
+    `scales_ahead` (groups of 128): scales are loaded one turn ahead of their use, as words always are; more registers.
+    `dependent_pays` as in `GemmTile`.
+    """
 
     bn: int
     blocks: int
     warps: int
+    scales_ahead: bool = False
+    dependent_pays: bool = True
 
 
 def launch_gemv(
@@ -247,6 +287,7 @@ def launch_gemv(
     is_dependent: bool = False,
 ) -> None:
     """Write the product of x (1, K) and `weight` to out (1, out_features). Operands as `w4a16_linear` has checked them."""
+    is_dependent = is_dependent and tile.dependent_pays
     options = {"num_warps": tile.warps}
     if is_dependent:
         options["launch_pdl"] = True
@@ -256,6 +297,6 @@ def launch_gemv(
         GROUP=weight.group_size,
         EVEN_N=weight.rows % tile.bn == 0, EVEN_K=weight.in_features % (tile.blocks * BLOCK) == 0,
         HAS_BIAS=weight.bias is not None, HAS_RESIDUAL=residual is not None, PAIRED=weight.is_paired,
-        BF16=x.dtype == torch.bfloat16, BN=tile.bn, BLOCKS=tile.blocks,
+        BF16=x.dtype == torch.bfloat16, BN=tile.bn, BLOCKS=tile.blocks, SCALES_AHEAD=tile.scales_ahead and weight.group_size == BLOCK,
         ASM=not triton.knobs.runtime.interpret, PDL=is_dependent, **options,
     )  # fmt: skip

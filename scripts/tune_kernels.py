@@ -31,7 +31,7 @@ SHAPES = [
     (4096, 4096), (4096, 12288), (4096, 22016), (11008, 4096),
     (8192, 8192), (8192, 28672), (28672, 8192), (8192, 10240), (8192, 57344), (4096, 6144), (4096, 28672), (14336, 4096),
 ]  # fmt: skip
-TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+TOKENS = [1, 8, 16, 32, 64, 128, 256, 512, 1024]
 START = time.time()
 
 
@@ -51,46 +51,49 @@ def random_weight(rows: int, cols: int, group_size: int = 128, device: str = "cu
 
 
 def candidates(tokens: int) -> list[Tile]:
-    tiles: list[Tile] = []
+    """Tiles worth timing: each is first in some cell of a wider search, or differs from one that is by one step."""
     if tokens == 1:
-        for bn, blocks, warps in [
-            (4, 8, 4), (8, 8, 4), (16, 8, 4), (8, 16, 4), (16, 16, 8), (16, 8, 8), (32, 8, 8), (4, 16, 4), (4, 32, 4),
-            (8, 32, 8), (4, 16, 2), (8, 8, 2), (8, 16, 8), (4, 8, 2),
-        ]:  # fmt: skip
-            tiles.append(GemvTile(bn, blocks, warps))
+        shapes = [(4, 8, 2), (8, 8, 4), (4, 16, 4), (8, 16, 4), (16, 8, 8), (8, 16, 8), (4, 32, 4), (8, 8, 2)]
+        return [GemvTile(*shape, ahead) for shape in shapes for ahead in (False, True)]
+    tiles: list[Tile] = []
+
+    def add(bm: int, bn: int, warps: int, stages: int, swap: bool, first: bool, *per_sm: int) -> None:
+        tiles.extend(GemmTile(bm, bn, warps, stages, swap, first, count) for count in per_sm)
+
+    if tokens <= 8:
+        add(8, 64, 4, 5, True, True, 2, 4)
+        add(8, 128, 4, 4, True, True, 1, 2, 3)
     if tokens <= 16:
-        for bn, warps, stages, swap, first in [
-            (64, 4, 4, False, True), (64, 2, 6, False, True), (128, 4, 4, False, True), (128, 4, 4, False, False),
-            (64, 2, 5, False, False), (32, 2, 6, False, True), (128, 4, 4, True, True), (64, 4, 5, True, True),
-        ]:  # fmt: skip
-            for per_sm in (2, 3, 4, 6) if bn <= 64 else (1, 2, 3):
-                tiles.append(GemmTile(16, bn, warps, stages, swap, first, per_sm))
-        if tokens <= 8:
-            for bn, warps, stages, per_sm in [(128, 4, 4, 1), (128, 4, 4, 2), (64, 4, 5, 2), (64, 4, 5, 4)]:
-                tiles.append(GemmTile(8, bn, warps, stages, True, True, per_sm))
-    if 16 < tokens <= 32:
-        for bn, warps, stages, swap in [
-            (64, 4, 4, False),
-            (128, 4, 4, False),
-            (128, 4, 4, True),
-            (64, 4, 5, True),
-            (128, 8, 4, True),
-        ]:
-            for per_sm in (1, 2, 3, 0):
-                tiles.append(GemmTile(32, bn, warps, stages, swap, True, per_sm))
-    if 32 < tokens <= 64:
-        for bn, warps, stages in [(128, 4, 4), (64, 4, 4), (128, 8, 4), (256, 8, 4)]:
-            for per_sm in (1, 2, 3, 0):
-                tiles.append(GemmTile(64, bn, warps, stages, True, True, per_sm))
-    if 64 < tokens <= 128:
-        for bn, warps, stages in [(128, 4, 3), (128, 8, 4), (128, 8, 3), (256, 8, 4), (64, 4, 3)]:
-            for per_sm in (1, 2, 0):
-                tiles.append(GemmTile(128, bn, warps, stages, True, True, per_sm))
-    if tokens >= 256:
-        for bm, bn, warps, stages in [(128, 128, 8, 4), (256, 128, 8, 3), (128, 256, 8, 3), (128, 256, 8, 4)]:
-            for per_sm in (1, 0):
-                tiles.append(GemmTile(bm, bn, warps, stages, True, True, per_sm))
-        tiles += [PrefillTile(0), PrefillTile(8192), PrefillTile(4096)]
+        add(16, 64, 4, 4, False, True, 4)
+        add(16, 64, 2, 5, False, False, 3, 6)
+        add(16, 128, 4, 4, False, True, 2, 3)
+        add(16, 128, 4, 4, False, False, 2, 3)
+        add(16, 128, 4, 4, True, True, 2)
+        add(16, 64, 4, 5, True, True, 2, 4)
+        add(16, 128, 8, 4, True, True, 1, 2)
+        add(16, 256, 8, 3, True, True, 1)
+    elif tokens <= 32:
+        add(32, 64, 4, 4, False, True, 2, 3)
+        add(32, 128, 4, 4, True, True, 2)
+        add(32, 64, 4, 5, True, True, 2, 0)
+        add(32, 128, 8, 4, True, True, 1, 0)
+        add(32, 256, 8, 4, True, True, 1, 0)
+    elif tokens <= 64:
+        add(64, 64, 4, 4, True, True, 2, 1, 0)
+        add(64, 128, 4, 4, True, True, 1, 0)
+        add(64, 128, 8, 4, True, True, 1, 0)
+        add(64, 256, 8, 4, True, True, 1, 0)
+    elif tokens <= 128:
+        add(64, 128, 8, 4, True, True, 1)
+        add(64, 256, 8, 4, True, True, 1)
+        add(128, 64, 4, 3, True, True, 2, 1, 0)
+        add(128, 128, 8, 4, True, True, 1, 0)
+        add(128, 256, 8, 4, True, True, 1, 0)
+    else:
+        add(128, 256, 8, 4, True, True, *((1, 0) if tokens <= 512 else (0,)))
+        add(256, 128, 8, 3, True, True, *((1, 0) if tokens <= 512 else (0,)))
+        add(128, 128, 8, 4, True, True, *((1, 0) if tokens <= 512 else ()))
+        tiles.append(PrefillTile(8192))
     return tiles
 
 
@@ -105,21 +108,31 @@ def is_worth_trying(tile: Tile, tokens: int, rows: int, cols: int, sms: int) -> 
     return plan.run >= 2
 
 
-def binary_key(tile: Tile, tokens: int, rows: int, cols: int, sms: int) -> tuple[Any, ...]:
+def binary_key(tile: Tile, tokens: int, rows: int, cols: int, group_size: int, sms: int) -> tuple[Any, ...]:
     """What decides which binary a launch compiles."""
     if isinstance(tile, GemmTile):
         plan = schedule(tokens, rows, cols // 128, tile, sms)
-        return (tile.bm, tile.bn, tile.warps, tile.stages, tile.swap, tile.scale_first, plan.segments)
-    if isinstance(tile, GemvTile):
-        return (tile.bn, tile.blocks, tile.warps, cols % (tile.blocks * 128) == 0)
-    return ("prefill",)
+        fields: tuple[Any, ...] = (
+            tile.bm,
+            tile.bn,
+            tile.warps,
+            tile.stages,
+            tile.swap,
+            tile.scale_first,
+            plan.segments,
+        )
+    elif isinstance(tile, GemvTile):
+        fields = (tile.bn, tile.blocks, tile.warps, tile.scales_ahead, cols % (tile.blocks * 128) == 0)
+    else:
+        fields = ()
+    return (kind_of(tile), group_size, *fields)
 
 
 def compile_worker(path: str) -> None:
     """Fill Triton's cache on disk: launch each job once."""
-    for kind, fields, tokens, rows, cols in json.loads(Path(path).read_text()):
+    for kind, fields, tokens, rows, cols, group_size in json.loads(Path(path).read_text()):
         tile = TILE_KINDS[kind](**fields)
-        weight = prepare(random_weight(rows, cols))
+        weight = prepare(random_weight(rows, cols, group_size))
         x = torch.zeros(tokens, cols, dtype=torch.float16, device="cuda")
         out = torch.empty(tokens, rows, dtype=torch.float16, device="cuda")
         for dependent in (False, True):
@@ -130,8 +143,8 @@ def compile_worker(path: str) -> None:
         torch.cuda.synchronize()
 
 
-def precompile(jobs: list[tuple[Tile, int, int, int]], limit_s: float) -> None:
-    """Compile all binaries of the jobs (tile, tokens, rows, cols), one process for each core."""
+def precompile(jobs: list[tuple[Tile, int, int, int, int]], limit_s: float) -> None:
+    """Compile all binaries of the jobs (tile, tokens, rows, cols, group size), one process for each core."""
     sms = multiprocessors(torch.device("cuda"))
     distinct = {binary_key(*job, sms): job for job in jobs}
     rows: list[tuple[Any, ...]] = [(kind_of(tile), asdict(tile), *rest) for tile, *rest in distinct.values()]
@@ -145,7 +158,11 @@ def precompile(jobs: list[tuple[Tile, int, int, int]], limit_s: float) -> None:
     for i in range(count):
         path = folder / f"jobs{i}.json"
         path.write_text(json.dumps(rows[i::count]))
-        processes.append(subprocess.Popen([sys.executable, __file__, "--worker", str(path)]))
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("tune_kernels.py")), "--worker", str(path)]
+            )
+        )
     while time.time() - START < limit_s and any(p.poll() is None for p in processes):
         time.sleep(0.2)
     for process in processes:
@@ -197,7 +214,9 @@ def tune(
     def tiles_of(m: int, k: int, n: int) -> list[Tile]:
         return [tile for tile in candidates(m) if is_worth_trying(tile, m, n, k, sms)]
 
-    precompile([(tile, m, n, k) for k, n in shapes for m in tokens for tile in tiles_of(m, k, n)], compile_s)
+    precompile(
+        [(tile, m, n, k, 128) for k, n in shapes for m in tokens for tile in tiles_of(m, k, n)], compile_s
+    )
     peaks = measure_peaks()
     log(f"{peaks.name} torch {torch.__version__} copy {peaks.copy_bytes_per_us / 1e3:.0f} GB/s")
     rows: list[dict[str, Any]] = []
@@ -247,21 +266,26 @@ def clone(weight: W4Weight) -> W4Weight:
 
 
 def make_table(measured: dict[str, Any]) -> dict[str, Any]:
-    """The fastest tile of each cell, by the time as a dependent launch where it was taken."""
+    """The fastest tile of each cell, launched as it was fastest."""
     best: dict[tuple[int, int, int], dict[str, Any]] = {}
     for row in measured["rows"]:
-        if "us" not in row:
-            continue
         cell = (row["k"], row["n"], row["tokens"])
-        if cell not in best or chosen_us(row) < chosen_us(best[cell]):
+        if "us" in row and (cell not in best or chosen_us(row) < chosen_us(best[cell])):
             best[cell] = row
-    extra = ("us", "dependent_us", "error", "roof_us")
-    entries = [{key: value for key, value in best[cell].items() if key not in extra} for cell in sorted(best)]
+    entries = []
+    for cell in sorted(best):
+        row = best[cell]
+        entry = {
+            key: value for key, value in row.items() if key not in ("us", "dependent_us", "error", "roof_us")
+        }
+        if "dependent_us" in row:
+            entry["dependent_pays"] = row["dependent_us"] < row["us"]
+        entries.append(entry)
     return {"gpu": measured["gpu"], "note": "Written by scripts/tune_kernels.py.", "entries": entries}
 
 
 def chosen_us(row: dict[str, Any]) -> float:
-    return float(row.get("dependent_us", row["us"]))
+    return min(float(row["us"]), float(row.get("dependent_us", row["us"])))
 
 
 def write_table(measured: dict[str, Any], folder: Path) -> Path:

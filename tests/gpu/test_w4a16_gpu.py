@@ -68,6 +68,7 @@ def test_epilogue(tokens: int, is_paired: bool, dtype: torch.dtype) -> None:
     "tile",
     [
         GemvTile(16, 8, 4),
+        GemvTile(8, 8, 4, True),
         GemmTile(16, 64, 4, 4, False, True, 3),
         GemmTile(16, 128, 4, 4, False, False, 2),
         GemmTile(8, 64, 4, 5, True, True, 2),

@@ -103,8 +103,9 @@ def test_gemv(rows: int, cols: int, group_size: int, dtype: torch.dtype) -> None
     quantized = make(rows, cols, group_size)
     x = inputs(1, cols, dtype)
     out = torch.full((1, rows), float("nan"), dtype=dtype)
-    launch_gemv(x, prepare(quantized), GemvTile(16, 8, 4), out)
-    assert_close(out, x, quantized.dequantize())
+    for scales_ahead in (False, True):
+        launch_gemv(x, prepare(quantized), GemvTile(16, 8, 4, scales_ahead), out)
+        assert_close(out, x, quantized.dequantize())
 
 
 @needs_interpreter
