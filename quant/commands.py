@@ -91,7 +91,7 @@ def calibrate(model: str, output: str, **flags: Any) -> None:
 @click.option(
     "--distill",
     is_flag=True,
-    help="With --preset best: a short end-to-end pass at the end (the model must fit whole).",
+    help="A short end-to-end pass over scales and norms at the end (the model must fit whole).",
 )
 @together(text_options, device_options, run_options, family_option, json_option, debug_option)
 def awq(model: str, output: str, **flags: Any) -> None:

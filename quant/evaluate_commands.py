@@ -19,22 +19,17 @@ from quant.cli import (
 METHODS = ("fp16", "rtn", "gptq", "gptq-r", "awq", "fast", "default", "best", "best+distill")
 TABLE_METHODS = "fp16,rtn,gptq,gptq-r,awq,fast,default"
 
-judging_options = together(
+eval_text_options = together(
     click.option(
         "--dataset",
         help="builtin (a sample that ships with us, the default) or wikitext2 (the published protocol).",
     ),
-    click.option("--text", metavar="FILE", help="A text file as it stands, in place of --dataset."),
     click.option(
-        "--eval-seqlen",
-        "window",
-        type=click.IntRange(min=2),
-        help="Tokens a window.  [default: 2048, or the context]",
+        "--text",
+        metavar="FILE",
+        help="A text file as it stands; beside --dataset wikitext2, the raw test split to take its rows from.",
     ),
     click.option("--windows", type=click.IntRange(min=1), help="Only the first N windows.  [default: all]"),
-    click.option(
-        "--trust-remote-code", is_flag=True, help="Run a tokenizer that exists only as code in PATH."
-    ),
 )
 
 
@@ -54,15 +49,10 @@ def evaluate() -> None:
 
 @evaluate.command()
 @click.argument("paths", nargs=-1, required=True)
-@click.option(
-    "--dataset",
-    help="builtin (a sample that ships with us, the default) or wikitext2 (the published protocol).",
-)
-@click.option("--text", metavar="FILE", help="A text file as it stands, in place of --dataset.")
+@together(eval_text_options)
 @click.option(
     "--seqlen", type=click.IntRange(min=2), help="Tokens a window.  [default: 2048, or the model's context]"
 )
-@click.option("--windows", type=click.IntRange(min=1), help="Only the first N windows.  [default: all]")
 @click.option(
     "--kl-windows",
     default=32,
@@ -128,7 +118,13 @@ def ppl(paths: tuple[str, ...], **flags: Any) -> None:
 @click.option(
     "-o", "--output", metavar="FILE", help="Also write the rows to this JSON file, for `evaluate report`."
 )
-@together(judging_options)
+@together(eval_text_options)
+@click.option(
+    "--eval-seqlen",
+    "window",
+    type=click.IntRange(min=2),
+    help="Tokens a window of that text.  [default: 2048, or the context]",
+)
 @together(text_options, device_options, family_option, json_option, debug_option)
 def table(model: str, **flags: Any) -> None:
     """The perplexity table of one MODEL: float, RTN, GPTQ, AWQ and ours, at 4 and 3 bits.
