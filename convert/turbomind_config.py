@@ -51,6 +51,18 @@ class Shape:
     intermediate_size: int
     num_kv_heads: int
     attn_bias: bool
+    kv_int8: bool = False  # dialect 0.1: the static parameters of an int8 KV cache lie beside the weights
+
+
+def check_shape(shape: Shape, where: str) -> Shape:
+    """The shape, where its numbers can be meant. Raises InputError otherwise."""
+    if shape.tp < 1:
+        raise InputError(f"{where}: tp (tensor_para_size) is {shape.tp}, expected at least 1.")
+    if shape.weight_type == "int4" and shape.group_size != 128:
+        raise InputError(
+            f"{where}: group_size is {shape.group_size}: TurboMind's int4 weights have groups of 128."
+        )
+    return shape
 
 
 def chat_template_name(template: str | None, family: str) -> str:
@@ -166,7 +178,10 @@ def parse_config_yaml(text: str, where: str) -> tuple[ModelConfig, Shape]:
         known = ", ".join(row.architecture for row in FAMILIES)
         raise InputError(f"{where}: model_arch is {model.text('model_arch')!r}, expected one of {known}.")
     experts = model.items("expert_num")
-    inner = model.number("expert_inter_size") if experts else model.items("inter_size")[0]
+    sizes = [model.number("expert_inter_size")] if experts else model.items("inter_size")
+    if not sizes:
+        raise InputError(f"{where}: inter_size is an empty list, expected a size for each layer.")
+    inner = sizes[0]
     shape = Shape(
         tp=model.number("tp"),
         group_size=model.number("group_size"),
@@ -175,6 +190,7 @@ def parse_config_yaml(text: str, where: str) -> tuple[ModelConfig, Shape]:
         num_kv_heads=model.number("kv_head_num"),
         attn_bias=bool(model.number("attn_bias")),
     )
+    check_shape(shape, where)
     if shape.weight_type not in ("float16", "bfloat16", "int4"):
         raise InputError(
             f"{where}: weight_type is {shape.weight_type!r}, expected float16, bfloat16 or int4."

@@ -26,6 +26,7 @@ REST_LIMIT = (
     0.8  # relative; int4 rounding leaves about 0.1, int2 about 0.5, another order of the same codes about 1
 )
 EXACT_LIMIT = 1e-3  # for tensors that are only converted to float16
+SAME_LIMIT = 1e-2  # relative, for linears in the source's own form: codes are equal, floats at most rounded to bfloat16
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,13 @@ def _check_blocks(
     report: VerifyReport,
     progress: Callable[[int, int], None] | None,
 ) -> None:
+    unlike: list[str] = []
     try:
         for index in range(ckpt.config.num_layers):
             block = ckpt.block(index)
             _check_ranges(block)
             if origin is not None:
-                report.rests |= _compare_block(block, origin.block(index))
+                report.rests |= _compare_block(block, origin.block(index), ckpt, origin, unlike)
             if progress is not None:
                 progress(index + 1, ckpt.config.num_layers)
         outer = {"embedding": ckpt.embedding(), "final_norm": ckpt.final_norm(), "lm_head": ckpt.lm_head()}
@@ -142,14 +144,13 @@ def _check_blocks(
     report.checks.append(Check("ranges", True, "all values are finite; codes, zeros and scales are in range"))
     if origin is None:
         return
-    wrong = {name: rest for name, rest in report.rests.items() if not rest <= REST_LIMIT}
     worst = max(report.rests, key=lambda name: report.rests[name])
     report.checks.append(
         Check(
             "weights",
-            not wrong,
-            f"{len(wrong)} linears are not the source's, the first is {next(iter(wrong))}"
-            if wrong
+            not unlike,
+            f"{len(unlike)} weights are not the source's, the first is {unlike[0]}"
+            if unlike
             else f"{len(report.rests)} linears agree with the source; the largest relative rest is {report.rests[worst]:.3f} ({worst})",
         )
     )
@@ -183,11 +184,42 @@ def _check_ranges(block: BlockWeights) -> None:
             check_finite(name, weight)
 
 
-def _compare_block(block: BlockWeights, source: BlockWeights) -> dict[str, float]:
-    return {
-        f"{block.index}.{role}": relative_rest(_sampled(linear.weight), _sampled(source.linears[role].weight))
-        for role, linear in block.linears.items()
-    }
+def _compare_block(
+    block: BlockWeights, source: BlockWeights, ckpt: Checkpoint, origin: Checkpoint, unlike: list[str]
+) -> dict[str, float]:
+    """ "block.role" -> rest; names of weights that are not the source's are added to `unlike`.
+
+    A workspace holds what its source held, moved about: where both are int4 or both are float, nothing is refitted, and
+    norms and biases count too.
+    """
+    is_same_form = (ckpt.config.quantization is None) == (origin.config.quantization is None)
+    is_moved = is_same_form and ckpt.kind.startswith("workspace")
+    rests = {}
+    for role, linear in block.linears.items():
+        name = f"{block.index}.{role}"
+        found, wanted = _sampled(linear.weight), _sampled(source.linears[role].weight)
+        rests[name] = _plain_rest(found, wanted) if is_moved else relative_rest(found, wanted)
+        if not rests[name] <= (SAME_LIMIT if is_moved else REST_LIMIT):
+            unlike.append(name)
+        bias = source.linears[role].bias
+        if (
+            is_moved
+            and bias is not None
+            and (linear.bias is None or _plain_rest(linear.bias, bias) > SAME_LIMIT)
+        ):
+            unlike.append(name + " bias")
+    if is_moved:
+        norms = [
+            role for role, norm in block.norms.items() if _plain_rest(norm, source.norms[role]) > SAME_LIMIT
+        ]
+        unlike += [f"{block.index}.{role}" for role in norms]
+    return rests
+
+
+def _plain_rest(found: Tensor, wanted: Tensor) -> float:
+    if found.shape != wanted.shape:
+        return float("inf")
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30))
 
 
 def _sampled(weight: Tensor | Quantized) -> Tensor:

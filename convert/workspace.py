@@ -19,7 +19,8 @@ from convert.json_files import read_bytes, read_failure, read_object, show
 from convert.manifest import FolderState, folder_state, read_manifest
 from convert.turbomind_config import Shape, parse_config_yaml
 from convert.workspace_blocks import Shapes, file_shapes, read_block
-from convert.workspace_tensors import GROUP_SIZE, Dialect, Packing
+from convert.workspace_ini import check_kv_values, parse_config_ini
+from convert.workspace_tensors import GROUP_SIZE, Dialect, Packing, misfits
 
 CONFIG_BYTES = 2**20
 
@@ -43,8 +44,6 @@ def open_workspace(folder: Path) -> "WorkspaceCheckpoint":
         path = weights / "config.yaml"
         config, shape = parse_config_yaml(_text(path), show(str(path)))
     elif (weights / "config.ini").is_file():
-        from convert.workspace_ini import parse_config_ini
-
         dialect = "0.1"
         path = weights / "config.ini"
         config, shape = parse_config_ini(_text(path), show(str(path)))
@@ -120,7 +119,14 @@ class WorkspaceCheckpoint(Checkpoint):
                 f"{shape.num_kv_heads} KV heads, where tp {shape.tp} of this model gives {expected[0]} and {expected[1]}. "
                 "Pack the model again."
             )
+        reasons = misfits(self.packing)
+        if reasons:
+            raise InputError(
+                f"{show(str(folder))}: the configuration contradicts itself: {'; '.join(reasons)}."
+            )
         self.check_files()
+        for name, stored in self._kv_shapes().items():
+            check_kv_values(self._read(name, *stored), show(name))
 
     def weight_files(self) -> list[Path]:
         return sorted(path for path in self.weights.iterdir() if path.suffix not in (".yaml", ".ini"))
@@ -130,6 +136,7 @@ class WorkspaceCheckpoint(Checkpoint):
         shapes = self._outer_shapes()
         for index in range(self.config.num_layers):
             shapes |= file_shapes(self.packing, index)
+        shapes |= self._kv_shapes()
         return {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
 
     def check_files(self) -> None:
@@ -172,6 +179,12 @@ class WorkspaceCheckpoint(Checkpoint):
             shapes[f"tok_embeddings.{rank}.weight"] = ((rows, hidden // tp), dtype)
             shapes[f"output.{rank}.weight"] = ((rows // tp, hidden), dtype)
         return shapes
+
+    def _kv_shapes(self) -> Shapes:
+        """The files of a static int8 KV cache, where the configuration turns it on."""
+        layers = range(self.config.num_layers if self.shape.kv_int8 else 0)
+        names = [f"layers.{i}.past_kv_scale.{rank}.weight" for i in layers for rank in range(self.packing.tp)]
+        return {name: ((4,), torch.float32) for name in names}
 
     def _outer(self, module: str, axis: int) -> Tensor:
         shapes = self._outer_shapes()

@@ -15,7 +15,7 @@ from convert.config import ModelConfig, RopeScaling
 from convert.errors import InputError
 from convert.families import BY_NAME
 from convert.json_files import show
-from convert.turbomind_config import Shape, counted_positions
+from convert.turbomind_config import Shape, check_shape, counted_positions
 
 WEIGHT_TYPES = {"float16": "fp16", "bfloat16": "bf16", "int4": "int4"}
 STATIC_KV_INT8 = 4  # quant_policy of releases up to 0.3.0; from 0.4.0 on the same number means int4
@@ -82,7 +82,9 @@ def parse_config_ini(text: str, where: str) -> tuple[ModelConfig, Shape]:
         intermediate_size=section.number("inter_size"),
         num_kv_heads=section.number("kv_head_num") or heads,
         attn_bias=bool(section.number("attn_bias")),
+        kv_int8=section.number("quant_policy") == STATIC_KV_INT8,
     )
+    check_shape(shape, where)
     max_position = section.number("max_position_embeddings")
     factor = section.real("rope_scaling_factor")
     config = ModelConfig(
@@ -162,6 +164,14 @@ def kv_scale_files(parameters: Path, config: ModelConfig, tp: int) -> Iterator[t
                 low, high = ranges[which][0][rank].min(), ranges[which][1][rank].max()
                 values += [(high - low) / 255, (high + low) / 2]
             yield f"layers.{layer}.past_kv_scale.{rank}.weight", torch.stack(values).float()
+
+
+def check_kv_values(values: Tensor, name: str) -> None:
+    """Raises InputError where the four floats of a past_kv_scale file cannot be a range."""
+    if not bool(torch.isfinite(values).all()) or not bool((values[[0, 2]] > 0).all()):
+        raise InputError(
+            f"{name}: {values.tolist()} are no scale and zero point of K and V. Calibrate and pack again."
+        )
 
 
 def _head_values(tensors: dict[str, Tensor], name: str, config: ModelConfig) -> Tensor:

@@ -99,6 +99,10 @@ def misfits(packing: Packing) -> list[str]:
             found.append(f"head_dim is {config.head_dim}, and dialect 0.1 knows only 128")
         if config.rope_scaling and config.rope_scaling.kind not in ("dynamic", "qwen_ntk"):
             found.append(f"dialect 0.1 has no {config.rope_scaling.kind} RoPE scaling")
+        if config.hidden_size != config.num_heads * config.head_dim:
+            found.append(
+                f"hidden size {config.hidden_size} is not heads x head_dim, which dialect 0.1 takes for granted"
+            )
         share = GROUP_SIZE if packing.weight_type == "int4" else 1
         if config.intermediate_size % (tp * share):
             found.append(f"intermediate size {config.intermediate_size} is no multiple of tp {tp} x {share}")
