@@ -60,15 +60,21 @@ def provenance() -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--out", type=Path, default=ROOT / "demo-out", help="folder for all results")
-    parser.add_argument("--record", type=Path, help="also write times, memory and perplexity to this JSON file")
+    parser.add_argument(
+        "--record", type=Path, help="also write times, memory and perplexity to this JSON file"
+    )
     options = parser.parse_args()
     out: Path = options.out
     if (out / "demo.json").exists():
-        shutil.rmtree(out)  # a finished demo is ours to replace; anything else is left to the commands to judge
+        shutil.rmtree(
+            out
+        )  # a finished demo is ours to replace; anything else is left to the commands to judge
     out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     rows: list[dict[str, object]] = []
-    model = str(fetch())
+    (out / "source.gguf").unlink(missing_ok=True)
+    (out / "source.gguf").symlink_to(fetch())
+    model = str(out / "source.gguf")
 
     run_step("inspect", ["quantize", "inspect", model], rows)
     for preset in PRESETS:
@@ -83,7 +89,11 @@ def main() -> None:
     kv8 = run_step("evaluate kv int8", [*judge, "--kv-bits", "8", "--json", workspace], rows, capture=True)
     total = time.perf_counter() - start
     rows.append({"step": "total", "seconds": round(total, 2), "peak_rss_gib": peak_of(rows)})
-    document = {**provenance(), "rows": rows, "perplexity": json.loads(table)["rows"] + json.loads(kv8)["rows"]}
+    document = {
+        **provenance(),
+        "rows": rows,
+        "perplexity": json.loads(table)["rows"] + json.loads(kv8)["rows"],
+    }
     text = json.dumps(document, indent=1) + "\n"
     (out / "demo.json").write_text(text, encoding="utf8")
     if options.record:
@@ -97,10 +107,45 @@ def peak_of(rows: list[dict[str, object]]) -> float:
 
 
 def show(document: dict[str, object], out: Path) -> None:
+    """The perplexity table and what to type next."""
     from rich.console import Console
+    from rich.table import Table
 
-    console = Console()
-    console.print(f"\nfinished: {out}")
+    table = Table(title="Perplexity, 4 windows of 2048 tokens of the built-in sample (lower is better)")
+    for heading in ("", "perplexity", "over fp16", "KL", "top-1", "bits a weight"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for line in table_lines(document):
+        table.add_row(*line)
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    console.print(table)
+    console.print(
+        "Quantized with 32 x 256 tokens of text that the model wrote itself: less text and fewer windows than the full\n"
+        "protocol, to rank methods in minutes; not comparable with published figures. Times: "
+        f"{out / 'demo.json'}\n\nTalk to it:   tmq chat {out / 'default'}\nServe it:     tmq serve {out / 'default'}\n"
+        "Your model:   quantize awq MODEL -o OUT"
+    )
+
+
+def table_lines(document: dict[str, object]) -> list[tuple[str, ...]]:
+    """Cells of the table's rows: the float model, each preset, the workspace, and the workspace with an int8 KV cache."""
+    names = ["fp16 (the GGUF, dequantized)", *PRESETS, "TurboMind workspace", "the same, int8 KV cache"]
+    rows = document["perplexity"]
+    assert isinstance(rows, list)
+    base = rows[0]["ppl"]
+    lines = []
+    for name, row in zip(names, rows, strict=True):
+        compared = row is not rows[0] and row.get("kl") is not None
+        lines.append(
+            (
+                name,
+                f"{row['ppl']:.2f}",
+                "" if row is rows[0] else f"+{row['ppl'] / base - 1:.1%}",
+                f"{row['kl']:.3f}" if compared else "",
+                f"{row['top1']:.1%}" if compared else "",
+                "16" if row is rows[0] else "4.16",
+            )
+        )
+    return lines
 
 
 if __name__ == "__main__":

@@ -30,3 +30,12 @@ def demo_model() -> Path:
     if name is None or not Path(name).exists():
         pytest.skip("the demo model is not here: set TMQ_DEMO_MODEL to its folder or .gguf file")
     return Path(name)
+
+
+@pytest.fixture(scope="session")
+def demo_out() -> Path:
+    """The output folder of a finished demo, named by TMQ_DEMO_OUT; tests that look at it skip where it is absent."""
+    name = os.environ.get("TMQ_DEMO_OUT")
+    if name is None or not (Path(name) / "demo.json").is_file():
+        pytest.skip("no finished demo is here: run scripts/demo.sh and set TMQ_DEMO_OUT to its folder")
+    return Path(name)
