@@ -142,6 +142,7 @@ def _raise_file_limit(connections: int) -> None:
 def uvicorn_config(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
     """uvicorn with our limits and without what we do ourselves."""
     limits = config.limits
+    logging.getLogger("uvicorn.access").disabled = True  # its lines hold what clients sent; ours are escaped
     return uvicorn.Config(
         app,
         http=limited_protocol(limits.header_s),

@@ -24,7 +24,7 @@ def server() -> Iterator[LiveServer]:
 
 
 @schema.parametrize()
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_answers_are_as_described(server: LiveServer, case: schemathesis.Case) -> None:
     # A schema cannot say how long a context is, which tokens there are, or that a prompt comes out empty.
     case.call_and_validate(base_url=server.url, excluded_checks=[positive_data_acceptance])

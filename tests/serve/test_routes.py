@@ -2,11 +2,16 @@
 
 import json
 import re
+import time
 from typing import Any
 
 import pytest
 from fake_engine import FakeEngine, FakeTokenizer
 from starlette.testclient import TestClient
+
+from serve.app import create_app
+from serve.config import ServeConfig
+from serve.limits import Limits
 
 LMDEPLOY = {
     "temperature": 0.7,
@@ -90,12 +95,19 @@ def test_a_failed_turn_leaves_the_session_as_it_was(api: TestClient, engine: Fak
     assert turn(api, "two", session_id=1, interactive_mode=True)["history_tokens"] == history + 3
 
 
-def test_sessions_are_bounded_and_forgotten(api: TestClient) -> None:
-    for session in range(1200):
-        turn(api, "x", session_id=session, interactive_mode=True, request_output_len=1)
-    assert len(api.app.state.service.sessions) == 1024
-    assert turn(api, "x", session_id=0, interactive_mode=True)["history_tokens"] == 0  # the oldest gave way
-    assert turn(api, "x", session_id=1199, interactive_mode=True)["history_tokens"] > 0
+def test_sessions_are_bounded_and_forgotten(engine: FakeEngine) -> None:
+    config = ServeConfig(limits=Limits(sessions=20, session_idle_s=0.5))
+    with TestClient(create_app(engine, FakeTokenizer(), config), base_url="http://127.0.0.1:23333") as api:
+        for session in range(30):
+            turn(api, "x", session_id=session, interactive_mode=True, request_output_len=1)
+        assert len(api.app.state.service.sessions) == 20
+        assert (
+            turn(api, "x", session_id=0, interactive_mode=True)["history_tokens"] == 0
+        )  # the oldest gave way
+        assert turn(api, "x", session_id=29, interactive_mode=True)["history_tokens"] > 0
+        time.sleep(0.6)
+        assert turn(api, "x", session_id=29)["history_tokens"] == 0
+        assert len(api.app.state.service.sessions) == 0
 
 
 def test_tokenize(api: TestClient) -> None:
@@ -158,9 +170,6 @@ def test_cors_is_off_unless_named(api: TestClient) -> None:
 
 
 def test_cors_for_a_named_origin(engine: FakeEngine) -> None:
-    from serve.app import create_app
-    from serve.config import ServeConfig
-
     config = ServeConfig(allow_origins=("http://localhost:3000",), api_keys=("secret",))
     with TestClient(create_app(engine, FakeTokenizer(), config), base_url="http://127.0.0.1:23333") as api:
         asks = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST"}
