@@ -7,7 +7,7 @@ import asyncio
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,15 +15,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from convert.errors import InputError, UsageError
-from engine.config import EngineConfig
-from quant.cli import Commands, debug_option, device_options, json_option, print_json, together
+from quant.cli import Commands, debug_option, json_option, print_json, together
 from serve.config import ServeConfig
 from serve.limits import Limits
+from serve.options import (
+    KEY_VARIABLE,
+    SETTINGS,
+    chat_settings,
+    client_key,
+    engine_config,
+    engine_options,
+    history_file,
+    key_file_option,
+    sampling_options,
+)
 
 if TYPE_CHECKING:
-    from serve.backends import Backend, ChatSettings
+    from serve.backends import Backend
 
-KEY_VARIABLE = "TMQ_API_KEY"
 _LAZY = {
     "quantize": (
         "quant.commands",
@@ -54,75 +63,6 @@ class _Umbrella(Commands):
             formatter.write_dl(rows)
 
 
-# LMDeploy spells flags with underscores in some versions and hyphens in others: both work.
-_SETTINGS = {
-    "help_option_names": ["-h", "--help"],
-    "token_normalize_func": lambda token: token.replace("_", "-"),
-}
-
-
-def _choice_of_kv(context: click.Context, option: click.Parameter, value: int) -> int:
-    if value not in (0, 8):
-        raise click.BadParameter(
-            f"{value} is not done: 8 keeps keys and values in int8, 0 in the model's own type."
-        )
-    return value
-
-
-engine_options: Callable[[Any], Any] = together(
-    device_options,
-    click.option(
-        "--tp", default=EngineConfig.tp, show_default=True, type=click.IntRange(1), help="GPUs to split over."
-    ),
-    click.option("--session-len", type=click.IntRange(1), help="Context in tokens. [default: the model's]"),
-    click.option(
-        "--cache-max-entry-count",
-        default=EngineConfig.cache_fraction,
-        show_default=True,
-        type=click.FloatRange(0, 1, min_open=True),
-        help="Share of the memory left after the weights that the KV cache takes.",
-    ),
-    click.option(
-        "--quant-policy",
-        default=0,
-        show_default=True,
-        type=int,
-        callback=_choice_of_kv,
-        help="8: keys and values in int8; 0: in the model's type.",
-    ),
-    click.option(
-        "--instance-num",
-        default=EngineConfig.max_batch,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Sequences that run at once.",
-    ),
-    click.option(
-        "--trust-remote-code", is_flag=True, help="Run a tokenizer that exists only as code in PATH."
-    ),
-)
-sampling_options: Callable[[Any], Any] = together(
-    click.option("--system", default="", help="System text of the conversation."),
-    click.option(
-        "--temperature", default=0.7, show_default=True, type=click.FloatRange(0, 2), help="0 is greedy."
-    ),
-    click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True)),
-    click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0: all tokens."),
-    click.option(
-        "--repetition-penalty", default=1.0, show_default=True, type=click.FloatRange(0, 10, min_open=True)
-    ),
-    click.option(
-        "--max-tokens", type=click.IntRange(1), help="Of an answer. [default: what the context leaves]"
-    ),
-    click.option("--seed", type=int, help="Same seed, same answers."),
-)
-key_file_option = click.option(
-    "--api-key-file",
-    type=click.Path(path_type=Path),
-    help=f"File with API keys, one per line. A key may also stand in the variable {KEY_VARIABLE}; never on the command line.",
-)
-
-
 @click.group(cls=_Umbrella, context_settings={"help_option_names": ["-h", "--help"]})
 @debug_option
 def tmq() -> None:
@@ -139,7 +79,7 @@ def tmq() -> None:
     """
 
 
-@tmq.command(short_help="Talk to a model in the terminal.", context_settings=_SETTINGS)
+@tmq.command(short_help="Talk to a model in the terminal.", context_settings=SETTINGS)
 @click.argument("path")
 @together(sampling_options, engine_options, debug_option)
 def chat(path: str, system: str, **flags: Any) -> None:
@@ -158,16 +98,16 @@ def chat(path: str, system: str, **flags: Any) -> None:
     from serve.chat import chat as talk
     from serve.local import open_model
 
-    settings = _chat_settings(flags)
-    config = _engine_config(flags)
+    settings = chat_settings(flags)
+    config = engine_config(flags)
     with ExitStack() as stack:
         with _waiting(f"Loading {path}"):
             model = stack.enter_context(open_model(path, config, flags["trust_remote_code"]))
         backend = EngineBackend(model.engine, model.tokenizer, model.name)
-        asyncio.run(talk(backend, settings, system, _history_file()))
+        asyncio.run(talk(backend, settings, system, history_file()))
 
 
-@tmq.command(short_help="Serve a model: OpenAI-compatible API, health, metrics.", context_settings=_SETTINGS)
+@tmq.command(short_help="Serve a model: OpenAI-compatible API, health, metrics.", context_settings=SETTINGS)
 @click.argument("path")
 @click.option(
     "--server-name", default=ServeConfig.server_name, show_default=True, help="Address to listen on."
@@ -247,12 +187,12 @@ def serve(path: str, **flags: Any) -> int:
     except ValueError as e:
         raise UsageError(str(e)) from e
     set_up_logging(flags["log_level"])
-    engine_config = _engine_config(flags)
+    engine = engine_config(flags)
     listener = bind(config)  # before the model is loaded: a port in use is told at once
     with ExitStack() as stack:
         stack.callback(listener.close)
         with _waiting(f"Loading {path}"):
-            model = stack.enter_context(open_model(path, engine_config, flags["trust_remote_code"]))
+            model = stack.enter_context(open_model(path, engine, flags["trust_remote_code"]))
         config = replace(
             config, server_port=listener.getsockname()[1], model_name=config.model_name or model.name
         )
@@ -260,7 +200,7 @@ def serve(path: str, **flags: Any) -> int:
         return serve_forever(model.engine, model.tokenizer, config, listener)
 
 
-@tmq.command(short_help="Talk to a running server in the terminal.", context_settings=_SETTINGS)
+@tmq.command(short_help="Talk to a running server in the terminal.", context_settings=SETTINGS)
 @click.argument("url")
 @click.option("--model", help="Model to talk to. [default: the server's first]")
 @key_file_option
@@ -275,19 +215,19 @@ def client(url: str, model: str | None, system: str, api_key_file: Path | None, 
     from serve.chat import chat as talk
     from serve.client import HttpBackend
 
-    settings = _chat_settings(flags)
+    settings = chat_settings(flags)
 
     async def run() -> None:
-        backend = await HttpBackend.connect(url, _client_key(api_key_file), model)
+        backend = await HttpBackend.connect(url, client_key(api_key_file), model)
         try:
-            await talk(backend, settings, system, _history_file())
+            await talk(backend, settings, system, history_file())
         finally:
             await backend.close()
 
     asyncio.run(run())
 
 
-@tmq.command(short_help="Talk to models on a web page, side by side.", context_settings=_SETTINGS)
+@tmq.command(short_help="Talk to models on a web page, side by side.", context_settings=SETTINGS)
 @click.argument("sources", nargs=-1, required=True, metavar="PATH|URL...")
 @click.option(
     "--server-name", default=ServeConfig.server_name, show_default=True, help="Address to listen on."
@@ -333,11 +273,11 @@ def web(
         backends: list[Backend] = []
         for source in sources:
             if source.startswith(("http://", "https://")):
-                backends.append(asyncio.run(HttpBackend.connect(source, _client_key(api_key_file))))
+                backends.append(asyncio.run(HttpBackend.connect(source, client_key(api_key_file))))
                 continue
             with _waiting(f"Loading {source}"):
                 model = stack.enter_context(
-                    open_model(source, _engine_config(flags), flags["trust_remote_code"])
+                    open_model(source, engine_config(flags), flags["trust_remote_code"])
                 )
             backends.append(EngineBackend(model.engine, model.tokenizer, model.name))
         from dataclasses import replace
@@ -347,7 +287,7 @@ def web(
         return serve_page(backends, config, listener)
 
 
-@tmq.command(short_help="Check versions, GPU, memory, disk, extras.", context_settings=_SETTINGS)
+@tmq.command(short_help="Check versions, GPU, memory, disk, extras.", context_settings=SETTINGS)
 @together(json_option, debug_option)
 def doctor(as_json: bool) -> int:
     """Check this machine and environment: versions, GPU, memory, disk, extras, clashing packages.
@@ -391,49 +331,6 @@ def _need(extra: str, *modules: str) -> None:
             f"{', '.join(missing)} is not installed: this command needs the extra [{extra}]. "
             f"pip install 'turbomind-quant[{extra}]'"
         )
-
-
-def _engine_config(flags: dict[str, Any]) -> EngineConfig:
-    batch = flags["instance_num"]
-    try:
-        return EngineConfig(
-            device=flags["device"],
-            dtype=flags["dtype"],
-            kv_bits=8 if flags["quant_policy"] == 8 else 16,
-            cache_fraction=flags["cache_max_entry_count"],
-            context_length=flags["session_len"],
-            max_batch=batch,
-            max_step_tokens=max(EngineConfig.max_step_tokens, batch),
-            tp=flags["tp"],
-        )
-    except ValueError as e:
-        raise UsageError(str(e)) from e
-
-
-def _chat_settings(flags: dict[str, Any]) -> "ChatSettings":
-    from serve.backends import ChatSettings
-
-    return ChatSettings(
-        flags["temperature"],
-        flags["top_p"],
-        flags["top_k"],
-        flags["repetition_penalty"],
-        flags["max_tokens"],
-        flags["seed"],
-    )
-
-
-def _client_key(file: Path | None) -> str | None:
-    if file is not None:
-        from serve.auth import read_keys
-
-        return read_keys(file)[0]
-    return os.environ.get(KEY_VARIABLE) or os.environ.get("OPENAI_API_KEY")
-
-
-def _history_file() -> Path:
-    cache = os.environ.get("TMQ_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "turbomind-quant" / "chat-history"
 
 
 def _waiting(text: str) -> Any:
