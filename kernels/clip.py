@@ -88,7 +88,7 @@ def _choose_ranges_torch(
 if triton is not None:
 
     @triton.jit
-    def _choose_ranges_kernel(
+    def _choose_ranges_kernel(  # type: ignore[no-untyped-def]
         weight_ptr, column_scale_ptr, gram_ptr, pair_ptr, index_ptr, loss_ptr,
         rows, cols, groups, pairs, max_code, scale_min, scale_max,
         GROUP: tl.constexpr, ROWS: tl.constexpr,

@@ -118,11 +118,11 @@ def descent_sweep(
 if triton is not None:
 
     @triton.jit
-    def _round_half_even(x):
+    def _round_half_even(x):  # type: ignore[no-untyped-def]
         return (x + 12582912.0) - 12582912.0  # 1.5 * 2^23: exact for |x| < 2^22, and x is at most 16 here
 
     @triton.jit
-    def _gptq_block(
+    def _gptq_block(  # type: ignore[no-untyped-def]
         weight_ptr, lower_ptr, scale_ptr, zero_ptr, code_ptr, error_ptr,
         start, rows, cols, max_code,
         BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -152,7 +152,7 @@ if triton is not None:
         tl.store(error_ptr + at, errors, mask=mask[None, :])
 
     @triton.jit
-    def _descent_block(
+    def _descent_block(  # type: ignore[no-untyped-def]
         code_ptr, gradient_ptr, gram_ptr, inverse_ptr, scale_ptr, zero_ptr, move_ptr,
         start, rows, cols, max_code,
         BLOCK: tl.constexpr, ROWS: tl.constexpr,

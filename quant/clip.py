@@ -57,7 +57,7 @@ def search_published_clip(weight: Tensor, gram: Tensor, group_size: int, bits: i
 
     The published code measures the group's output on sampled tokens; over all tokens that is exactly the Gram form.
     """
-    rows, cols = weight.shape
+    rows = weight.shape[0]
     blocks = diagonal_blocks(gram, group_size)
     grouped = weight.view(rows, -1, group_size).transpose(0, 1).contiguous()  # (G, N, g)
     top = grouped.abs().amax(-1, keepdim=True)

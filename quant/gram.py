@@ -3,7 +3,6 @@
 M tokens, N out features, K in features, g group size, G = K / g groups. Knows no models and no search.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,9 +150,3 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float] | None:
         if bool(factor.isfinite().all()):
             return factor.contiguous(), damping * step
     return None
-
-
-def mean_loss(rows: Tensor) -> float:
-    """Sum of the rows' losses as a number that is never NaN in a report."""
-    value = float(rows.double().sum())
-    return value if math.isfinite(value) else float("inf")
