@@ -320,9 +320,9 @@ def run_pack_7b(args: argparse.Namespace) -> None:
         shutil.rmtree(workspace)
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     seconds = {"disk_write": plain_write(folder / "plain.bin", size)}
-    begin = time.perf_counter()
+    begin, cpu_before = time.perf_counter(), time.process_time()
     result = write_workspace(open_checkpoint(source), workspace, workers=args.workers)
-    seconds["pack"] = time.perf_counter() - begin
+    seconds["pack"], cpu_s = time.perf_counter() - begin, time.process_time() - cpu_before
     rate = result.weight_bytes / seconds["pack"]
     row = {
         "shape": "7b",
@@ -331,6 +331,8 @@ def run_pack_7b(args: argparse.Namespace) -> None:
         "cpus": os.cpu_count(),
         "weight_bytes": result.weight_bytes,
         "seconds": seconds["pack"],
+        "cpu_s": cpu_s,
+        "load": os.getloadavg()[0],
         "bytes_per_s": rate,
         "disk_share": rate * seconds["disk_write"] / size,
     }

@@ -1,10 +1,13 @@
 """Layout functions against hand-written examples and the format's index formulas, and each against its inverse."""
 
+import itertools
+
 import pytest
 import torch
 
 from convert import turbomind_layout as layout
 from convert.errors import InputError
+from kernels.packing import AWQ_ORDER, SEQUENTIAL_ORDER, pack_columns, unpack_columns
 
 
 def test_rope_order_of_two_heads_of_four() -> None:
@@ -77,6 +80,16 @@ def test_padding_adds_zeros_only() -> None:
     grown = layout.pad_columns(layout.pad_rows(linear, 6), 12, 4)
     assert grown["qweight"].shape == (6, 12) and grown["scales"].shape == (6, 3)
     assert grown["qweight"].sum() == 32 and grown["zeros"].sum() == 8
+
+
+@pytest.mark.parametrize("order", [AWQ_ORDER, SEQUENTIAL_ORDER], ids=["awq", "sequential"])
+def test_words_hold_their_nibbles(order: tuple[int, ...]) -> None:
+    codes = torch.randint(0, 16, (5, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    words = pack_columns(codes, order)
+    assert words.dtype == torch.int32 and words.shape == (5, 8)
+    for row, word, nibble in itertools.product(range(5), range(8), range(8)):
+        assert (int(words[row, word]) >> (4 * nibble)) & 15 == codes[row, 8 * word + order[nibble]]
+    assert torch.equal(unpack_columns(words, order), codes)
 
 
 def test_tiles_follow_the_index_formula_word_by_word() -> None:
