@@ -168,16 +168,18 @@ def with_text(
         if folder.finished:
             return finished_outcome(job.out)
         if text is None:
-            text = write_text(
-                job.request,
-                job.ckpt,
-                tokenizer,
-                job.device,
-                job.dtype,
-                folder.work,
-                cache_folder(),
-                progress.say,
-            )
+            with Progress("writing text") as writing:
+                text = write_text(
+                    job.request,
+                    job.ckpt,
+                    tokenizer,
+                    job.device,
+                    job.dtype,
+                    folder.work,
+                    cache_folder(),
+                    progress.say,
+                    writing.step,
+                )
         for warning in text.warnings:
             progress.warn(warning)
         return act(text, folder)

@@ -122,7 +122,18 @@ def run_table(model: str, flags: Flags) -> Outcome:
                 flags["allow_fewer"],
             )
             if source.is_generated:
-                text = write_text(source, ckpt, tokenizer, device, dtype, None, cache_folder(), progress.say)
+                with Progress("writing text") as writing:
+                    text = write_text(
+                        source,
+                        ckpt,
+                        tokenizer,
+                        device,
+                        dtype,
+                        None,
+                        cache_folder(),
+                        progress.say,
+                        writing.step,
+                    )
             else:
                 text = load_blocks(source, tokenizer, vocabulary_of(ckpt, tokenizer))
             for warning in text.warnings:

@@ -3,6 +3,9 @@
 B samples at a time, L tokens a sample, Hkv key heads, D head size, V vocabulary. The whole model is in memory meanwhile.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,10 +42,16 @@ class GrowingCache:
 
 
 class SelfGenerator:
-    """`calib_data.generated.Generate` on a checkpoint. `on_token(done, total)` hears of every step."""
+    """`calib_data.generated.Generate` on a checkpoint. `on_step(done, total)` hears of every token of a batch."""
 
-    def __init__(self, ckpt: Checkpoint, device: torch.device | str, dtype: torch.dtype) -> None:
-        self.ckpt, self.device, self.dtype = ckpt, torch.device(device), dtype
+    def __init__(
+        self,
+        ckpt: Checkpoint,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        on_step: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self.ckpt, self.device, self.dtype, self.on_step = ckpt, torch.device(device), dtype, on_step
 
     def __call__(self, prompts: Tensor, length: int, seed: int, barred: tuple[int, ...]) -> Tensor:
         model = Model.from_checkpoint(self.ckpt, self.device, self.dtype)
@@ -51,15 +60,27 @@ class SelfGenerator:
         batch = max(1, CACHE_BYTES.get(self.device.type, 2**30) // one)
         # One uniform number a token, drawn beforehand: a sample does not depend on which others share its batch.
         draws = torch.rand(prompts.shape[0], length, generator=torch.Generator().manual_seed(seed))
-        parts = [
-            write_samples(model, prompts[i : i + batch], draws[i : i + batch], barred)
-            for i in range(0, prompts.shape[0], batch)
-        ]
+        starts = range(0, prompts.shape[0], batch)
+        total = len(starts) * (length - 1)
+        parts = []
+        for start in starts:
+            rows = slice(start, start + batch)
+            on_step = partial(self._report, start // batch * (length - 1), total)
+            parts.append(write_samples(model, prompts[rows], draws[rows], barred, on_step))
         return torch.cat(parts)
+
+    def _report(self, before: int, total: int, done: int) -> None:
+        self.on_step(before + done, total)
 
 
 @torch.no_grad()
-def write_samples(model: Model, prompts: Tensor, draws: Tensor, barred: tuple[int, ...]) -> Tensor:
+def write_samples(
+    model: Model,
+    prompts: Tensor,
+    draws: Tensor,
+    barred: tuple[int, ...],
+    on_step: Callable[[int], None] = lambda done: None,
+) -> Tensor:
     """Continue prompts (B, P) int64 to (B, L), L = draws.shape[1], by inverting the distribution at draws (B, L)."""
     batch, length = draws.shape
     tokens = torch.empty(batch, length, dtype=torch.int64)
@@ -70,6 +91,7 @@ def write_samples(model: Model, prompts: Tensor, draws: Tensor, barred: tuple[in
         positions = torch.full((batch,), at, dtype=torch.int64, device=model.device)
         hidden = model.hidden(tokens[:, at].to(model.device), positions, cache.attend)
         cache.filled = at + 1
+        on_step(at + 1)
         if at + 1 < prompts.shape[1]:
             continue
         logits = model.head(hidden)

@@ -69,6 +69,7 @@ def write_text(
     work: Path | None,
     cache: Path,
     say: Callable[[str], None],
+    on_step: Callable[[int, int], None],
 ) -> CalibrationSet:
     """Let the model write the blocks, once: they are kept in the work folder for a resumed run, and in the user's cache for the
     next run on the same model, machine and versions.
@@ -84,7 +85,7 @@ def write_text(
                 _keep_tokens(tokens, work)
             return finish_set(tokens, rule, request, tokenizer, vocabulary, [])
     say(f"the model writes its own calibration text: {request.samples} x {request.seqlen} tokens ...")
-    text = load_blocks(request, tokenizer, vocabulary, SelfGenerator(ckpt, device, dtype))
+    text = load_blocks(request, tokenizer, vocabulary, SelfGenerator(ckpt, device, dtype, on_step))
     _keep_tokens(text.tokens, work)
     try:
         make_folder(kept.parent)
