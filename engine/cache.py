@@ -15,11 +15,19 @@ from convert.errors import ResourceError
 from engine.attention import HeadNorms, window_of
 from engine.config import GIB, EngineConfig
 from engine.rope import Rotary
-from kernels.attention import allocate_workspace, decode_attention, prefill_attention
+from kernels.attention import (
+    allocate_workspace,
+    decode_attention,
+    prefill_attention,
+    rope_decode_attention,
+)
 from kernels.attention_cpu import PagedDecode
 from kernels.fused import rope_store
 from kernels.kv8 import StaticKV, allocate_cache, cache_block_bytes, store_kv
 
+DEPENDENT_ROWS = (
+    32  # up to here decode attention starts while the product ahead drains; above that gains nothing
+)
 CPU_CACHE_BYTES = 1 * GIB  # on the CPU, where the rest of the memory is not the engine's alone
 
 
@@ -27,8 +35,8 @@ CPU_CACHE_BYTES = 1 * GIB  # on the CPU, where the rest of the memory is not the
 class StepBatch:
     """Where the tokens of a step belong. Tokens lie flat: `decodes` single tokens, then chunks of prompts, then padding.
 
-    slots (T,) int64, -1 for padding; tables (B, W) int32; lengths (B,) int32 tokens of each sequence with those of this step,
-    the decoding sequences first; query_lens and context_lens are the chunks' numbers on the host.
+    slots (T,) int64, -1 for padding; tables (B, W) int32; lengths (B,) int32 tokens of each sequence with those of this step
+    (0: a row that pads), the decoding sequences first; query_lens and context_lens are the chunks' numbers on the host.
     """
 
     slots: Tensor
@@ -102,18 +110,21 @@ class PagedAttend:
         return self.read(layer, q)
 
     def attend_qkv(self, layer: int, qkv: Tensor, angles: Rotary, norms: HeadNorms | None) -> Tensor:
-        """As a call, with head norms, RoPE and the store in one kernel: qkv (T, (Hq + 2 Hkv) * D) -> (T, Hq * D)."""
+        """As a call, with head norms, RoPE and the store in one kernel: qkv (T, (Hq + 2 Hkv) * D) -> (T, Hq * D).
+
+        On a GPU a step that only decodes does its attention in that kernel too.
+        """
+        cache, batch = self._cache, self._batch
+        pages, cos, sin = cache.layers[layer], angles.cos, angles.sin
+        q_norm, k_norm, eps = (None, None, 0.0) if norms is None else (norms.q, norms.k, norms.eps)
+        if qkv.is_cuda and batch.decodes == len(qkv):
+            return rope_decode_attention(
+                qkv, cos, sin, pages, batch.tables, batch.lengths, cache.scale, cache.windows[layer],
+                q_norm=q_norm, k_norm=k_norm, eps=eps, q_scale=angles.q_scale, workspace=cache.workspace,
+                pdl=len(qkv) <= DEPENDENT_ROWS,
+            ).flatten(1)  # fmt: skip
         q = rope_store(
-            qkv,
-            angles.cos,
-            angles.sin,
-            self._cache.layers[layer],
-            self._batch.slots,
-            q_norm=None if norms is None else norms.q,
-            k_norm=None if norms is None else norms.k,
-            eps=0.0 if norms is None else norms.eps,
-            q_scale=angles.q_scale,
-            pdl=self._batch.decodes == len(qkv),
+            qkv, cos, sin, pages, batch.slots, q_norm=q_norm, k_norm=k_norm, eps=eps, q_scale=angles.q_scale
         )
         return self.read(layer, q)
 

@@ -2,8 +2,9 @@
 
 B rows of a bucket, W blocks of a table. Every tensor a graph reads has a fixed address: the four fields of a step (row, position,
 slot, prompt length), the block tables, and the sampler's last tokens, from which the graph takes its inputs, so that the token of
-the step before never visits the host. Rows that pad a bucket have slot -1, so nothing is written for them; they read one
-token of whatever block their table names, and their logits go nowhere.
+the step before never visits the host. A graph ends with the likeliest token of each row, already written to the last tokens: a batch
+that draws otherwise writes its own over them. Rows that pad a bucket have position and slot -1, so they are sequences of length 0:
+nothing is written for them, their attention is zero, and their logits go nowhere.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from engine.cache import PagedAttend, PagedCache, StepBatch
 from engine.model import Model
+from engine.sampling import Greedy, likeliest
 from engine.transfer import upload_into
 
 WARM_UP_STEPS = 2  # eager runs before a capture: kernels are compiled and workspaces allocated by them
@@ -23,11 +25,12 @@ WARM_UP_STEPS = 2  # eager runs before a capture: kernels are compiled and works
 
 @dataclass(frozen=True)
 class _Captured:
-    """One bucket: its graph, the fields (4, B) int64 that it reads, the logits (B, V) float32 that it writes."""
+    """One bucket: its graph, the fields (4, B) int64 that it reads, the logits (B, V) float32 and likeliest tokens that it writes."""
 
     graph: torch.cuda.CUDAGraph
     fields: Tensor
     logits: Tensor
+    greedy: Greedy
 
 
 class DecodeGraphs:
@@ -41,12 +44,16 @@ class DecodeGraphs:
         self._sizes = sorted({min(size, len(last_tokens) - 1) for size in sizes})
         self.largest = self._sizes[-1]
         self._tables = torch.zeros(self.largest, width, dtype=torch.int32, device=device)
-        self._padding = np.array([[len(last_tokens) - 1], [0], [-1], [0]])
+        self._padding = np.array([[len(last_tokens) - 1], [-1], [-1], [0]])
+        self._uploaded = np.empty((0, width), dtype=np.int32)  # what the tables hold
         self._captured: dict[int, _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def run(self, fields: npt.NDArray[np.int64], tables: npt.NDArray[np.int32]) -> tuple[Tensor, Tensor]:
-        """Logits (B, V) float32 of one decode step and the rows (B,) int64 on the device; both valid until the next run.
+    def run(
+        self, fields: npt.NDArray[np.int64], tables: npt.NDArray[np.int32]
+    ) -> tuple[Tensor, Tensor, Greedy]:
+        """Logits (B, V) float32 of one decode step, the rows (B,) int64 on the device, and the likeliest tokens, which are the
+        rows' last tokens now. All are valid until the next run.
 
         fields (4, B): row, position, slot and prompt length of each sequence; tables (B, W).
         """
@@ -55,9 +62,12 @@ class DecodeGraphs:
         captured = self._captured.get(size) or self._capture(size)
         padding = np.repeat(self._padding, size - count, axis=1)
         upload_into(captured.fields, np.concatenate([fields, padding], axis=1))
-        upload_into(self._tables[:count], tables)
+        if not np.array_equal(tables, self._uploaded):
+            upload_into(self._tables[:count], tables)
+            self._uploaded = tables
         captured.graph.replay()
-        return captured.logits[:count], captured.fields[0, :count]
+        peak, tokens = captured.greedy
+        return captured.logits[:count], captured.fields[0, :count], Greedy(peak[:count], tokens[:count])
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -79,15 +89,18 @@ class DecodeGraphs:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits = self._step(fields, lengths)
-        self._captured[size] = _Captured(graph, fields, logits)
+            logits, greedy = self._step(fields, lengths)
+        self._captured[size] = _Captured(graph, fields, logits, greedy)
         return self._captured[size]
 
-    def _step(self, fields: Tensor, lengths: Tensor) -> Tensor:
+    def _step(self, fields: Tensor, lengths: Tensor) -> tuple[Tensor, Greedy]:
         rows, positions, slots, prompt_lengths = fields
         torch.add(positions, 1, out=lengths)
         size = len(rows)
         batch = StepBatch(slots, self._tables[:size], lengths, size)
         attend = PagedAttend(self._cache, batch)
         hidden = self._model.hidden(self._last_tokens[rows], positions, attend, prompt_lengths)
-        return self._model.head(hidden)
+        logits = self._model.head(hidden)
+        greedy = likeliest(logits)
+        self._last_tokens[rows] = greedy.tokens
+        return logits, greedy

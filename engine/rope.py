@@ -55,6 +55,12 @@ def rotary(config: ModelConfig, positions: Tensor, prompt_lengths: Tensor | None
     return Rotary(cos, sin, q_scale)
 
 
+def look_up(table: Rotary, positions: Tensor) -> Rotary:
+    """The angles of positions (T,) from those of positions 0, 1, ...; -1 (a row that is no token) takes the last entry."""
+    q_scale = None if table.q_scale is None else table.q_scale[positions]
+    return Rotary(table.cos[positions], table.sin[positions], q_scale)
+
+
 def apply_rope(x: Tensor, angles: Rotary) -> Tensor:
     """Rotate x (T, heads, D): pair j is (x[j], x[j + D / 2]). Computed in float32, returned in the dtype of x."""
     cos, sin = angles.cos[:, None], angles.sin[:, None]  # (T, 1, D / 2)

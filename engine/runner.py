@@ -55,6 +55,8 @@ class ModelRunner:
         self._filled = np.zeros(config.max_batch, dtype=np.int64)  # blocks in each row of the tables
         self._prompt_lengths = np.zeros(config.max_batch, dtype=np.int64)
         self._graphs: DecodeGraphs | None = None
+        if self.device.type == "cuda":
+            model.tabulate_angles(context_length)
         if self.device.type == "cuda" and config.cuda_graphs and model.can_capture:
             self._graphs = DecodeGraphs(model, cache, self.sampler.last_tokens, config.graph_batches, width)
 
@@ -70,8 +72,8 @@ class ModelRunner:
         if self._graphs is not None and plan.is_decode and len(rows) <= self._graphs.largest:
             starts = np.array([segment.start for segment in plan.segments])
             fields = np.stack([rows, starts, self._slots(rows, starts), self._prompt_lengths[rows]])
-            logits, index = self._graphs.run(fields, self._tables[rows])
-            return self.sampler.sample(logits, tuple(rows.tolist()), index)
+            logits, index, greedy = self._graphs.run(fields, self._tables[rows])
+            return self.sampler.sample(logits, tuple(rows.tolist()), index, greedy)
         return self._run_eagerly(plan, rows)
 
     def warm_up(self) -> None:
@@ -80,8 +82,10 @@ class ModelRunner:
             self._graphs.warm_up()
 
     def close(self) -> None:
+        """Let go of model, cache and graphs: whoever still holds the runner, or a core around it, holds no device memory."""
         self._graphs = None
-        self.cache.layers.clear()
+        for name in ("model", "cache", "sampler"):
+            vars(self).pop(name, None)
 
     def _run_eagerly(self, plan: StepPlan, rows: Ints) -> PendingSample | None:
         lengths = np.array([segment.length for segment in plan.segments])

@@ -13,6 +13,7 @@ Tokens tied with the last one kept are kept. Log-probabilities are those of the 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -60,6 +61,18 @@ class PendingSample:
         token_ids, peaks, *rest = (None if t is None else t.tolist() for t in self._host)
         assert token_ids is not None and peaks is not None
         return Sampled(token_ids, [math.isfinite(peak) for peak in peaks], *rest)
+
+
+class Greedy(NamedTuple):
+    """The largest logit of each row (B,), NaN where any logit of it is, and its place (B,) int64."""
+
+    peak: Tensor
+    tokens: Tensor
+
+
+def likeliest(logits: Tensor) -> Greedy:
+    """The greedy choice from logits (B, V)."""
+    return Greedy(*logits.max(dim=-1))
 
 
 @dataclass(frozen=True)
@@ -125,17 +138,23 @@ class Sampler:
             counts[row] = output.to(self.device, torch.int32)
             seen[row] = known.to(self.device)
 
-    def sample(self, logits: Tensor, rows: tuple[int, ...], index: Tensor) -> PendingSample:
+    def sample(
+        self, logits: Tensor, rows: tuple[int, ...], index: Tensor, greedy: Greedy | None = None
+    ) -> PendingSample:
         """Draw one token a row from logits (B, V) float32, keep it as the row's last token, start its way to the host.
 
-        rows and index (B,) int64 are the same numbers, on the host and on the device.
+        rows and index (B,) int64 are the same numbers, on the host and on the device. `greedy`: the likeliest tokens, where
+        they are known and are the rows' last tokens already; a batch that wants nothing else is then done.
         """
         if self._prepared is None or self._prepared[0] != rows:
             self._prepared = (rows, self._prepare(rows))
         batch = self._prepared[1]
         logprobs = top_ids = top_logprobs = None
+        if batch.is_plain_greedy and greedy is not None:
+            self._drawn[list(rows)] += np.uint64(1)
+            return PendingSample((greedy.tokens, greedy.peak))
         if batch.is_plain_greedy:
-            peak, tokens = logits.max(dim=-1)  # the maximum is NaN where any logit is
+            peak, tokens = likeliest(logits)
         else:
             peak = logits.amax(-1)
             logits = torch.where(torch.isfinite(peak)[:, None], logits, 0.0)

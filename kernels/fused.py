@@ -3,7 +3,8 @@
 T tokens, H hidden size, I intermediate size, Hq query and Hkv key/value heads, D head_dim. Every function rounds where the torch
 reference of the same name rounds, so the two differ by the rounding of sums only. CPU tensors take the references, CUDA tensors
 the Triton kernels of `fused_triton.py`. `pdl` asks for programmatic dependent launch: the kernel may start while its predecessor
-drains; it pays where most kernels of a captured step do so. Knows nothing of blocks or weights.
+drains; it pays where most kernels of a captured step do so. A norm and `silu_mul` let the kernel behind them start before they wait
+themselves, so what follows must read nothing but weights before its own wait: the products do so, and attention never follows. Knows nothing of blocks or weights.
 """
 
 import torch

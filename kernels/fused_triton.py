@@ -28,7 +28,11 @@ def rms_norm_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row a program: total = x + delta (ADD), rounded and stored, then its norm; BLOCK >= width, the rest is masked."""
+    """One row a program: total = x + delta (ADD), rounded and stored, then its norm; BLOCK >= width, the rest is masked.
+
+    PDL: the kernel behind is let in before this one waits, so that its weights are on their way meanwhile; it must wait itself
+    before it touches anything that this kernel or an earlier one writes.
+    """
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     ok = cols < width
@@ -36,8 +40,8 @@ def rms_norm_kernel(
         weight_ptr + cols, mask=ok, other=0.0
     )  # a weight: no earlier kernel of the step writes it
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     x = tl.load(x_ptr + row * width + cols, mask=ok, other=0.0)
     if ADD:
         delta = tl.load(delta_ptr + row * width + cols, mask=ok, other=0.0)
@@ -51,10 +55,10 @@ def rms_norm_kernel(
 
 @triton.jit
 def silu_mul_kernel(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Program (row, BLOCK columns of I): out = silu(gate) rounded * up."""
+    """Program (row, BLOCK columns of I): out = silu(gate) rounded * up. PDL as in `rms_norm_kernel`."""
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = cols < width

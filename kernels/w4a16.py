@@ -10,7 +10,7 @@ import math
 import re
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.w4a16_gemm import GemmTile, Workspace, launch_gemm
 from kernels.w4a16_gemv import GemvTile, launch_gemv
 from kernels.w4a16_layout import W4Weight, concat, pair, prepare, restore
-from kernels.w4a16_prefill import PrefillTile, dequantize_then_matmul
+from kernels.w4a16_prefill import PrefillTile, dequantize_then_matmul, launch_silu_pairs
 
 __all__ = ["W4Weight", "concat", "pair", "prepare", "restore", "w4a16_linear", "w4a16_reference"]
 
@@ -65,7 +65,7 @@ def w4a16_linear(
     out = torch.empty(rows.shape[0], weight.out_features, dtype=x.dtype, device=x.device)
     if rows.shape[0]:
         flat = None if residual is None else residual.reshape(-1, weight.out_features).contiguous()
-        tile = pick(table_of(x.device), rows.shape[0], weight)
+        tile = _tile(_index(x.device), rows.shape[0], weight.rows, weight.in_features)
         run_tile(tile, rows, weight, out, flat, is_dependent)
     return out.view(*x.shape[:-1], weight.out_features)
 
@@ -88,7 +88,10 @@ def run_tile(
     elif weight.is_paired or weight.bias is not None or residual is not None:
         product = torch.empty(x.shape[0], weight.rows, dtype=x.dtype, device=x.device)
         dequantize_then_matmul(x, weight, tile, product)
-        out.copy_(_epilogue(product, weight, residual))
+        if weight.is_paired and weight.bias is None and residual is None:
+            launch_silu_pairs(product, out)
+        else:
+            out.copy_(_epilogue(product, weight, residual))
     else:
         dequantize_then_matmul(x, weight, tile, out)
 
@@ -149,7 +152,21 @@ def table_for(name: str) -> tuple[Entry, ...]:
     return parse_table(json.loads(file.read_text()))
 
 
-def pick(table: tuple[Entry, ...], tokens: int, weight: W4Weight) -> Tile:
+class Shape(Protocol):
+    """What a choice of tile reads of a weight."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+
+
+class _Size(NamedTuple):
+    rows: int
+    in_features: int
+
+
+def pick(table: tuple[Entry, ...], tokens: int, weight: Shape) -> Tile:
     """The tile of the shape nearest to that of `weight` (by ratios), of the smallest number of tokens that is enough."""
     if tokens * max(weight.rows, weight.in_features) >= INDEX_LIMIT:
         return PrefillTile(0)
@@ -165,6 +182,12 @@ def pick(table: tuple[Entry, ...], tokens: int, weight: W4Weight) -> Tile:
         min(enough, key=lambda entry: entry.tokens) if enough else max(shape, key=lambda entry: entry.tokens)
     )
     return chosen.tile
+
+
+@functools.lru_cache(maxsize=4096)
+def _tile(index: int, tokens: int, rows: int, in_features: int) -> Tile:
+    """`pick` on the table of a device, remembered: it costs more than the launch, and a step asks again for each layer."""
+    return pick(table_for(_device_name(index)), tokens, _Size(rows, in_features))
 
 
 @functools.cache

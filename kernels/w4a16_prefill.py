@@ -51,6 +51,18 @@ def w4_dequantize(
             tl.store(target + plane * 32, value, mask=(i < rows)[:, None] & inside[None, :])
 
 
+@triton.jit
+def silu_pairs(pairs, out, size, BLOCK: tl.constexpr):
+    """out[i] = silu(pairs[2 i]), rounded, * pairs[2 i + 1] for i < size; pairs and out fp16 or bf16, contiguous; float32 inside."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    both = start * 2 + tl.arange(0, 2 * BLOCK)
+    gate, up = tl.split(tl.reshape(tl.load(pairs + both, mask=both < 2 * size, other=0.0), (BLOCK, 2)))
+    wide = gate.to(tl.float32)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype)
+    i = start + tl.arange(0, BLOCK)
+    tl.store(out + i, (silu.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), mask=i < size)
+
+
 @dataclass(frozen=True)
 class PrefillTile:
     """How many rows are written out at a time; 0 for all at once."""
@@ -66,6 +78,12 @@ def launch_dequantize(weight: W4Weight, row0: int, out: Tensor) -> None:
         GROUP=weight.group_size, EVEN_K=weight.in_features % BLOCK == 0, BN=64,
         ASM=not triton.knobs.runtime.interpret, num_warps=4,
     )  # fmt: skip
+
+
+def launch_silu_pairs(pairs: Tensor, out: Tensor) -> None:
+    """silu(gate) * up of a paired product (M, 2 I), whose columns alternate, to out (M, I), as one pass."""
+    block = 1024
+    silu_pairs[(triton.cdiv(out.numel(), block),)](pairs, out, out.numel(), BLOCK=block, num_warps=4)
 
 
 def dequantize_then_matmul(x: Tensor, weight: W4Weight, tile: PrefillTile, out: Tensor) -> None:

@@ -1,5 +1,7 @@
 """The runner and the paged cache on tiny random models: batching against one request alone, int8 KV, chunks, preemption."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -61,6 +63,25 @@ def requests(count: int, sampling: SamplingParams, longest: int = 60) -> list[Re
 
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+
+
+def test_a_closed_runner_holds_no_model_and_no_cache():
+    """Whoever keeps the engine's name, as a loop over contenders does, must not keep its memory."""
+    core = engine()
+    held = [weakref.ref(part) for part in (core.runner.model, core.runner.cache, core.runner.sampler)]
+    generate(core, requests(2, GREEDY))
+    core.close()
+    gc.collect()
+    assert [part() for part in held] == [None] * 3
+
+
+@pytest.mark.parametrize("config", [TINY, WINDOW, DYNAMIC], ids=["full", "window", "dynamic-rope"])
+def test_tabulated_angles_give_the_same_tokens(config):
+    """Positions run over several pages; scalings that depend on the length are left alone."""
+    plain, tabulated = engine(config), engine(config)
+    tabulated.runner.model.tabulate_angles(128)
+    batch = requests(4, GREEDY)
+    assert generate(plain, batch) == generate(tabulated, batch)
 
 
 @pytest.mark.parametrize("config", [TINY, WINDOW, DYNAMIC], ids=["full", "window", "dynamic-rope"])

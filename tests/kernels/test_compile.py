@@ -13,7 +13,7 @@ import itertools, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels import attention_triton, fused_triton, kv8_triton
+from kernels import attention_triton, fused_triton, kv8_triton, w4a16_prefill
 
 FLOATS = {"cos_ptr", "sin_ptr", "q_scale_ptr", "static_ptr", "partial_ptr", "lse_ptr"}
 INTS = {"params_ptr", "tables_ptr", "table_ptr", "lens_ptr", "arrivals_ptr"}
@@ -48,6 +48,8 @@ for mode in (0, 1, 2):
 build(attention_triton.merge_kernel, HEAD_DIM=64, WINDOW=0, ASM=True, TILE=32, EVEN=True, BATCH_PAD=16, STEP=8)
 build(fused_triton.rms_norm_kernel, ADD=True, BLOCK=1024, PDL=True)
 build(fused_triton.silu_mul_kernel, BLOCK=512, PDL=True)
+source = ASTSource(w4a16_prefill.silu_pairs, {"pairs": "*fp16", "out": "*fp16", "size": "i32", "BLOCK": "constexpr"}, {(3,): 1024}, {})
+assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["cubin"]
 print("compiled")
 """
 

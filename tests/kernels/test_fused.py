@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from kernels import fused, fused_triton
 from kernels.fused_triton import launch_rms_norm, launch_rope_store, launch_silu_mul
 from kernels.kv8 import KVCache, StaticKV, allocate_cache, dequantize_kv, unpack_halves
+from kernels.w4a16_prefill import launch_silu_pairs
 
 HALF_ULP = 2**-10  # one unit in the last place of fp16: the two may round a sum to neighbours
 
@@ -22,6 +23,15 @@ def test_rms_norm_kernel(width: int, has_delta: bool):
     else:
         expected_total, expected = x, fused.rms_norm(x, weight, 1e-5)
     assert torch.equal(total, expected_total)
+    assert torch.allclose(out.float(), expected.float(), rtol=2 * HALF_ULP, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 8), (3, 700), (5, 1024)])
+def test_silu_of_alternating_columns(tokens: int, width: int):
+    pairs = torch.randn(tokens, 2 * width).half()
+    out = torch.full((tokens, width), float("nan"), dtype=torch.float16)
+    launch_silu_pairs(pairs, out)
+    expected = F.silu(pairs[:, 0::2]) * pairs[:, 1::2]
     assert torch.allclose(out.float(), expected.float(), rtol=2 * HALF_ULP, atol=1e-6)
 
 
