@@ -309,3 +309,17 @@ def test_of_another_program_is_read_with_a_note(case: str, packed: Path, tmp_pat
     assert report.passed and any("digests could not be checked" in note for note in report.notes)
     done = run("quantize", "verify", folder, "--source", packed / "awq")
     assert done.returncode == 0 and "no manifest" in done.stdout
+
+
+def test_the_way_there_and_back_by_commands(packed: Path, tmp_path: Path) -> None:
+    done = run("quantize", "pack", packed / "awq", "-o", tmp_path / "ws", "--chat-template", "llama2")
+    assert done.returncode == 0, done.stderr
+    assert "chat_template: llama2" in (tmp_path / "ws" / WEIGHTS / "config.yaml").read_text()
+    assert run("quantize", "verify", tmp_path / "ws", "--source", packed / "awq").returncode == 0
+    assert run("quantize", "unpack", tmp_path / "ws", "-o", tmp_path / "back").returncode == 0
+    one, other = open_checkpoint(packed / "awq"), open_checkpoint(tmp_path / "back")
+    assert one.config == other.config
+    for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+        assert (packed / "awq" / name).read_bytes() == (tmp_path / "back" / name).read_bytes()
+    refused = run("quantize", "unpack", packed / "awq", "-o", tmp_path / "no")
+    assert refused.returncode == 3 and "no TurboMind workspace" in refused.stderr
