@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from engine.api import Request, SamplingParams
 
-# Under load newcomers are let in together, so that most steps are pure decode steps, which a CUDA graph runs at once: with n sequences
-# running, at most every n / 16 steps and at least every 8. Below 16 sequences nobody waits for this.
-ADMISSION_STEPS, ADMISSION_SHARE = 8, 16
+# Under load newcomers are let in together, so that most steps are pure decode steps, which a CUDA graph runs at once, and prompts make
+# steps long enough to keep the device busy while the host launches their kernels one by one: with n sequences running, at most
+# every n / 8 steps and at least every 16. Below 16 sequences nobody waits for this.
+ADMISSION_STEPS, ADMISSION_SHARE = 16, 8
 
 
 class BlockManager:

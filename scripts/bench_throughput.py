@@ -192,6 +192,11 @@ def run_dynamic(report: Report, bandwidth: float, requests: int) -> None:
             bench.dynamic(trace[:40], rate=1000.0)  # compiles
             row = report.add(bench.dynamic(trace, rate=200.0))
             speeds[kind] = row.req_per_s or 0.0
+            retries = torch.cuda.memory_stats().get("num_alloc_retries", 0)
+            report.notes.append(
+                f"dynamic, {kind}: {bench.core.blocks.total} blocks, {row.preemptions} preemptions, {retries} allocations that "
+                "had to wait for cached memory to be freed"
+            )
             busy = bench.dynamic(trace[: requests // 3], rate=200.0, profile=True).busy_share
             report.judge(f"GPU busy under load, {kind}", busy or 0.0, 0.95)
     report.judge("requests per second, int4+KV8 over fp16", speeds["int4+KV8"] / speeds["fp16"], 1.8)
