@@ -46,10 +46,17 @@ class LinearReport:
     loss_after: float
     steps: tuple[str, ...] = ()  # the steps that were kept, in order: "scale", "clip", "gptq", ...
     warnings: tuple[str, ...] = ()
-    values: dict[str, float] = field(default_factory=dict)  # for instance alpha, damping, share of clipped groups
+    values: dict[str, float] = field(
+        default_factory=dict
+    )  # for instance alpha, damping, share of clipped groups
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def dead_channels(count: int) -> str:
+    """The warning about input channels that no token of the text uses."""
+    return f"{count} input channels are zero in every token"
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,7 @@ def layer_table(layers: Sequence[Layer]) -> Table:
 
 def role_table(layers: Sequence[Layer]) -> Table:
     """One row a role: the loss kept as a share of RTN's, median and worst layer."""
-    table = Table(
-        box=SIMPLE_HEAD, title="loss as a share of round-to-nearest's, by linear", title_justify="left"
-    )
+    table = Table(box=SIMPLE_HEAD, title="loss / loss of RTN", title_justify="left")
     for name in ("linear", "median", "worst", "in layer"):
         table.add_column(name, justify="right" if name != "linear" else "left")
     shares: dict[str, list[tuple[float, int]]] = defaultdict(list)

@@ -18,7 +18,7 @@ from quant.folding import Fold
 from quant.gptq import DAMPING, gptq_published, gptq_static
 from quant.gram import InputStats, damped, loss_rows
 from quant.presets import Effort, Plan
-from quant.records import LinearReport
+from quant.records import LinearReport, dead_channels
 
 _TINY = 1e-30
 RIDGE = 0.03  # of the mean of G's diagonal, when targets move toward the float stream
@@ -319,7 +319,7 @@ def _reports(
     if stats.excluded:
         warnings.append(f"{stats.excluded} tokens with a NaN or an infinity were left out")
     if stats.dead:
-        warnings.append(f"{stats.dead} input channels are zero in every token")
+        warnings.append(dead_channels(stats.dead))
     reports, start = [], 0
     for k, (role, rows) in enumerate(zip(stack.roles, stack.rows, strict=True)):
         own = list(warnings)

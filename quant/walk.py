@@ -4,7 +4,7 @@ S samples, L tokens a sample, H hidden size, Hkv key heads.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from quant.config import QuantConfig
 from quant.kv import folded_ranges
 from quant.plan import needs_float_stream
 from quant.progress import gpu_peak_gib
-from quant.records import BlockResult, LinearReport, Streams
+from quant.records import BlockResult, LinearReport, Streams, dead_channels
 from quant.sensitivity import fits_whole, measure_sensitivity
 from quant.statistics import BlockStatistics
 from quant.streams import advance, embed_tokens
@@ -27,20 +27,31 @@ HeadRanges = dict[str, tuple[Tensor, Tensor]]  # "k" and "v" -> minima and maxim
 
 @dataclass(frozen=True)
 class Step:
-    """One block done. `ranges` is None where no text ran through it."""
+    """One block done. `ranges` is None where no text ran through it; `padding` are the zero columns that `--pad` added."""
 
     index: int
     result: BlockResult
     ranges: HeadRanges | None
+    padding: dict[str, int] = field(default_factory=dict)
 
     @property
     def warnings(self) -> list[str]:
-        """The warnings of its linears, by layer name."""
-        return [
-            f"layer {self.index}, {report.role}: {warning}"
-            for report in self.result.reports
-            for warning in report.warnings
-        ]
+        """The warnings of its linears, by layer name; the dead channels of padding are no news."""
+        roles: dict[str, list[str]] = {}
+        for report in self.result.reports:
+            for warning in report.warnings:
+                if warning != dead_channels(self.padding.get(report.role, -1)):
+                    roles.setdefault(warning, []).append(report.role)
+        return [f"layer {self.index}, {', '.join(names)}: {warning}" for warning, names in roles.items()]
+
+
+def padding_of(weights: BlockWeights) -> dict[str, int]:
+    """Role -> columns that are zero throughout."""
+    return {
+        role: int((part.weight == 0).all(0).sum())
+        for role, part in weights.linears.items()
+        if isinstance(part.weight, Tensor)
+    }
 
 
 def first_streams(
@@ -97,7 +108,7 @@ def walk(
         elif block.low:
             ranges = {name: (low.cpu(), high.cpu()) for name, (low, high) in block.head_ranges().items()}
         streams = result.streams
-        yield Step(index, result, ranges)
+        yield Step(index, result, ranges, padding_of(weights) if ckpt.config.padded_from is not None else {})
 
 
 def error_metrics(

@@ -402,3 +402,20 @@ def test_a_group_of_commands_can_hang_below_another():
     with pytest.raises(SystemExit) as left:
         umbrella.main(["quantize", "inspect", "/nowhere/at/all"])
     assert left.value.code == 3
+
+
+def test_the_dead_channels_of_padding_are_no_news(place, tmp_path):
+    done = run(
+        "quantize",
+        "awq",
+        place / "model",
+        "-o",
+        tmp_path / "out",
+        *text(place)[:2],
+        *FAST[2:],
+        "--pad",
+        "--preset",
+        "fast",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "zero in every token" not in done.stderr + done.stdout
