@@ -6,6 +6,7 @@ T tokens of a step, B sequences, W blocks of a table, Hq and Hkv heads, D head s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -105,6 +106,11 @@ class PagedAttend:
         self._cache, self._batch = cache, batch
         self._decodes: dict[int | None, PagedDecode] = {}  # by window, on the CPU
 
+    @cached_property
+    def _chunk_slots(self) -> Tensor:
+        """Slots of the chunks of prompts; a copy, because kernels are compiled anew for an address that is not aligned."""
+        return self._batch.slots[self._batch.decodes :].clone()
+
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         store_kv(self._cache.layers[layer], k, v, self._batch.slots)
         return self.read(layer, q)
@@ -112,26 +118,36 @@ class PagedAttend:
     def attend_qkv(self, layer: int, qkv: Tensor, angles: Rotary, norms: HeadNorms | None) -> Tensor:
         """As a call, with head norms, RoPE and the store in one kernel: qkv (T, (Hq + 2 Hkv) * D) -> (T, Hq * D).
 
-        On a GPU a step that only decodes does its attention in that kernel too.
+        On a GPU the attention of the decoding sequences is in that kernel too: its variants are those of the captured steps.
         """
-        cache, batch = self._cache, self._batch
-        pages, cos, sin = cache.layers[layer], angles.cos, angles.sin
+        cache, batch, count = self._cache, self._batch, self._batch.decodes
+        pages, scale, window = cache.layers[layer], cache.scale, cache.windows[layer]
         q_norm, k_norm, eps = (None, None, 0.0) if norms is None else (norms.q, norms.k, norms.eps)
-        if qkv.is_cuda and batch.decodes == len(qkv):
-            return rope_decode_attention(
-                qkv, cos, sin, pages, batch.tables, batch.lengths, cache.scale, cache.windows[layer],
-                q_norm=q_norm, k_norm=k_norm, eps=eps, q_scale=angles.q_scale, workspace=cache.workspace,
-                pdl=len(qkv) <= DEPENDENT_ROWS,
-            ).flatten(1)  # fmt: skip
-        q = rope_store(
-            qkv, cos, sin, pages, batch.slots, q_norm=q_norm, k_norm=k_norm, eps=eps, q_scale=angles.q_scale
-        )
-        return self.read(layer, q)
+        if not (qkv.is_cuda and count):
+            q = rope_store(
+                qkv, angles.cos, angles.sin, pages, batch.slots,
+                q_norm=q_norm, k_norm=k_norm, eps=eps, q_scale=angles.q_scale,
+            )  # fmt: skip
+            return self.read(layer, q)
+        first = angles.take(slice(count))
+        out = qkv.new_empty(len(qkv), cache.config.num_heads, pages.head_dim)
+        rope_decode_attention(
+            qkv[:count], first.cos, first.sin, pages, batch.tables[:count], batch.lengths[:count], scale, window,
+            q_norm=q_norm, k_norm=k_norm, eps=eps, q_scale=first.q_scale,
+            workspace=cache.workspace, out=out[:count], pdl=count <= DEPENDENT_ROWS,
+        )  # fmt: skip
+        if count < len(qkv):
+            rest = angles.take(slice(count, None))
+            q = rope_store(
+                qkv[count:], rest.cos, rest.sin, pages, self._chunk_slots,
+                q_norm=q_norm, k_norm=k_norm, eps=eps, q_scale=rest.q_scale,
+            )  # fmt: skip
+            out[count:] = self._prefill(layer, q)
+        return out.flatten(1)
 
     def read(self, layer: int, q: Tensor) -> Tensor:
         """Attention of q (T, Hq, D) over the pages: (T, Hq * D), zeros for padding."""
-        cache, batch = self._cache, self._batch
-        pages, window, count = cache.layers[layer], cache.windows[layer], batch.decodes
+        batch, count = self._batch, self._batch.decodes
         if count == len(q):
             return self._decode(layer, q, None).flatten(1)
         out = torch.zeros_like(q)
@@ -139,16 +155,21 @@ class PagedAttend:
             self._decode(layer, q[:count], out[:count])
         stop = count + sum(batch.query_lens)
         if stop > count:
-            out[count:stop] = prefill_attention(
-                q[count:stop],
-                pages,
-                batch.tables[count:],
-                batch.query_lens,
-                batch.context_lens,
-                cache.scale,
-                window,
-            )
+            out[count:stop] = self._prefill(layer, q[count:stop])
         return out.flatten(1)
+
+    def _prefill(self, layer: int, q: Tensor) -> Tensor:
+        """Attention of the chunks of prompts, q (sum of query_lens, Hq, D)."""
+        cache, batch = self._cache, self._batch
+        return prefill_attention(
+            q,
+            cache.layers[layer],
+            batch.tables[batch.decodes :],
+            batch.query_lens,
+            batch.context_lens,
+            cache.scale,
+            cache.windows[layer],
+        )
 
     def _decode(self, layer: int, q: Tensor, out: Tensor | None) -> Tensor:
         """Attention of the decoding sequences, q (B, Hq, D), written to `out` where given."""

@@ -18,7 +18,7 @@ from engine.block import Block, Tap, attention_forward, block_forward, mlp_forwa
 from engine.layers import dense_product, runs_packed_groups
 from engine.ops import TORCH_OPS, Ops, ops_for
 from engine.parallel import TensorParallel, gather_logits, shard_block, shard_config, shard_head
-from engine.rope import Rotary, depends_on_length, look_up, rotary
+from engine.rope import Rotary, depends_on_length, rotary
 
 __all__ = [
     "Attend",
@@ -182,7 +182,7 @@ class Model:
     def rotary(self, positions: Tensor, prompt_lengths: Tensor | None = None) -> Rotary:
         """Angles of these positions (T,), the same for every block; see `engine.rope.rotary`."""
         if self._angles is not None:
-            return look_up(self._angles, positions)
+            return self._angles.take(positions)
         return rotary(self.config, positions, prompt_lengths)
 
     def tabulate_angles(self, length: int) -> None:

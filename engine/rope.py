@@ -23,6 +23,11 @@ class Rotary(NamedTuple):
     sin: Tensor
     q_scale: Tensor | None = None
 
+    def take(self, where: Tensor | slice) -> "Rotary":
+        """The angles at these places (T',); in a table of all positions, -1 (a row that is no token) takes the last entry."""
+        q_scale = None if self.q_scale is None else self.q_scale[where]
+        return Rotary(self.cos[where], self.sin[where], q_scale)
+
 
 def depends_on_length(config: ModelConfig) -> bool:
     """True where the frequencies change with the length of the sequence, so that `rotary` needs `prompt_lengths`."""
@@ -53,12 +58,6 @@ def rotary(config: ModelConfig, positions: Tensor, prompt_lengths: Tensor | None
     if attention_factor != 1.0:
         cos, sin = cos * attention_factor, sin * attention_factor
     return Rotary(cos, sin, q_scale)
-
-
-def look_up(table: Rotary, positions: Tensor) -> Rotary:
-    """The angles of positions (T,) from those of positions 0, 1, ...; -1 (a row that is no token) takes the last entry."""
-    q_scale = None if table.q_scale is None else table.q_scale[positions]
-    return Rotary(table.cos[positions], table.sin[positions], q_scale)
 
 
 def apply_rope(x: Tensor, angles: Rotary) -> Tensor:

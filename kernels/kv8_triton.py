@@ -137,7 +137,8 @@ def store_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["length"])
+# Lengths and places of tables differ from call to call: one binary for all of them.
+@triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=["table_ptr"])
 def gather_kernel(
     k_pages_ptr,
     v_pages_ptr,
