@@ -24,7 +24,9 @@ def test_kernels_package_stays_an_empty_namespace() -> None:
     public = [name for name in vars(kernels) if not name.startswith("__")]
     submodules = [name for name in public if f"kernels.{name}" in sys.modules]
     assert public == submodules, "kernels/__init__.py must define nothing"
-    assert not hasattr(kernels, "__version__"), "a version would make transformers take it for the other package"
+    assert not hasattr(kernels, "__version__"), (
+        "a version would make transformers take it for the other package"
+    )
 
 
 def test_transformers_loads_a_model_beside_our_kernels() -> None:
