@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.w4a16_layout import BLOCK, W4Weight
-from kernels.w4a16_unpack import centred, scale_of, store_tile, times, zero_of
+from kernels.w4a16_unpack import centred, check_dependent, scale_of, store_tile, times, zero_of
 
 MAX_SEGMENTS = 16
 MAX_TILES = 1 << 16
@@ -24,29 +24,48 @@ PARTIAL_FLOATS = 1 << 24  # 64 MiB: two tiles of at most BM x BN for each progra
 
 
 @triton.jit
-def _dot(left, right, acc, ASM: tl.constexpr):
-    """acc + left @ right in float32. The interpreter has no bf16 dot: it gets float32 operands."""
+def _dot(w, x, acc, SWAP: tl.constexpr, ASM: tl.constexpr):
+    """acc + the product of weights and tokens, the weights on the left for SWAP. The interpreter has no bf16 dot: float32."""
     if not ASM:
-        left = left.to(tl.float32)
-        right = right.to(tl.float32)
-    return tl.dot(left, right, acc)
+        w = w.to(tl.float32)
+        x = x.to(tl.float32)
+    return tl.dot(w, x, acc) if SWAP else tl.dot(x, w, acc)
 
 
 @triton.jit
-def _plane_weights(
-    words, packed, PLANE: tl.constexpr,
-    SWAP: tl.constexpr, SCALE_FIRST: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
+def _block_dot(
+    acc, words, xs, scale_zero, N,
+    GROUP: tl.constexpr, SWAP: tl.constexpr, SCALE_FIRST: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """One plane in the shape of words. packed (BN,): scale and zero."""
-    zero = zero_of(packed, PLANE, BF16)
-    zero, _ = tl.broadcast(zero[:, None] if SWAP else zero[None, :], words)
-    w = centred(words, zero, PLANE, BF16, ASM)
-    if SCALE_FIRST:
-        scale = scale_of(packed)
-        factor = scale.to(tl.float32).to(tl.bfloat16) if BF16 else scale
-        factor, _ = tl.broadcast(factor[:, None] if SWAP else factor[None, :], w)
-        w = times(w, factor, BF16, ASM)
-    return w
+    """acc + the product of one block. words (32, BN) or (BN, 32) for SWAP; scale_zero: pointers (BN,) of the first group."""
+    part = tl.zeros_like(acc)
+    for plane in tl.static_range(4):
+        if plane * 32 % GROUP == 0:
+            packed = tl.load(scale_zero + plane * 32 // GROUP * N, eviction_policy="evict_first")
+            scale = scale_of(packed)
+        zero = zero_of(packed, plane, BF16)
+        if SWAP:
+            zero, _ = tl.broadcast(zero[:, None], words)
+        else:
+            zero, _ = tl.broadcast(zero[None, :], words)
+        w = centred(words, zero, plane, BF16, ASM)
+        x = xs[plane]
+        if SCALE_FIRST:
+            factor = scale.to(tl.float32).to(tl.bfloat16) if BF16 else scale
+            if SWAP:
+                factor, _ = tl.broadcast(factor[:, None], w)
+            else:
+                factor, _ = tl.broadcast(factor[None, :], w)
+            w = times(w, factor, BF16, ASM)
+            acc = _dot(w, x, acc, SWAP, ASM)
+        else:
+            if plane * 32 % GROUP == 0:
+                part = tl.zeros_like(acc)
+            part = _dot(w, x, part, SWAP, ASM)
+            if (plane + 1) * 32 % GROUP == 0:
+                wide = scale.to(tl.float32)
+                acc += part * (wide[:, None] if SWAP else wide[None, :])
+    return acc
 
 
 @triton.jit
@@ -57,38 +76,24 @@ def _stacked_weights(words, scale_zero, N, GROUP: tl.constexpr, BF16: tl.constex
     registers only: a thread's share of 128 k in a dot operand is its share of 32 k, four times. One dot over 128 k then
     runs asynchronously, and the next block is unpacked meanwhile; a chain of four dots would wait for each.
     """
-    p0 = tl.load(scale_zero, eviction_policy="evict_first")
-    p1 = tl.load(scale_zero + N, eviction_policy="evict_first") if GROUP == 32 else p0
-    p2 = tl.load(scale_zero + 64 // GROUP * N, eviction_policy="evict_first") if GROUP <= 64 else p0
-    p3 = tl.load(scale_zero + 3 * N, eviction_policy="evict_first") if GROUP == 32 else p2
-    w0 = _plane_weights(words, p0, 0, True, True, BF16, ASM)
-    w1 = _plane_weights(words, p1, 1, True, True, BF16, ASM)
-    w2 = _plane_weights(words, p2, 2, True, True, BF16, ASM)
-    w3 = _plane_weights(words, p3, 3, True, True, BF16, ASM)
-    joined = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # (BN, 32, plane % 2, plane // 2)
-    return tl.reshape(tl.permute(joined, (0, 3, 2, 1)), (words.shape[0], 128))
-
-
-@triton.jit
-def _planewise_dot(
-    acc, words, xs, scale_zero, N,
-    GROUP: tl.constexpr, SCALE_FIRST: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """acc (BM, BN) + the product of one block, plane by plane. words (32, BN); xs: x of each plane, (BM, 32)."""
-    part = tl.zeros_like(acc)
     for plane in tl.static_range(4):
         if plane * 32 % GROUP == 0:
             packed = tl.load(scale_zero + plane * 32 // GROUP * N, eviction_policy="evict_first")
-        w = _plane_weights(words, packed, plane, False, SCALE_FIRST, BF16, ASM)
-        if SCALE_FIRST:
-            acc = _dot(xs[plane], w, acc, ASM)
+            scale = scale_of(packed)
+            factor = scale.to(tl.float32).to(tl.bfloat16) if BF16 else scale
+        zero, _ = tl.broadcast(zero_of(packed, plane, BF16)[:, None], words)
+        w = centred(words, zero, plane, BF16, ASM)
+        wide, _ = tl.broadcast(factor[:, None], w)
+        w = times(w, wide, BF16, ASM)
+        if plane == 0:
+            w0 = w
+        elif plane == 1:
+            low = tl.join(w0, w)
+        elif plane == 2:
+            w2 = w
         else:
-            if plane * 32 % GROUP == 0:
-                part = tl.zeros_like(acc)
-            part = _dot(xs[plane], w, part, ASM)
-            if (plane + 1) * 32 % GROUP == 0:
-                acc += part * scale_of(packed).to(tl.float32)[None, :]
-    return acc
+            joined = tl.join(low, tl.join(w2, w))  # (BN, 32, plane % 2, plane // 2)
+    return tl.reshape(tl.permute(joined, (0, 3, 2, 1)), (words.shape[0], 128))
 
 
 @triton.jit
@@ -105,17 +110,19 @@ def w4_matmul(
     GROUP: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PAIRED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SWAP: tl.constexpr, SCALE_FIRST: tl.constexpr, SEGMENTS: tl.constexpr,
-    ASM: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SWAP: tl.constexpr, SCALE_FIRST: tl.constexpr, STACKED: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    ASM: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = f(sum_k x[m, k] * (q[n, k] - z[n, g]) * s[n, g] + bias[n]) + residual[m, n], f of `store_tile`.
 
     x (M, K) fp16 or bf16, rows `stride_x` apart; words (KB, N, 32) int16 and scale_zero (KB * P, N) int32 of
     `w4a16_layout`; out, residual (M, N) or (M, N / 2) row-major, dtype of x; bias (N,); partial: float32 workspace of two
     tiles for each program; arrived (T,) int32, zero before and after.
-    Rounding: SCALE_FIRST or SWAP rounds (q - z) * s once to the dtype of x before the dot (for bf16 also s); otherwise q - z
-    is exact in the dot and s multiplies the float32 sum of a group. Products accumulate in float32; one rounding at the end.
-    Tiles: BM, BN powers of two >= 16 (SWAP: BN >= 64 and the weights are the left operand); SEGMENTS >= programs in a tile.
+    Rounding: SCALE_FIRST rounds (q - z) * s once to the dtype of x before the dot (for bf16 also s); otherwise q - z is exact
+    in the dot and s multiplies the float32 sum of a group. Products accumulate in float32; one rounding at the end.
+    Tiles: BM, BN powers of two, BN >= 16, BM >= 16, or 8 with SWAP (the weights are the left operand, BN >= 64); STACKED
+    (needs SWAP and SCALE_FIRST) makes one dot of the four of a block; SEGMENTS >= programs in a tile.
     Ragged edges: rows >= N are read from row N - 1 and not stored; tokens >= M and k >= K are read as zero.
     """
     BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
@@ -125,7 +132,9 @@ def w4_matmul(
     begin = program * run
     end = tl.minimum(begin + run, total)
     c = tl.arange(0, 32)
-    if PDL:
+    if DEPENDENT != "never":
+        if DEPENDENT == "early":
+            tl.extra.cuda.gdc_launch_dependents()
         first = begin // KB // m_tiles * BN
         ahead = tl.arange(0, 4)
         row = tl.minimum(first + tl.arange(0, BN // 2) * 2, N - 1)
@@ -144,52 +153,46 @@ def w4_matmul(
         b0 = tl.maximum(begin - tile * KB, 0)
         b1 = tl.minimum(end - tile * KB, KB)
         if SWAP:
-            k = tl.arange(0, 128)[:, None]
             word_ptr = words + (b0 * N + n[:, None]) * 32 + c[None, :]
+            k = tl.arange(0, 128 if STACKED else 32)[:, None]
             x_ptr = x + b0 * 128 + m[None, :] * stride_x + k
             live = m[None, :] < M
             acc = tl.zeros([BN, BM], tl.float32)
         else:
-            k = c[None, :]
             word_ptr = words + (b0 * N + n[None, :]) * 32 + c[:, None]
-            x_ptr = x + b0 * 128 + m[:, None] * stride_x + k
+            x_ptr = x + b0 * 128 + m[:, None] * stride_x + c[None, :]
             live = m[:, None] < M
+            k = c[None, :]
             acc = tl.zeros([BM, BN], tl.float32)
         param_ptr = scale_zero + b0 * (128 // GROUP) * N + n
         for b in range(b0, b1):
             w = tl.load(word_ptr, eviction_policy="evict_first")
-            if SWAP:
-                inside = live if EVEN_K else live & (k < K - b * 128)
-                x0 = tl.load(x_ptr, mask=inside, other=0.0, eviction_policy="evict_last")
-                acc = _dot(_stacked_weights(w, param_ptr, N, GROUP, BF16, ASM), x0, acc, ASM)
+            if STACKED:
+                tokens = tl.load(
+                    x_ptr,
+                    mask=live if EVEN_K else live & (k < K - b * 128),
+                    other=0.0,
+                    eviction_policy="evict_last",
+                )
+                stacked = _stacked_weights(w, param_ptr, N, GROUP, BF16, ASM)
+                acc = _dot(stacked, tokens, acc, SWAP, ASM)
             else:
-                left = K - b * 128
-                x0 = tl.load(
-                    x_ptr, mask=live if EVEN_K else live & (k < left), other=0.0, eviction_policy="evict_last"
-                )
-                x1 = tl.load(
-                    x_ptr + 32,
-                    mask=live if EVEN_K else live & (k + 32 < left),
-                    other=0.0,
-                    eviction_policy="evict_last",
-                )
-                x2 = tl.load(
-                    x_ptr + 64,
-                    mask=live if EVEN_K else live & (k + 64 < left),
-                    other=0.0,
-                    eviction_policy="evict_last",
-                )
-                x3 = tl.load(
-                    x_ptr + 96,
-                    mask=live if EVEN_K else live & (k + 96 < left),
-                    other=0.0,
-                    eviction_policy="evict_last",
-                )
-                acc = _planewise_dot(acc, w, (x0, x1, x2, x3), param_ptr, N, GROUP, SCALE_FIRST, BF16, ASM)
+                if EVEN_K:
+                    x0 = tl.load(x_ptr, mask=live, other=0.0, eviction_policy="evict_last")
+                    x1 = tl.load(x_ptr + 32, mask=live, other=0.0, eviction_policy="evict_last")
+                    x2 = tl.load(x_ptr + 64, mask=live, other=0.0, eviction_policy="evict_last")
+                    x3 = tl.load(x_ptr + 96, mask=live, other=0.0, eviction_policy="evict_last")
+                else:
+                    left = K - b * 128
+                    x0 = tl.load(x_ptr, mask=live & (k < left), other=0.0)
+                    x1 = tl.load(x_ptr + 32, mask=live & (k + 32 < left), other=0.0)
+                    x2 = tl.load(x_ptr + 64, mask=live & (k + 64 < left), other=0.0)
+                    x3 = tl.load(x_ptr + 96, mask=live & (k + 96 < left), other=0.0)
+                acc = _block_dot(acc, w, (x0, x1, x2, x3), param_ptr, N, GROUP, SWAP, SCALE_FIRST, BF16, ASM)
             word_ptr += N * 32
             param_ptr += 128 // GROUP * N
             x_ptr += 128
-        if PDL:  # not earlier: waiting programs would crowd some multiprocessors and leave others idle
+        if DEPENDENT == "late":
             tl.extra.cuda.gdc_launch_dependents()
         complete = True
         if SEGMENTS > 1:
@@ -229,7 +232,9 @@ class GemmTile:
     """How `w4_matmul` cuts a product: tile BM x BN, operand order, where the scale goes, and how many programs share the work.
 
     `programs_per_sm` programs are started for each multiprocessor (0: one for each tile, so that no tile is shared).
-    `dependent_pays`: whether a dependent launch was measured to be the faster one; otherwise the wish for one is ignored.
+    `stacked`: one dot for each block of 128 k in place of four; the weights are the left operand and scaled first.
+    `dependent`: when a dependent launch lets the kernel behind it start: "early" (at once), "late" (when the products are
+    done), or "never" where a plain launch was measured to be faster, whatever the caller wishes.
     """
 
     bm: int
@@ -239,7 +244,15 @@ class GemmTile:
     swap: bool
     scale_first: bool
     programs_per_sm: float
-    dependent_pays: bool = True
+    stacked: bool = False
+    dependent: str = "early"
+
+    def __post_init__(self) -> None:
+        if self.stacked and not (self.swap and self.scale_first):
+            raise ValueError(
+                "a stacked tile has the weights as left operand, scaled first: set swap and scale_first."
+            )
+        check_dependent(self.dependent)
 
 
 @dataclass(frozen=True)
@@ -298,10 +311,10 @@ def launch_gemm(
     """Write the product of x (M, K) and `weight` to out (M, out_features). Operands as `w4a16_linear` has checked them."""
     tokens = x.shape[0]
     plan = schedule(tokens, weight.rows, weight.blocks, tile, multiprocessors)
-    is_dependent = is_dependent and tile.dependent_pays
+    dependent = tile.dependent if is_dependent else "never"
     interpreted = triton.knobs.runtime.interpret
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    if is_dependent:
+    if dependent != "never":
         options["launch_pdl"] = True
     w4_matmul[(plan.programs,)](
         x, weight.words, weight.params, out, weight.bias, residual, workspace.partial, workspace.arrived,
@@ -309,6 +322,7 @@ def launch_gemm(
         GROUP=weight.group_size,
         EVEN_N=weight.rows % tile.bn == 0, EVEN_K=weight.in_features % BLOCK == 0,
         HAS_BIAS=weight.bias is not None, HAS_RESIDUAL=residual is not None, PAIRED=weight.is_paired,
-        BM=tile.bm, BN=tile.bn, SWAP=tile.swap, SCALE_FIRST=tile.scale_first, SEGMENTS=plan.segments,
-        ASM=not interpreted, PDL=is_dependent, **options,
+        BM=tile.bm, BN=tile.bn, SWAP=tile.swap, SCALE_FIRST=tile.scale_first, STACKED=tile.stacked,
+        SEGMENTS=plan.segments,
+        ASM=not interpreted, DEPENDENT=dependent, **options,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.w4a16_layout import BLOCK, W4Weight
-from kernels.w4a16_unpack import BF16_PLANE, scale_of, store_tile
+from kernels.w4a16_unpack import BF16_PLANE, check_dependent, scale_of, store_tile
 
 _HEAD = (
     "{{ .reg .b32 t, z; {shift} lop3.b32 t, {word}, {mask}, {magic}, 0xea; prmt.b32 z, $2, 0, 0x3232; {zero} "
@@ -181,7 +181,7 @@ def w4_gemv(
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PAIRED: tl.constexpr, BF16: tl.constexpr,
     BN: tl.constexpr, BLOCKS: tl.constexpr, SCALES_AHEAD: tl.constexpr,
-    ASM: tl.constexpr, PDL: tl.constexpr,
+    ASM: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out[n] = f(sum_k x[k] * (q[n, k] - z[n, g]) * s[n, g] + bias[n]) + residual[n], f of `store_tile`.
 
@@ -202,7 +202,9 @@ def w4_gemv(
     last = KB - 1
     word_ptr = words + n[:, None] * 16 + c[None, :]
     param_ptr = scale_zero + n[:, None]
-    if PDL:
+    if (
+        DEPENDENT == "late"
+    ):  # nothing may wait in registers for the wait: loads after it would stand behind those before
         if tl.program_id(0) < FIRST_WAVE:
             near = tl.minimum(tl.arange(0, BLOCKS), last)
             line = words + (near[None, :] * N + n[:, None]) * 16
@@ -215,13 +217,15 @@ def w4_gemv(
                 pack=1,
             )
         tl.extra.cuda.gdc_wait()
-    w = tl.load(
-        word_ptr + block[None, :] * (N * 16),
-        mask=(block < KB)[None, :],
-        other=0,
-        eviction_policy="evict_first",
-    )
-    packed = word_ptr
+    if EVEN_K:
+        w = tl.load(word_ptr + block[None, :] * (N * 16), eviction_policy="evict_first")
+    else:
+        live = (block < KB)[None, :]
+        w = tl.load(word_ptr + block[None, :] * (N * 16), mask=live, other=0, eviction_policy="evict_first")
+    if DEPENDENT == "early":
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    packed = w
     if SCALES_AHEAD:
         packed = _load_params(param_ptr + tl.minimum(block, last)[None, :] * N, ASM)
     acc = tl.zeros([BN, BLOCKS * 16], tl.float32)
@@ -232,32 +236,20 @@ def w4_gemv(
         x1 = _load_x(x + pair + 16, pair + 16 < K // 2, not EVEN_K, ASM)
         x2 = _load_x(x + pair + 32, pair + 32 < K // 2, not EVEN_K, ASM)
         x3 = _load_x(x + pair + 48, pair + 48 < K // 2, not EVEN_K, ASM)
+        group = tl.minimum(b, last) * (128 // GROUP)
         ahead = b + BLOCKS  # what the next turn multiplies is asked for now
+        live = (ahead < KB)[None, :]
         following = tl.load(
-            word_ptr + ahead[None, :] * (N * 16),
-            mask=(ahead < KB)[None, :],
-            other=0,
-            eviction_policy="evict_first",
+            word_ptr + ahead[None, :] * (N * 16), mask=live, other=0, eviction_policy="evict_first"
         )
         if SCALES_AHEAD:
             following_packed = _load_params(param_ptr + tl.minimum(ahead, last)[None, :] * N, ASM)
-        group = tl.minimum(b, last) * (128 // GROUP)
-        acc = _accumulate(
-            acc,
-            w,
-            (x0, x1, x2, x3),
-            packed,
-            param_ptr + group[None, :] * N,
-            N,
-            GROUP,
-            SCALES_AHEAD,
-            BF16,
-            ASM,
-        )
+        group_ptr = scale_zero + group[None, :] * N + n[:, None]
+        acc = _accumulate(acc, w, (x0, x1, x2, x3), packed, group_ptr, N, GROUP, SCALES_AHEAD, BF16, ASM)
         w = following
         if SCALES_AHEAD:
             packed = following_packed
-    if PDL:
+    if DEPENDENT == "late":
         tl.extra.cuda.gdc_launch_dependents()
     total = tl.sum(acc, 1)[None, :]
     store_tile(total, out, bias, residual, tl.arange(0, 1), n0, 1, N, BN, HAS_BIAS, HAS_RESIDUAL, PAIRED)
@@ -268,14 +260,17 @@ class GemvTile:
     """How `w4_gemv` cuts a product: BN rows and BLOCKS blocks of 128 k at a time.
 
     `scales_ahead` (groups of 128): scales are loaded one turn ahead of their use, as words always are; more registers.
-    `dependent_pays` as in `GemmTile`.
+    `dependent` as in `GemmTile`.
     """
 
     bn: int
     blocks: int
     warps: int
     scales_ahead: bool = False
-    dependent_pays: bool = True
+    dependent: str = "early"
+
+    def __post_init__(self) -> None:
+        check_dependent(self.dependent)
 
 
 def launch_gemv(
@@ -287,9 +282,9 @@ def launch_gemv(
     is_dependent: bool = False,
 ) -> None:
     """Write the product of x (1, K) and `weight` to out (1, out_features). Operands as `w4a16_linear` has checked them."""
-    is_dependent = is_dependent and tile.dependent_pays
+    dependent = tile.dependent if is_dependent else "never"
     options = {"num_warps": tile.warps}
-    if is_dependent:
+    if dependent != "never":
         options["launch_pdl"] = True
     w4_gemv[(-(-weight.rows // tile.bn),)](
         x.view(torch.int32), weight.words.view(torch.int32), weight.params, out, weight.bias, residual,
@@ -298,5 +293,5 @@ def launch_gemv(
         EVEN_N=weight.rows % tile.bn == 0, EVEN_K=weight.in_features % (tile.blocks * BLOCK) == 0,
         HAS_BIAS=weight.bias is not None, HAS_RESIDUAL=residual is not None, PAIRED=weight.is_paired,
         BF16=x.dtype == torch.bfloat16, BN=tile.bn, BLOCKS=tile.blocks, SCALES_AHEAD=tile.scales_ahead and weight.group_size == BLOCK,
-        ASM=not triton.knobs.runtime.interpret, PDL=is_dependent, **options,
+        ASM=not triton.knobs.runtime.interpret, DEPENDENT=dependent, **options,
     )  # fmt: skip

@@ -13,10 +13,17 @@ bf16: a 7-bit mantissa holds only 128 + q (0x4300 | q), so each plane is shifted
 import triton
 import triton.language as tl
 
+DEPENDENT_MODES = ("never", "early", "late")
 _F16 = "{{ .reg .b32 t; {shift} lop3.b32 t, {word}, {mask}, {magic}, 0xea; sub.rn.f16x2 $0, t, $2; }}"
 _BF16 = (
     "{{ .reg .b32 t; {shift} lop3.b32 t, {word}, 0x000f000f, 0x43004300, 0xea; sub.rn.bf16x2 $0, t, $2; }}"
 )
+
+
+def check_dependent(mode: str) -> None:
+    """Raise ValueError where `mode` does not say when a kernel lets the dependent launch behind it start."""
+    if mode not in DEPENDENT_MODES:
+        raise ValueError(f"dependent is {mode!r}; a tile takes one of {DEPENDENT_MODES}.")
 
 
 def _f16(plane: int) -> str:

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from kernels.w4a16_gemm import GemmTile, schedule
 from kernels.w4a16_gemv import GemvTile
 from kernels.w4a16_layout import W4Weight, prepare
 from kernels.w4a16_prefill import PrefillTile
+from kernels.w4a16_unpack import DEPENDENT_MODES
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = [
@@ -54,45 +55,56 @@ def candidates(tokens: int) -> list[Tile]:
     """Tiles worth timing: each is first in some cell of a wider search, or differs from one that is by one step."""
     if tokens == 1:
         shapes = [(4, 8, 2), (8, 8, 4), (4, 16, 4), (8, 16, 4), (16, 8, 8), (8, 16, 8), (4, 32, 4), (8, 8, 2)]
-        return [GemvTile(*shape, ahead) for shape in shapes for ahead in (False, True)]
+        return [GemvTile(*shape, scales_ahead=ahead) for shape in shapes for ahead in (False, True)]
     tiles: list[Tile] = []
 
-    def add(bm: int, bn: int, warps: int, stages: int, swap: bool, first: bool, *per_sm: int) -> None:
-        tiles.extend(GemmTile(bm, bn, warps, stages, swap, first, count) for count in per_sm)
+    def add(bm: int, bn: int, warps: int, stages: int, order: str, *per_sm: int) -> None:
+        """order: "left" has the weights as left operand, "stacked" also as one dot, "right" and "late" (scaled last) not."""
+        swap, first, stacked = order in ("left", "stacked"), order != "late", order == "stacked"
+        tiles.extend(GemmTile(bm, bn, warps, stages, swap, first, count, stacked) for count in per_sm)
 
     if tokens <= 8:
-        add(8, 64, 4, 5, True, True, 2, 4)
-        add(8, 128, 4, 4, True, True, 1, 2, 3)
+        add(8, 64, 4, 5, "left", 2, 4)
+        add(8, 128, 4, 4, "left", 1, 2, 3)
     if tokens <= 16:
-        add(16, 64, 4, 4, False, True, 4)
-        add(16, 64, 2, 5, False, False, 3, 6)
-        add(16, 128, 4, 4, False, True, 2, 3)
-        add(16, 128, 4, 4, False, False, 2, 3)
-        add(16, 128, 4, 4, True, True, 2)
-        add(16, 64, 4, 5, True, True, 2, 4)
-        add(16, 128, 8, 4, True, True, 1, 2)
-        add(16, 256, 8, 3, True, True, 1)
+        add(16, 64, 4, 4, "right", 4)
+        add(16, 64, 2, 6, "right", 2, 4)
+        add(16, 64, 2, 5, "late", 2, 3, 4, 6)
+        add(16, 128, 4, 4, "right", 1, 2, 3)
+        add(16, 128, 4, 4, "late", 2, 3)
+        add(16, 128, 4, 4, "stacked", 2)
+        add(16, 64, 4, 5, "stacked", 2, 4)
+        add(16, 128, 8, 4, "stacked", 1, 2)
+        add(16, 256, 8, 3, "stacked", 1)
     elif tokens <= 32:
-        add(32, 64, 4, 4, False, True, 2, 3)
-        add(32, 128, 4, 4, True, True, 2)
-        add(32, 64, 4, 5, True, True, 2, 0)
-        add(32, 128, 8, 4, True, True, 1, 0)
-        add(32, 256, 8, 4, True, True, 1, 0)
+        add(32, 64, 4, 4, "right", 2, 3)
+        add(32, 64, 4, 5, "left", 0)
+        add(32, 128, 4, 4, "left", 2)
+        add(32, 128, 4, 4, "stacked", 2)
+        add(32, 64, 4, 5, "stacked", 2, 0)
+        add(32, 128, 8, 4, "stacked", 1, 0)
+        add(32, 256, 8, 4, "stacked", 1, 0)
     elif tokens <= 64:
-        add(64, 64, 4, 4, True, True, 2, 1, 0)
-        add(64, 128, 4, 4, True, True, 1, 0)
-        add(64, 128, 8, 4, True, True, 1, 0)
-        add(64, 256, 8, 4, True, True, 1, 0)
+        add(64, 64, 4, 4, "left", 1, 0)
+        add(64, 128, 4, 4, "left", 1, 2, 0)
+        add(64, 64, 4, 4, "stacked", 2, 1, 0)
+        add(64, 128, 4, 4, "stacked", 1, 0)
+        add(64, 128, 8, 4, "stacked", 1, 0)
+        add(64, 256, 8, 4, "stacked", 1, 0)
     elif tokens <= 128:
-        add(64, 128, 8, 4, True, True, 1)
-        add(64, 256, 8, 4, True, True, 1)
-        add(128, 64, 4, 3, True, True, 2, 1, 0)
-        add(128, 128, 8, 4, True, True, 1, 0)
-        add(128, 256, 8, 4, True, True, 1, 0)
+        add(128, 64, 4, 3, "left", 1, 2)
+        add(128, 128, 4, 3, "left", 0)
+        add(128, 128, 8, 3, "left", 0)
+        add(64, 128, 8, 4, "stacked", 1)
+        add(64, 256, 8, 4, "stacked", 1)
+        add(128, 64, 4, 3, "stacked", 2, 1, 0)
+        add(128, 128, 8, 4, "stacked", 1, 0)
+        add(128, 256, 8, 4, "stacked", 1, 0)
     else:
-        add(128, 256, 8, 4, True, True, *((1, 0) if tokens <= 512 else (0,)))
-        add(256, 128, 8, 3, True, True, *((1, 0) if tokens <= 512 else (0,)))
-        add(128, 128, 8, 4, True, True, *((1, 0) if tokens <= 512 else ()))
+        add(128, 256, 8, 4, "stacked", 1, 0)
+        add(256, 128, 8, 3, "stacked", 1, 0)
+        add(128, 128, 8, 4, "stacked", 1, 0)
+        add(128, 256, 8, 4, "left", 0)
         tiles.append(PrefillTile(8192))
     return tiles
 
@@ -119,6 +131,7 @@ def binary_key(tile: Tile, tokens: int, rows: int, cols: int, group_size: int, s
             tile.stages,
             tile.swap,
             tile.scale_first,
+            tile.stacked,
             plan.segments,
         )
     elif isinstance(tile, GemvTile):
@@ -135,9 +148,10 @@ def compile_worker(path: str) -> None:
         weight = prepare(random_weight(rows, cols, group_size))
         x = torch.zeros(tokens, cols, dtype=torch.float16, device="cuda")
         out = torch.empty(tokens, rows, dtype=torch.float16, device="cuda")
-        for dependent in (False, True):
+        for mode in ("never",) if isinstance(tile, PrefillTile) else DEPENDENT_MODES:
             try:
-                run_tile(tile, x, weight, out, is_dependent=dependent)
+                variant = tile if isinstance(tile, PrefillTile) else replace(tile, dependent=mode)
+                run_tile(variant, x, weight, out, is_dependent=True)
             except Exception as error:
                 print(f"{kind} {fields}: {type(error).__name__} {str(error)[:300]}", flush=True)
         torch.cuda.synchronize()
@@ -186,23 +200,24 @@ class Cell:
 
 
 def measure(tile: Tile, cell: Cell) -> dict[str, float]:
-    """Error and times of a tile, alone and as a dependent launch. Raises ValueError where the product is wrong."""
-    cell.out.fill_(float("nan"))
-    run_tile(tile, cell.x, cell.copies[0], cell.out)
-    error = float((cell.out.float() - cell.expected).norm() / cell.expected.norm())
-    if not error < 1.5e-3:
-        raise ValueError(f"relative error {error:.2e}")
-
-    def timed(is_dependent: bool) -> float:
-        def call(i: int) -> None:
-            run_tile(tile, cell.x, cell.copies[i], cell.out, is_dependent=is_dependent)
-
-        return time_graph(call, len(cell.copies), 1.5 * cell.roof_us, 3).us
-
-    result = {"us": timed(False), "error": error}
-    if not isinstance(tile, PrefillTile):
-        result["dependent_us"] = timed(True)
+    """Error and time of a tile, by way of launching it. Raises ValueError where the product is wrong."""
+    result: dict[str, float] = {}
+    for mode in ("never",) if isinstance(tile, PrefillTile) else DEPENDENT_MODES:
+        variant = tile if isinstance(tile, PrefillTile) else replace(tile, dependent=mode)
+        cell.out.fill_(float("nan"))
+        run_tile(variant, cell.x, cell.copies[0], cell.out, is_dependent=True)
+        error = float((cell.out.float() - cell.expected).norm() / cell.expected.norm())
+        if not error < 1.5e-3:
+            raise ValueError(f"relative error {error:.2e} launched {mode}")
+        result |= {f"{mode}_us": time_tile(variant, cell), "error": error}
     return result
+
+
+def time_tile(tile: Tile, cell: Cell) -> float:
+    def call(i: int) -> None:
+        run_tile(tile, cell.x, cell.copies[i], cell.out, is_dependent=True)
+
+    return time_graph(call, len(cell.copies), 1.5 * cell.roof_us, 3).us
 
 
 def tune(
@@ -239,9 +254,8 @@ def tune(
                 try:
                     row |= measure(tile, cell) | {"roof_us": roof}
                     label = " ".join(str(value) for value in asdict(tile).values())
-                    found.append(
-                        (chosen_us(row), f"{label}: {row['us']:.2f}, {row.get('dependent_us', 0):.2f}")
-                    )
+                    shown = " ".join(f"{mode} {us:.2f}" for mode, us in times_of(row).items())
+                    found.append((fastest_us(row), f"{label}: {shown}"))
                 except (ValueError, RuntimeError) as failure:
                     row["failure"] = str(failure)[:200]
                     log(f"{row}")
@@ -266,26 +280,32 @@ def clone(weight: W4Weight) -> W4Weight:
 
 
 def make_table(measured: dict[str, Any]) -> dict[str, Any]:
-    """The fastest tile of each cell, launched as it was fastest."""
+    """The fastest tile of each cell, launched as it was fastest; beyond the measured tokens, dequantize-then-cuBLAS."""
     best: dict[tuple[int, int, int], dict[str, Any]] = {}
     for row in measured["rows"]:
         cell = (row["k"], row["n"], row["tokens"])
-        if "us" in row and (cell not in best or chosen_us(row) < chosen_us(best[cell])):
+        if "never_us" in row and (cell not in best or fastest_us(row) < fastest_us(best[cell])):
             best[cell] = row
     entries = []
     for cell in sorted(best):
         row = best[cell]
-        entry = {
-            key: value for key, value in row.items() if key not in ("us", "dependent_us", "error", "roof_us")
-        }
-        if "dependent_us" in row:
-            entry["dependent_pays"] = row["dependent_us"] < row["us"]
+        fields = TILE_KINDS[row["kernel"]].__dataclass_fields__
+        entry = {key: row[key] for key in ("k", "n", "tokens", "kernel", *fields) if key in row}
+        if "dependent" in fields:
+            entry["dependent"] = min(times_of(row), key=lambda mode: times_of(row)[mode])
         entries.append(entry)
+    shapes = sorted({(k, n) for k, n, _ in best})
+    entries += [{"k": k, "n": n, "tokens": 1 << 20, "kernel": "prefill", "rows": 8192} for k, n in shapes]
     return {"gpu": measured["gpu"], "note": "Written by scripts/tune_kernels.py.", "entries": entries}
 
 
-def chosen_us(row: dict[str, Any]) -> float:
-    return min(float(row["us"]), float(row.get("dependent_us", row["us"])))
+def times_of(row: dict[str, Any]) -> dict[str, float]:
+    """Microseconds by way of launching: "never" is the plain launch."""
+    return {mode: row[f"{mode}_us"] for mode in DEPENDENT_MODES if f"{mode}_us" in row}
+
+
+def fastest_us(row: dict[str, Any]) -> float:
+    return min(times_of(row).values())
 
 
 def write_table(measured: dict[str, Any], folder: Path) -> Path:

@@ -68,11 +68,15 @@ def test_epilogue(tokens: int, is_paired: bool, dtype: torch.dtype) -> None:
     "tile",
     [
         GemvTile(16, 8, 4),
-        GemvTile(8, 8, 4, True),
+        GemvTile(8, 8, 4, scales_ahead=True),
         GemmTile(16, 64, 4, 4, False, True, 3),
         GemmTile(16, 128, 4, 4, False, False, 2),
         GemmTile(8, 64, 4, 5, True, True, 2),
         GemmTile(64, 128, 4, 4, True, True, 2),
+        GemmTile(64, 128, 8, 4, True, True, 1, stacked=True),
+        GemmTile(16, 64, 4, 5, True, True, 2, stacked=True),
+        GemmTile(16, 64, 4, 4, False, True, 4, dependent="late"),
+        GemvTile(8, 8, 4, dependent="late"),
         PrefillTile(512),
     ],
 )
@@ -83,7 +87,7 @@ def test_every_kernel_gives_the_same_bits_each_time(tile: GemvTile | GemmTile | 
     results = []
     for _ in range(20):
         out.fill_(float("nan"))
-        run_tile(tile, x, weight, out)
+        run_tile(tile, x, weight, out, is_dependent=True)  # where the tile has a way of its own
         results.append(out.clone())
     assert all(torch.equal(results[0], result) for result in results)
     assert relative_error(out, w4a16_reference(x.float(), weight)) < 1e-3

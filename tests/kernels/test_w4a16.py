@@ -130,6 +130,21 @@ def test_gemm(
 
 
 @needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "cols", "group_size"), [(19, 72, 640, 128), (5, 100, 448, 64), (16, 64, 160, 32)]
+)
+def test_gemm_with_stacked_planes(
+    tokens: int, rows: int, cols: int, group_size: int, dtype: torch.dtype
+) -> None:
+    quantized = make(rows, cols, group_size)
+    x = inputs(tokens, cols, dtype)
+    out = torch.full((tokens, rows), float("nan"), dtype=dtype)
+    launch_gemm(x, prepare(quantized), GemmTile(16, 64, 4, 3, True, True, 1, stacked=True), 3, scratch(), out)
+    assert_close(out, x, quantized.dequantize())
+
+
+@needs_interpreter
 @pytest.mark.parametrize("programs", [1, 2, 3, 5, 8, 40])
 def test_any_division_of_the_work_gives_the_product(programs: int) -> None:
     quantized = make(128, 1280, 128)
@@ -246,6 +261,8 @@ def test_shipped_tables_are_complete(name: str) -> None:
         (lambda w: concat([]), "at least one"),
         (lambda w: pair(w, prepare(make(32, 256, 128))), "64 rows"),
         (lambda w: concat([pair(w, w), w]), "interleaved"),
+        (lambda w: GemmTile(16, 64, 4, 3, False, True, 1, stacked=True), "left operand"),
+        (lambda w: GemvTile(16, 8, 4, dependent="soon"), "'soon'"),
         (lambda w: w4a16.parse_table({"entries": [{"kernel": "gemv", "bn": 16}]}), "tile table"),
     ],
 )
