@@ -17,7 +17,7 @@ from convert.errors import InputError
 from kernels.kv8 import StaticKV, dequantize_kv, kv_qparams, quantize_kv
 
 KVMode = Literal["dynamic", "static"]
-KV_PARAMS = "tmq/kv_params.safetensors"  # inside a checkpoint
+KV_PARAMS = "tmq/kv_params.safetensors"  # inside a checkpoint; at the root of a workspace
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,13 @@ class KVSimulation:
 
 
 def read_kv_params(folder: Path, config: ModelConfig) -> list[StaticKV]:
-    """Static parameters of every layer from a checkpoint's `tmq/kv_params.safetensors`, fp32 (Hkv,) each.
+    """Static parameters of every layer of a checkpoint or workspace, fp32 (Hkv,) each.
 
     Raises InputError where the file is missing, damaged, of another shape, or holds a value that is not finite.
     """
     path = folder / KV_PARAMS
+    if not path.is_file():
+        path = folder / Path(KV_PARAMS).name  # where a workspace has them
     if not path.is_file():
         raise InputError(
             f"{folder} has no {KV_PARAMS}: static KV parameters were not made for it. "

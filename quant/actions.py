@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 import torch
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 from calib_data.blocks import CalibrationSet
 from calib_data.sources import TextRequest
@@ -25,7 +25,7 @@ from quant.config import QuantConfig
 from quant.fingerprint import run_fingerprint
 from quant.memory import memory_available_bytes, memory_limit_bytes
 from quant.plan import GIB, Plan, plan_calibration, plan_quantization, refuse_ragged
-from quant.progress import Progress, duration
+from quant.progress import PatientConsole, Progress, duration
 
 Flags = Mapping[str, Any]
 SHOWN = 12  # warnings and notes that are printed; all stand in the manifest
@@ -41,7 +41,7 @@ class Outcome:
     exit_code: int = 0
 
     def show(self) -> None:
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+        console = PatientConsole(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
         for part in self.parts:
             if isinstance(part, str):
                 click.echo(part)

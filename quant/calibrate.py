@@ -57,7 +57,7 @@ def calibrate(
         folder.save_tensors(block_file(index), block.tensors())
         records.append({"warnings": notes})
         frontier.record(index, records[-1])
-        if index + 1 < layers and frontier.is_due():
+        if index + 1 < layers and frontier.is_due({"fp": stream}):
             frontier.save(index + 1, {"fp": stream})
         progress.layer(index, (), notes)
     ckpt.check_unchanged()

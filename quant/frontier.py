@@ -17,6 +17,7 @@ from convert.files import atomic_write, remove_temporaries, safetensors_chunks, 
 from convert.safetensors_files import read_header, read_tensor
 
 SAVE_SHARE = 0.1  # of the run's time that saving may take
+DISK_BYTES_PER_S = 1e9  # guess for the first save: writing and hashing on a good disk
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ class Frontier:
         """Keep the record of a finished block. Equal runs keep equal records: no times in it."""
         write_json(self._record_path(index), record)
 
-    def is_due(self) -> bool:
-        """Whether enough time has passed since the last save for another one to be cheap."""
-        return (time.monotonic() - self._saved_at) * SAVE_SHARE >= self._cost_s
+    def is_due(self, tensors: dict[str, Tensor]) -> bool:
+        """Whether enough time has passed since the last save for another one to be cheap; the first is judged by its size."""
+        cost_s = max(self._cost_s, sum(tensor.nbytes for tensor in tensors.values()) / DISK_BYTES_PER_S)
+        return (time.monotonic() - self._saved_at) * SAVE_SHARE >= cost_s
 
     def save(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Save the state before block `index`, then drop older ones."""

@@ -42,12 +42,19 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+class PatientConsole(Console):
+    """A console that falls silent where its reader has left, in place of ending the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class Progress:
     """Layers done, loss, time left and memory of one run. Silent until `start`."""
 
     def __init__(self, title: str, console: Console | None = None) -> None:
         self.title = title
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or PatientConsole(stderr=True, highlight=False)
         self._bar: RichProgress | None = None
         self._total = self._first = 0
         self._begin = self._said_at = 0.0

@@ -99,8 +99,9 @@ def quantize_model(
         }
         records.append(record)
         frontier.record(step.index, record)
-        if step.index + 1 < layers and frontier.is_due():
-            frontier.save(step.index + 1, _saved(step.result.streams))
+        saved = _saved(step.result.streams)
+        if step.index + 1 < layers and frontier.is_due(saved):
+            frontier.save(step.index + 1, saved)
         progress.layer(step.index, step.result.reports, step.warnings)
     progress.stop()
     ckpt.check_unchanged()

@@ -419,3 +419,34 @@ def test_the_dead_channels_of_padding_are_no_news(place, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "zero in every token" not in done.stderr + done.stdout
+
+
+def test_a_workspace_is_judged_with_its_own_static_cache(place, tmp_path):
+    """Packed from a padded model with KV parameters: the workspace gives the numbers of the checkpoint it came from."""
+    arguments = [
+        "awq",
+        place / "model",
+        "--pad",
+        "--preset",
+        "rtn",
+        "--kv-bits",
+        8,
+        *text(place)[:2],
+        *FAST[2:],
+    ]
+    assert run("quantize", *arguments, "-o", tmp_path / "awq").returncode == 0
+    done = run("quantize", "pack", tmp_path / "awq", "-o", tmp_path / "ws")
+    assert done.returncode == 0, done.stderr
+    judge = [
+        "evaluate",
+        "ppl",
+        tmp_path / "awq",
+        tmp_path / "ws",
+        "--text",
+        place / "text.txt",
+        "--windows",
+        2,
+        "--json",
+    ]
+    rows = json.loads(run(*judge, "--kv-bits", 8, "--kv-mode", "static").stdout)["rows"]
+    assert rows[1]["kind"] == "workspace-0.6.5" and rows[0]["nll"] == rows[1]["nll"]
