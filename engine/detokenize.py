@@ -27,7 +27,8 @@ class TextStream:
 
     def push(self, token_id: int) -> tuple[str, bool]:
         """Text that is certain after this token, and whether a stop string was met; the text ends before it."""
-        return self._take(self._decoder.push(token_id))
+        fresh = self._decoder.push(token_id)
+        return self._take(fresh) if self._stop else (fresh, False)
 
     def flush(self) -> tuple[str, bool]:
         """The rest of the text, at the end of the sequence; nothing after a stop string."""

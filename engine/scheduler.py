@@ -254,9 +254,11 @@ class Scheduler:
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Give the sequence blocks for `tokens` tokens; False where none is free."""
         missing = self.blocks.blocks_for(tokens) - len(sequence.blocks)
+        if missing <= 0:
+            return True
         if missing > self.blocks.free:
             return False
-        sequence.blocks.extend(self.blocks.allocate(max(0, missing)))
+        sequence.blocks.extend(self.blocks.allocate(missing))
         return True
 
     def _preempt(self, sequence: Sequence, work: list[tuple[Sequence, int]]) -> None:
