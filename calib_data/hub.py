@@ -3,7 +3,10 @@
 import hashlib
 import json
 import re
+import socket
 from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
 
 from calib_data.readers import (
     SUFFIXES,
@@ -55,9 +58,7 @@ def read_dataset(dataset: HubDataset, column: str, tokens_wanted: int) -> Corpus
     bad: list[str] = []
     seen = 0
     try:
-        from datasets import load_dataset
-
-        rows = load_dataset(
+        rows = open_dataset(
             dataset.name, dataset.subset, split=dataset.split, data_files=dataset.files, streaming=True
         )
         for row in rows:
@@ -87,6 +88,25 @@ def read_dataset(dataset: HubDataset, column: str, tokens_wanted: int) -> Corpus
         raise InputError(f"the dataset {dataset.name} (split {dataset.split}) holds no text.")
     corpus.sha256 = digest.hexdigest()
     return corpus
+
+
+def open_dataset(name: str, subset: str | None, **options: Any) -> Any:
+    """`datasets.load_dataset`; where the hub's name does not resolve, at once and from the local cache alone, without retries."""
+    import datasets
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT)
+    try:
+        socket.getaddrinfo(host.hostname, host.port or 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    verbosity = huggingface_hub.logging.get_verbosity()
+    huggingface_hub.logging.set_verbosity_error()  # a failure is told once, by us
+    try:
+        return datasets.load_dataset(name, subset, **options)
+    finally:
+        huggingface_hub.logging.set_verbosity(verbosity)
 
 
 def _add(document: Document, corpus: Corpus, digest: "hashlib._Hash") -> int:

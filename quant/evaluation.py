@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from calib_data.hub import open_dataset
 from calib_data.readers import read_corpus
 from convert.checkpoint import Checkpoint
 from convert.errors import InputError, UsageError
@@ -74,9 +75,7 @@ def load_eval_text(dataset: str | None, file: str | None) -> EvalText:
 def wikitext2_test() -> str:
     """Rows of the raw test split joined with blank lines, the published protocol. Raises InputError without network."""
     try:
-        from datasets import load_dataset
-
-        rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+        rows = open_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
         return "\n\n".join(rows["text"])
     except (
         Exception
