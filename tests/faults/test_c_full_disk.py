@@ -73,7 +73,7 @@ def test_a_full_disk_at_any_write_is_resumable(case, place, quiet, tmp_path):
     number, stops = 1, 0
     while True:
         done = run("quantize", *line(place, tmp_path / "out"), prepare=full_at_sync(number))
-        if done.returncode == 0 or "finished already" in done.stderr:  # the last fsync is that of a whole result
+        if done.returncode == 0 or "finished already" in done.stderr:  # the last is that of a whole result
             break
         assert done.returncode == 4 and "disk is full" in done.stderr, done.stderr
         stops += 1
