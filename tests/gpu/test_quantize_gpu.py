@@ -1,0 +1,119 @@
+"""The run on a GPU: same seed same bytes, statistics as on the CPU, a perplexity near the CPU's."""
+
+import json
+
+import pytest
+import torch
+from tiny_runs import LAYERS, files_of, write_runnable, write_text
+
+from quant.calibrate import block_file
+from quant.commands import evaluate, quantize
+from quant.statistics import load_statistics
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SETTINGS = ["--group-size", "32", "--samples", "8", "--seqlen", "64", "--kv-bits", "8"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu")
+    write_runnable(folder / "model")
+    write_text(folder / "text.txt")
+    return folder
+
+
+def call(group, *arguments):
+    group.main([str(part) for part in arguments], standalone_mode=False)
+
+
+@pytest.mark.parametrize("preset", ["rtn", "gptq-r", "awq", "fast", "default", "best"])
+def test_two_runs_of_one_seed_are_byte_identical(preset, place, tmp_path):
+    base = [
+        "awq",
+        place / "model",
+        "--calib-data",
+        place / "text.txt",
+        *SETTINGS,
+        "--preset",
+        preset,
+        "--device",
+        "cuda",
+    ]
+    for name in ("one", "two"):
+        call(quantize, *base, "-o", tmp_path / name)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+def test_statistics_are_those_of_the_cpu(place, tmp_path):
+    base = [
+        "calibrate",
+        place / "model",
+        "--calib-data",
+        place / "text.txt",
+        "--samples",
+        "8",
+        "--seqlen",
+        "64",
+    ]
+    call(quantize, *base, "-o", tmp_path / "cpu", "--device", "cpu")
+    call(quantize, *base, "-o", tmp_path / "cuda", "--device", "cuda", "--dtype", "float32")
+    for layer in range(LAYERS):
+        ours, theirs = (load_statistics(tmp_path / name / block_file(layer)) for name in ("cuda", "cpu"))
+        for name, gram in theirs.grams.grams.items():
+            # float32 products of the two devices, through up to four layers
+            assert torch.allclose(
+                ours.grams.grams[name], gram, rtol=1e-2, atol=1e-3 * float(gram.abs().max())
+            )
+
+
+def test_a_model_quantized_on_the_gpu_judges_alike_on_both(place, tmp_path, capsys):
+    base = [
+        "awq",
+        place / "model",
+        "--calib-data",
+        place / "text.txt",
+        *SETTINGS,
+        "--preset",
+        "default",
+        "--device",
+        "cuda",
+    ]
+    call(quantize, *base, "-o", tmp_path / "out")
+    found = []
+    for device in ("cpu", "cuda"):
+        capsys.readouterr()
+        call(
+            evaluate,
+            "ppl",
+            tmp_path / "out",
+            "--text",
+            place / "text.txt",
+            "--windows",
+            "4",
+            "--device",
+            device,
+            "--json",
+        )
+        found.append(json.loads(capsys.readouterr().out)["rows"][0]["ppl"])
+    assert found[1] == pytest.approx(found[0], rel=0.02)  # float16 against float32
+
+
+def test_self_written_text_on_the_gpu(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMQ_CACHE", str(tmp_path / "cache"))
+    call(
+        quantize,
+        "awq",
+        place / "model",
+        "-o",
+        tmp_path / "out",
+        *SETTINGS,
+        "--preset",
+        "fast",
+        "--device",
+        "cuda",
+    )
+    manifest = json.loads((tmp_path / "out" / "tmq" / "manifest.json").read_text())
+    assert manifest["calibration"]["source"] == "generated"
