@@ -40,12 +40,12 @@ class Part:
 
 def parts(seed: int) -> tuple[Part, ...]:
     """What is recomputed, with the calibration samples that this seed draws."""
-    base = QuantConfig(group_size=GROUP_SIZE, samples=8, seqlen=256, seed=seed, rounding_steps=20)
+    base = QuantConfig(group_size=GROUP_SIZE, samples=32, seqlen=256, seed=seed, rounding_steps=20)
     how = Judgement(1024, 3, 0)
     demo = TableRequest(base, ("fp16", "rtn", "fast", "default"), group_sizes=(GROUP_SIZE,), how=how)
     cache = TableRequest(base, ("fp16",), kv=((8, "dynamic"),), how=how)
     head = TableRequest(
-        base,
+        replace(base, samples=8),
         ("gptq", "gptq-r", "awq", "best"),
         bits=(4,),
         group_sizes=(GROUP_SIZE,),
