@@ -487,7 +487,7 @@ class DecodeConfig:
     per_sm: int
 
 
-# Tuned on an H200; see benchmarks/NOTES-attention.md. (bits, whether query heads share kv heads) -> config
+# Tuned on an H200; see benchmarks/NOTES.md. (bits, whether query heads share kv heads) -> config
 CONFIGS: dict[tuple[int, bool], DecodeConfig] = {
     (16, False): DecodeConfig(64, 4, 4, 1),
     (16, True): DecodeConfig(64, 4, 4, 1),
