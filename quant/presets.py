@@ -53,5 +53,9 @@ class Effort:
 def effort_on(device: torch.device) -> Effort:
     """How hard to search on this kind of device."""
     if device.type == "cpu":
-        return Effort(alpha_steps=10, score_rows=128, score_steps=3, clip_steps=6, banded=True, rounds=1, sweeps=1)
-    return Effort(alpha_steps=20, score_rows=1 << 30, score_steps=5, clip_steps=11, banded=False, rounds=4, sweeps=3)
+        return Effort(
+            alpha_steps=10, score_rows=128, score_steps=3, clip_steps=6, banded=True, rounds=1, sweeps=1
+        )
+    return Effort(
+        alpha_steps=20, score_rows=1 << 30, score_steps=5, clip_steps=11, banded=False, rounds=4, sweeps=3
+    )
