@@ -121,8 +121,8 @@ def show(document: dict[str, object], out: Path) -> None:
     console.print(
         "Quantized with 32 x 256 tokens of text that the model wrote itself: less text and fewer windows than the full\n"
         "protocol, to rank methods in minutes; not comparable with published figures. Times: "
-        f"{out / 'demo.json'}\n\nTalk to it:   tmq chat {out / 'default'}\nServe it:     tmq serve {out / 'default'}\n"
-        "Your model:   quantize awq MODEL -o OUT"
+        f"{out / 'demo.json'}\n\nTalk to it:   .venv/bin/tmq chat {out / 'default'}\n"
+        f"Serve it:     .venv/bin/tmq serve {out / 'default'}\nYour model:   .venv/bin/quantize awq MODEL -o OUT"
     )
 
 
