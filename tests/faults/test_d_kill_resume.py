@@ -86,9 +86,12 @@ def test_D38_sigkill_at_every_durable_write(case, place, quiet, tmp_path):
 
 def test_D38_sigkill_at_random_moments(place, quiet, tmp_path):
     generator = torch.Generator().manual_seed(0)
+    start = time.monotonic()
+    job("awq-fast", place, tmp_path / "timed")
+    whole = time.monotonic() - start
     out, kills = tmp_path / "out", 0
     for _ in range(15):
-        delay = 0.05 + 0.5 * float(torch.rand(1, generator=generator))
+        delay = whole * (0.1 + 0.6 * float(torch.rand(1, generator=generator)))
         process = Forked("quantize", *line("awq-fast", place, out))
         time.sleep(delay)
         os.kill(process.pid, signal.SIGKILL)
