@@ -4,12 +4,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from convert.checkpoint import open_checkpoint
 from convert.config import ModelConfig
 from convert.errors import InputError
 from convert.families import linear_shapes, norm_shapes
 from convert.gguf import open_gguf
 from convert.json_files import read_object, show
+from convert.readers import open_checkpoint
 from convert.tensor_folder import TensorFolder
 from kernels.int4 import bits_per_weight
 

@@ -11,7 +11,6 @@ import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from threading import Lock
 from types import TracebackType
 from typing import Any, Literal
 
@@ -62,7 +61,6 @@ class OutputFolder:
         self.resumed = False
         self.finished = False
         self._lock = lock
-        self._journal_lock = Lock()  # files may be written by several threads
         self._journal: dict[str, dict[str, Any]] = {}
         self._journal_lock = threading.Lock()  # files may be written by several threads
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convert.checkpoint import BlockWeights, Checkpoint, open_checkpoint
+from convert.checkpoint import BlockWeights, Checkpoint
 from convert.errors import InputError
 from convert.json_files import show
 from convert.manifest import FolderState, folder_state, read_manifest
 from convert.pad import pad_checkpoint
+from convert.readers import open_checkpoint
 from convert.safetensors_files import check_finite
 from kernels.int4 import Quantized
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
-from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.checkpoint import Checkpoint
 from convert.config import ModelConfig
 from convert.errors import InputError, ResourceError, UsageError
+from convert.readers import open_checkpoint
 from convert.tokenizer import load_tokenizer
 from engine.api import SamplingParams
 from engine.cache import CPU_CACHE_BYTES, PagedCache, block_bytes, plan_blocks

@@ -13,12 +13,13 @@ from rich.console import RenderableType
 
 from calib_data.blocks import CalibrationSet
 from calib_data.sources import TextRequest
-from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.checkpoint import Checkpoint
 from convert.config import ModelConfig
 from convert.errors import InputError, ResourceError, UsageError
 from convert.files import check_free_space, check_output_place
 from convert.gguf import default_cache
 from convert.manifest import FolderState, OutputFolder, folder_state, read_manifest
+from convert.readers import open_checkpoint
 from engine.loading import resolve_device
 from engine.model import compute_dtype
 from quant.config import QuantConfig

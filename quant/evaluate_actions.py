@@ -8,9 +8,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from calib_data.sources import TextRequest, load_blocks
-from convert.checkpoint import open_checkpoint
 from convert.errors import UsageError
 from convert.files import write_json
+from convert.readers import open_checkpoint
 from engine.loading import resolve_device
 from engine.model import Model, compute_dtype
 from engine.perplexity import PerplexityResult, Reference

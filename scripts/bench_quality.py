@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convert.checkpoint import BlockWeights, Checkpoint, open_checkpoint
+from convert.checkpoint import BlockWeights, Checkpoint
+from convert.readers import open_checkpoint
 from engine.attention import causal_attend
 from engine.block import Block
 from engine.model import Model, compute_dtype

@@ -32,7 +32,7 @@ from tiny_checkpoints import document, quantize_source, random_weights, shapes, 
 from torch import Tensor  # noqa: E402
 from turbomind_rows import command_line, merge_rows  # noqa: E402
 
-from convert.checkpoint import open_checkpoint  # noqa: E402
+from convert.readers import open_checkpoint  # noqa: E402
 from convert.workspace_write import write_workspace  # noqa: E402
 
 LIMITS = {"float16": 5e-3, "int4": 5e-3, "bfloat16": 2e-2}  # relative error of the logits

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from convert.checkpoint import open_checkpoint
+from convert.readers import open_checkpoint
 from convert.tokenizer import load_tokenizer
 from quant.regression import compare, compute, record_rows
 

@@ -6,8 +6,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert.checkpoint import open_checkpoint
 from convert.errors import TmqError
+from convert.readers import open_checkpoint
 from convert.tokenizer import Tokenizer, load_tokenizer
 from engine.config import EngineConfig
 from engine.process import ProcessEngine

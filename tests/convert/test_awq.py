@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from tiny_models import CONFIGS, LAYERS, random_tensors, write_model
 
 from convert.awq import AwqWriter, required_bytes
-from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights, open_checkpoint
+from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights
 from convert.config import QuantFormat
 from convert.errors import InputError
 from convert.manifest import OutputFolder, read_manifest
+from convert.readers import open_checkpoint
 from kernels.int4 import Quantized, quantize
 
 GROUP = 32

@@ -16,9 +16,10 @@ from tiny_models import CONFIGS, random_tensors, shapes, write_model
 from torch import Tensor
 
 from convert.awq import AwqWriter
-from convert.checkpoint import BlockWeights, LinearWeights, open_checkpoint
+from convert.checkpoint import BlockWeights, LinearWeights
 from convert.config import QuantFormat
 from convert.manifest import OutputFolder
+from convert.readers import open_checkpoint
 from engine.attention import causal_attend
 from engine.model import Model
 from kernels.int4 import quantize

@@ -15,9 +15,9 @@ import torch
 from tiny_models import DIM, HEADS, INNER, KV, LAYERS, H
 from tokenizers.pre_tokenizers import ByteLevel
 
-from convert.checkpoint import open_checkpoint
 from convert.errors import InputError
 from convert.gguf import convert_gguf, default_cache, unpermute
+from convert.readers import open_checkpoint
 from convert.tokenizer import load_tokenizer
 
 TOKENS = ["<|bos|>", "<|end|>", *sorted(ByteLevel.alphabet())]

@@ -5,9 +5,10 @@ import torch
 import transformers
 from tiny_models import CONFIGS, DIM, HEADS, KV, LAYERS, random_tensors, write_model
 
-from convert.checkpoint import LinearWeights, open_checkpoint
+from convert.checkpoint import LinearWeights
 from convert.families import FAMILIES, family_of
 from convert.fused import join_fused, split_fused
+from convert.readers import open_checkpoint
 from kernels.int4 import quantize
 
 

@@ -6,9 +6,9 @@ import huggingface_hub
 import pytest
 from tiny_models import write_model
 
-from convert.checkpoint import open_checkpoint
 from convert.errors import InputError
 from convert.hub import is_hub_name
+from convert.readers import open_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ import torch
 import transformers
 from tiny_models import random_tensors, write_model
 
-from convert.checkpoint import Checkpoint, open_checkpoint
+from convert.checkpoint import Checkpoint
 from convert.config import ModelConfig
 from convert.errors import InputError
 from convert.hf_config import updated_config
 from convert.json_files import read_object
 from convert.pad import pad_checkpoint, padded_config
+from convert.readers import open_checkpoint
 
 MULTIPLE = (
     40  # heads 4/2 of 16 -> 10/5, hidden 64 -> 160, inner 96 -> 120; Qwen3 (head_dim 32): hidden 64 -> 80

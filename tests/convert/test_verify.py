@@ -9,12 +9,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import random_tensors, write_model
 
 from convert.awq import AwqWriter
-from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights, open_checkpoint
+from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights
 from convert.config import QuantFormat
 from convert.errors import InputError
 from convert.inspect import count_parameters, inspect_path
 from convert.manifest import OutputFolder
 from convert.pad import pad_checkpoint
+from convert.readers import open_checkpoint
 from convert.verify import relative_rest, verify_path
 from kernels.int4 import quantize
 

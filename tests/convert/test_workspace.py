@@ -9,11 +9,12 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights, open_checkpoint
+from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights
 from convert.config import ModelConfig, QuantFormat, RopeScaling
 from convert.errors import InputError
 from convert.families import BY_NAME, bias_roles, linear_shapes, norm_shapes
 from convert.files import write_json
+from convert.readers import open_checkpoint
 from convert.unpack import made_config, unpack_workspace
 from convert.workspace import WorkspaceCheckpoint
 from convert.workspace_write import PACKED_FAMILIES, write_workspace

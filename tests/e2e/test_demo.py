@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convert.checkpoint import open_checkpoint
+from convert.readers import open_checkpoint
 from kernels.int4 import Quantized
 
 pytestmark = pytest.mark.e2e

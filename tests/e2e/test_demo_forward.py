@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from convert.checkpoint import open_checkpoint
+from convert.readers import open_checkpoint
 from engine.model import Model, causal_attend
 from engine.perplexity import EvalTokens, perplexity
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from convert.checkpoint import open_checkpoint
+from convert.readers import open_checkpoint
 
 pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]

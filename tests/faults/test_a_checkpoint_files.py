@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny_models import CONFIGS, random_tensors, tokenizer_document, write_model
 
-from convert.checkpoint import open_checkpoint
 from convert.errors import InputError, TmqError
 from convert.files import check_output_place
 from convert.hf_config import parse_config
+from convert.readers import open_checkpoint
 from convert.safetensors_files import read_header, read_tensor
 from convert.tokenizer import load_tokenizer
 

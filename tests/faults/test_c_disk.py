@@ -15,11 +15,11 @@ import torch
 from tiny_models import write_model
 
 from convert.awq import AwqWriter
-from convert.checkpoint import open_checkpoint
 from convert.config import QuantFormat
 from convert.errors import InputError, ResourceError
 from convert.files import FolderLock, atomic_write, check_free_space, safetensors_chunks, write_json
 from convert.manifest import FolderState, OutputFolder, folder_state
+from convert.readers import open_checkpoint
 
 
 @pytest.mark.parametrize("place", ["start", "middle", "fsync", "rename"], ids=lambda p: f"C31-{p}")

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_runs import FAST, files_of, run, write_runnable, write_text
 
-from convert.checkpoint import open_checkpoint
+from convert.readers import open_checkpoint
 from kernels.int4 import Quantized
 
 

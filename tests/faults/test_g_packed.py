@@ -14,10 +14,11 @@ from tiny_models import write_model
 from tiny_runs import run
 
 from convert.awq import AwqWriter
-from convert.checkpoint import BlockWeights, LinearWeights, open_checkpoint
+from convert.checkpoint import BlockWeights, LinearWeights
 from convert.config import QuantFormat
 from convert.errors import InputError, TmqError
 from convert.manifest import OutputFolder
+from convert.readers import open_checkpoint
 from convert.verify import verify_path
 from convert.workspace_write import write_workspace
 from kernels.int4 import quantize

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_runs import write_runnable
 
-from convert.checkpoint import open_checkpoint
 from convert.errors import InputError, UsageError
+from convert.readers import open_checkpoint
 from engine.model import Model
 from engine.perplexity import EvalTokens
 from quant.evaluation import Judgement, compared, join_rows, judge, load_eval_text

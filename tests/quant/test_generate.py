@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_runs import write_runnable
 
-from convert.checkpoint import open_checkpoint
+from convert.readers import open_checkpoint
 from quant.generate import SelfGenerator, sample_by
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_runs import write_runnable, write_text
 
-from convert.checkpoint import open_checkpoint
+from convert.readers import open_checkpoint
 from convert.tokenizer import load_tokenizer
 from quant import regression
 from quant.config import QuantConfig

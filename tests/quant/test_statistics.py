@@ -5,9 +5,9 @@ import torch
 from tiny_runs import LAYERS, VOCAB, write_runnable
 
 from calib_data.blocks import CalibrationSet
-from convert.checkpoint import open_checkpoint
 from convert.errors import InputError
 from convert.manifest import OutputFolder
+from convert.readers import open_checkpoint
 from quant.calibrate import block_file, calibrate, open_statistics
 from quant.config import QuantConfig
 from quant.progress import Progress
