@@ -21,6 +21,7 @@ from quant.folding import Fold, fold_norm, fold_rows, kv_fold, norm_fold, row_fo
 from quant.gram import InputStats, fast_products, observe
 from quant.parts import Parts, linear
 from quant.records import BlockResult, LinearReport, Streams
+from quant.stored import to_float16
 
 GRID = 20
 NOT_CLIPPED = ("q", "k")  # as published: their product is attended to, not added
@@ -175,8 +176,6 @@ class _Search:
             reports.append(
                 self._report(role, linears[role].weight, taken_clip=linears[role].weight is clipped[role])
             )
-        from quant.blocks import to_float16
-
         return to_float16(done), reports
 
     def _parts_of(self, roles: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -1,0 +1,160 @@
+"""The linears of a block in the order of the forward pass, each on what the quantized ones before it make of the text.
+
+S samples, L tokens a sample, H hidden size, N out features, K in features.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.block import Tap
+from quant.block_search import BlockSearch
+from quant.experts import quantize_experts
+from quant.folding import Fold, fold_norm, kv_fold, no_fold, norm_fold, row_fold
+from quant.gram import outer_sum
+from quant.parts import Parts, linear
+from quant.records import BlockResult, Streams
+from quant.rounding import learn_block
+from quant.stored import to_float16
+
+
+@dataclass
+class _Float:
+    """The float stream inside the block: what the linears read there and what they gave, (S, L, H) each."""
+
+    attn_in: Tensor
+    mid: Tensor
+    mlp_in: Tensor
+    out: Tensor
+
+
+def search_on_streams(
+    search: BlockSearch, inputs: Streams, tap: Tap | None, metric: Tensor | None
+) -> BlockResult:
+    """Quantize the block on its two streams; with `metric` (H, H) or none, learned rounding where the plan has it."""
+    x = inputs.quantized
+    parts = Parts(search.config, x)
+    keep_float = inputs.fp is not x
+    reference = _float_stream(search, parts, inputs.fp) if keep_float else None
+    mid = _attention(search, parts, x, reference)
+    out = (
+        quantize_experts(search, parts, mid)
+        if search.config.num_experts
+        else _mlp(search, parts, mid, reference)
+    )
+    done = to_float16(search.weights)
+    if search.plan.learn and reference is not None:
+        done, search.reports = learn_block(
+            done, search.latents, search.config, search.quant, x, reference.out, search.reports, metric
+        )
+        dense = parts.dense(done)
+        out = parts.map(lambda h: parts.block(h, dense, tap), x)
+    elif tap is not None:
+        dense = parts.dense(done)
+        for part in parts.slices():
+            parts.mixed(parts.norm(x[part], done.norms["attn_norm"]), dense, tap)
+    return BlockResult(done, tuple(search.reports), Streams(out if reference is None else reference.out, out))
+
+
+def _float_stream(search: BlockSearch, parts: Parts, x: Tensor) -> _Float:
+    source = parts.dense(search.source)
+    attn_in = parts.map(lambda h: parts.norm(h, source.norms["attn_norm"]), x)
+    mid = x + parts.map(lambda h: parts.attention(h, source), attn_in)
+    mlp_in = parts.map(lambda h: parts.norm(h, source.norms["mlp_norm"]), mid)
+    return _Float(attn_in, mid, mlp_in, mid + parts.map(lambda h: parts.mlp(h, source), mlp_in))
+
+
+def _cross(
+    search: BlockSearch,
+    parts: Parts,
+    roles: tuple[str, ...],
+    x: Tensor,
+    of_inputs: Tensor | None,
+    of_outputs: Tensor | None,
+) -> Tensor | None:
+    """(Y - X W^T)^T X / M with Y the float stream's outputs; from the difference of inputs, or of outputs."""
+    if not search.plan.toward_float:
+        return None
+    weight = torch.cat([search.weight(role) for role in roles])
+    total = torch.zeros(1, device=search.device)
+    for part in parts.slices():
+        now = x[part].flatten(0, 1)
+        if of_inputs is not None:
+            total = total + outer_sum(of_inputs[part].flatten(0, 1) - now, now)
+        elif of_outputs is not None:
+            given = linear(now, search.source.linears[roles[0]], weight)
+            total = total + outer_sum(of_outputs[part].flatten(0, 1) - given, now)
+    total = total / (x.shape[0] * x.shape[1])
+    return weight @ total if of_inputs is not None else total
+
+
+def _attention(search: BlockSearch, parts: Parts, x: Tensor, reference: _Float | None) -> Tensor:
+    """q, k, v, then o; returns the stream after the attention part."""
+    norm = search.weights.norms["attn_norm"]
+    h = parts.map(lambda part: parts.norm(part, norm), x)
+    roles = ("q", "k", "v")
+    if all(search.fits(role) for role in roles):
+        stats = search.observe(parts, h, "q, k, v")
+        cross = _cross(search, parts, roles, h, reference.attn_in if reference else None, None)
+        solution = search.quantize(roles, stats, norm_fold(norm), cross)
+        search.put_norm("attn_norm", fold_norm(norm, solution.channel_scale))
+        h = parts.map(lambda part: parts.norm(part, search.weights.norms["attn_norm"]), x)
+    dense = parts.dense(search.weights)
+    mixed = parts.map(lambda part: parts.mixed(part, dense), h)
+    return x + _last(
+        search,
+        parts,
+        "o",
+        "v",
+        mixed,
+        kv_fold(search.weight("v"), search.config),
+        reference.mid - x if reference else None,
+    )
+
+
+def _mlp(search: BlockSearch, parts: Parts, mid: Tensor, reference: _Float | None) -> Tensor:
+    """gate, up, then down; returns the stream after the block."""
+    norm = search.weights.norms["mlp_norm"]
+    h = parts.map(lambda part: parts.norm(part, norm), mid)
+    roles = ("gate", "up")
+    if all(search.fits(role) for role in roles):
+        stats = search.observe(parts, h, "gate, up")
+        cross = _cross(search, parts, roles, h, reference.mlp_in if reference else None, None)
+        solution = search.quantize(roles, stats, norm_fold(norm), cross)
+        search.put_norm("mlp_norm", fold_norm(norm, solution.channel_scale))
+        h = parts.map(lambda part: parts.norm(part, search.weights.norms["mlp_norm"]), mid)
+    dense = parts.dense(search.weights)
+    inner = parts.map(lambda part: parts.gated(part, dense), h)
+    return mid + _last(
+        search,
+        parts,
+        "down",
+        "up",
+        inner,
+        row_fold(search.weight("up")),
+        reference.out - mid if reference else None,
+    )
+
+
+def _last(
+    search: BlockSearch,
+    parts: Parts,
+    role: str,
+    before: str,
+    inputs: Tensor,
+    fold: Fold,
+    wanted: Tensor | None,
+) -> Tensor:
+    """o or down: search it, fold its scales into the rows of `before`, return its product on these inputs."""
+    source = search.source.linears[role]
+    if not search.fits(role):
+        return parts.map(lambda part: linear(part, source, search.weight(role)), inputs)
+    if not search.fits(before):
+        fold = no_fold()
+    stats = search.observe(parts, inputs, role)
+    cross = _cross(search, parts, (role,), inputs, None, wanted)
+    solution = search.quantize((role,), stats, fold, cross)
+    search.fold_back(before, solution)
+    dense = solution.weight().to(inputs.dtype)
+    return parts.map(lambda part: linear(part, source, dense), inputs)
