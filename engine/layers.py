@@ -10,11 +10,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from convert.checkpoint import LinearWeights
 from kernels.int4 import Quantized
+from kernels.products import linear
 
 if TYPE_CHECKING:
     from kernels.w4a16 import W4Weight
@@ -57,7 +57,7 @@ class DenseGated(DenseLinear):
     def __call__(self, x: Tensor) -> Tensor:
         if _takes_gemv(x, self.weight):
             return _gemv()(x, self.weight, self.bias, gated=True)
-        return self._silu_mul(F.linear(x, self.weight, self.bias))
+        return self._silu_mul(linear(x, self.weight, self.bias))
 
 
 def dense_product(
@@ -66,7 +66,7 @@ def dense_product(
     """x weight^T + bias in `out_dtype` (None: that of x); a single token on a GPU goes through our own kernel."""
     if _takes_gemv(x, weight):
         return _gemv()(x, weight, bias, out_dtype=out_dtype)
-    product = F.linear(x, weight, bias)
+    product = linear(x, weight, bias)
     return product if out_dtype is None else product.to(out_dtype)
 
 
@@ -112,7 +112,7 @@ def functional_linear(weights: LinearWeights, dtype: torch.dtype, device: torch.
     """The product with these tensors as they are, so that gradients reach them."""
     weight = dense_weight(weights.weight, dtype, device)
     bias = None if weights.bias is None else weights.bias.to(device=device, dtype=dtype)
-    return lambda x: F.linear(x, weight, bias)
+    return lambda x: linear(x, weight, bias)
 
 
 def runs_packed_groups(group_size: int, device: torch.device | str) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.int4 import SCALE_MAX, SCALE_MIN, qparams
+from kernels.products import times_symmetric
 
 try:
     import triton
@@ -79,7 +80,7 @@ def _choose_ranges_torch(
             for p, (a, b) in enumerate(pairs.tolist()):
                 scale, zero = qparams(low * a, high * b, bits)
                 d = (w / scale).clamp_(-zero, max_code - zero).round_().mul_(scale).sub_(w)
-                value = torch.matmul(d, gram).mul_(d).sum(-1).t()  # (n, G)
+                value = times_symmetric(d, gram).mul_(d).sum(-1).t()  # (n, G)
                 chosen.masked_fill_(value < best, p)
                 torch.minimum(best, value, out=best)
     return index, loss

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.gptq import descent_sweep
 from kernels.int4 import round_scale
+from kernels.products import linear, times_symmetric
 from quant.gptq import act_order, per_weight
 
 _SOLVE_BYTES = 1 << 29  # memory for the normal equations of the rows solved at a time
@@ -34,7 +35,7 @@ def descend(
     sorted_gram = gram[order][:, order].contiguous()
     new = codes.t()[order].contiguous()
     full_scale, full_zero = per_weight(scale, group_size, order), per_weight(zero, group_size, order)
-    gradient = sorted_gram @ (new * full_scale - weight.t()[order])
+    gradient = linear(sorted_gram, (new * full_scale - weight.t()[order]).t())
     for _ in range(sweeps):
         descent_sweep(new, gradient, sorted_gram, full_scale, full_zero, 2**bits - 1)
     out = torch.empty_like(codes)
@@ -55,7 +56,7 @@ def refit_scales(weight: Tensor, gram: Tensor, codes: Tensor, scale: Tensor, rid
     for start in range(0, rows, step):
         at = slice(start, start + step)
         u = codes[at].view(-1, groups, size)
-        target = (u * torch.matmul(weight[at], gram).view(u.shape)).sum(-1).double()  # (n, G)
+        target = (u * times_symmetric(weight[at], gram).view(u.shape)).sum(-1).double()  # (n, G)
         normal = torch.empty(len(u), groups, groups, dtype=torch.float64, device=weight.device)
         for i in range(groups):
             product = torch.matmul(u[:, i], gram[i * size : (i + 1) * size]).view(u.shape)

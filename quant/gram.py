@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from convert.errors import InputError
+from kernels.products import linear, times_symmetric
 
 EXCLUDED_MAX = 0.10  # share of tokens with a NaN or an infinity above which a run stops
 HOLD_EVERY = 8  # every 8th sample is kept from the fit, to judge each step by
@@ -53,7 +54,7 @@ def outer_sum(left: Tensor, right: Tensor) -> Tensor:
     """left^T right (A, B) float32 of (M, A) and (M, B): operands in their own dtype, sums in float32."""
     if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(left.t(), right, out_dtype=torch.float32)
-    return left.float().t() @ right.float()
+    return linear(left.float().t(), right.float().t())
 
 
 def observe(chunks: Iterable[Tensor], name: str) -> InputStats:
@@ -113,7 +114,7 @@ def from_sums(gram_sum: Tensor, mean_abs: Tensor, tokens: int) -> InputStats:
 
 def loss_rows(delta: Tensor, gram: Tensor) -> Tensor:
     """Each row's share of tr(delta G delta^T): (N, K), (K, K) -> (N,)."""
-    return torch.matmul(delta, gram).mul_(delta).sum(-1)
+    return times_symmetric(delta, gram).mul_(delta).sum(-1)
 
 
 def diagonal_blocks(gram: Tensor, group_size: int) -> Tensor:
