@@ -163,7 +163,7 @@ def pack(path: str, output: str, **flags: Any) -> None:
     Next:     quantize verify workspace --source my-model-4bit
               evaluate ppl workspace
     """
-    from quant.actions import run_pack
+    from quant.format_actions import run_pack
 
     with resumable("quantize pack"):
         outcome = run_pack(path, Path(output), flags)
@@ -186,7 +186,7 @@ def unpack(workspace: str, output: str, **flags: Any) -> None:
     Example:  quantize unpack workspace -o my-model-4bit
     Next:     quantize verify workspace --source my-model-4bit
     """
-    from quant.actions import run_unpack
+    from quant.format_actions import run_unpack
 
     with resumable("quantize unpack"):
         outcome = run_unpack(workspace, Path(output), flags)
@@ -205,7 +205,7 @@ def verify(path: str, **flags: Any) -> None:
     \b
     Example:  quantize verify workspace --source my-model-4bit
     """
-    from quant.actions import run_verify
+    from quant.format_actions import run_verify
 
     finish(run_verify(path, flags), flags["as_json"])
 
@@ -219,7 +219,7 @@ def inspect(path: str, **flags: Any) -> None:
     \b
     Example:  quantize inspect ./my-model
     """
-    from quant.actions import run_inspect
+    from quant.format_actions import run_inspect
 
     finish(run_inspect(path, flags), flags["as_json"])
 

@@ -15,7 +15,6 @@ from engine.loading import resolve_device
 from engine.model import Model, compute_dtype
 from engine.perplexity import PerplexityResult, Reference
 from kernels.int4 import bits_per_weight
-from quant.actions import Outcome, cache_folder, fit_seqlen, open_source, tokenizer_of
 from quant.config import BITS, GROUP_SIZES, QuantConfig
 from quant.evaluation import (
     Judged,
@@ -28,6 +27,8 @@ from quant.evaluation import (
     simulation,
     tokens_of,
 )
+from quant.jobs import cache_folder, fit_seqlen, open_source, tokenizer_of
+from quant.outcome import Outcome
 from quant.plan import refuse_ragged
 from quant.progress import Progress
 from quant.table import DISTILLED, METHODS, NAMES, Row, TableRequest, evaluate_table, needs_ranges

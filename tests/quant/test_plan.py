@@ -5,7 +5,7 @@ import torch
 
 from convert.config import ModelConfig
 from convert.errors import InputError, ResourceError
-from quant import actions, memory
+from quant import jobs, memory
 from quant.config import QuantConfig
 from quant.plan import (
     packed_block_bytes,
@@ -76,7 +76,7 @@ def test_the_limit_of_a_container_counts(case, container, capsys):
     assert memory.memory_limit_bytes() == 2 * 2**30 and memory.memory_available_bytes() == 2**29
     big = plan_quantization(LLAMA_7B, QuantConfig(), torch.device("cpu"), torch.float32, False, True)
     with pytest.raises(ResourceError, match=r"this machine or container has 2\.0 GiB in all"):
-        actions.check_memory(big, Progress("test"))
+        jobs.check_memory(big, Progress("test"))
     some = plan_quantization(LLAMA_7B, QuantConfig("rtn"), torch.device("cpu"), torch.float32, False, False)
     assert 2**29 < some.peak_bytes < 2**31 or some.peak_bytes > 2**31
     (container / "max").write_text("max\n")
