@@ -17,6 +17,7 @@ from engine.api import SamplingParams
 from engine.cache import CPU_CACHE_BYTES, PagedCache, block_bytes, plan_blocks
 from engine.config import GIB, EngineConfig
 from engine.core import EngineCore, TextTools
+from engine.gpu_checks import check_gpu
 from engine.kv_simulation import read_kv_params
 from engine.model import Model, compute_dtype
 from engine.parallel import TensorParallel
@@ -36,9 +37,10 @@ log = logging.getLogger(__name__)
 
 
 def resolve_device(name: str) -> torch.device:
-    """`--device` as a torch device. Raises UsageError for one that this machine does not have."""
+    """`--device` as a torch device. Raises UsageError for one that this machine does not have, ResourceError for one that
+    cannot run the kernels."""
     if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -53,7 +55,8 @@ def resolve_device(name: str) -> torch.device:
             raise UsageError(
                 f"--device {name}: this machine shows {count} CUDA devices{hint}; use --device cpu."
             )
-        return torch.device("cuda", device.index or 0)
+        device = torch.device("cuda", device.index or 0)
+        check_gpu(device)
     return device
 
 

@@ -5,15 +5,18 @@ S samples, L tokens a sample, H hidden size. In memory: one block, the hidden st
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from calib_data.blocks import CalibrationSet
-from convert.checkpoint import Checkpoint
+from convert.checkpoint import BlockWeights, Checkpoint
 from convert.errors import InputError
 from convert.manifest import FolderState, OutputFolder, base_of, folder_state, read_manifest
+from quant.chunks import ChunkMemory
 from quant.config import QuantConfig
 from quant.fingerprint import library_versions
 from quant.frontier import Frontier
@@ -50,10 +53,15 @@ def calibrate(
         stream = resumed.tensors["fp"].to(device)
     records = resumed.records
     progress.start(layers, resumed.first, frontier.notes)
+    memory = ChunkMemory(torch.device(device), stream.shape[1])
+
+    def capture(weights: BlockWeights, x: Tensor) -> tuple[Tensor, BlockStatistics]:
+        seen = BlockStatistics(weights.index)
+        return advance(x, weights, ckpt.config, dtype, seen.tap), seen
+
     for index in range(resumed.first, layers):
-        block = BlockStatistics(index)
-        stream = advance(stream, ckpt.block(index), ckpt.config, dtype, block.tap)
-        notes = block.check() + unused_experts(block, ckpt)
+        (stream, block), note = memory.run(partial(capture, ckpt.block(index), stream), f"layer {index}")
+        notes = [*([note] if note else ()), *block.check(), *unused_experts(block, ckpt)]
         folder.save_tensors(block_file(index), block.tensors())
         records.append({"warnings": notes})
         frontier.record(index, records[-1])

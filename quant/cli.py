@@ -19,6 +19,22 @@ from quant.config import GROUP_SIZES, PRESETS, QuantConfig
 F = TypeVar("F", bound=Callable[..., Any])
 BUG = 70
 INTERRUPTED = 5
+_DEVICE_ERRORS = {  # (package, class): known by name, so that this module does not import torch
+    (
+        "torch",
+        "OutOfMemoryError",
+    ): "the GPU's memory is used up. Use a smaller batch or --seqlen, an int4 checkpoint, or --device cpu",
+    (
+        "torch",
+        "AcceleratorError",
+    ): "the GPU reported an error that it does not recover from: look at `nvidia-smi` and the system's "
+    "log, then give the same command again",
+    (
+        "triton",
+        "TritonError",
+    ): "a GPU kernel could not be compiled for this device: try another release of triton or the driver, or "
+    "--device cpu",
+}
 
 
 class Commands(click.Group):
@@ -74,6 +90,13 @@ def describe(error: Exception) -> tuple[int, str]:
             4,
             "the memory of this machine is used up. Use fewer --samples or a smaller --seqlen, or a larger machine.",
         )
+    for kind, advice in _DEVICE_ERRORS.items():
+        if any(
+            cls.__module__.partition(".")[0] == kind[0] and cls.__name__ == kind[1]
+            for cls in type(error).__mro__
+        ):
+            reason = (str(error).splitlines() or [""])[0]
+            return 4, f"{advice} ({reason})"
     return (
         BUG,
         f"{type(error).__name__}: {error}\nThis is a fault of the program, not of your input; --debug shows where.",

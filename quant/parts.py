@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from convert.checkpoint import BlockWeights, LinearWeights
@@ -17,8 +16,8 @@ from engine.block import Tap, attention_forward, block_forward, mlp_forward
 from engine.layers import dense_weight
 from engine.ops import rms_norm
 from engine.rope import Rotary, rotary
-
-_CHUNK_TOKENS = {"cpu": 2048, "cuda": 32768}
+from kernels.products import linear as product
+from quant.chunks import chunks
 
 
 class Parts:
@@ -27,14 +26,12 @@ class Parts:
     def __init__(self, config: ModelConfig, stream: Tensor) -> None:
         self.config = config
         self.samples, self.length, _ = stream.shape
-        self._step = max(1, _CHUNK_TOKENS.get(stream.device.type, 32768) // self.length)
         self._angles: dict[int, tuple[Tensor, Rotary]] = {}
         self._device, self._dtype = stream.device, stream.dtype
 
     def slices(self) -> Iterator[slice]:
         """Samples of one chunk after the other."""
-        for start in range(0, self.samples, self._step):
-            yield slice(start, min(start + self._step, self.samples))
+        return chunks(self.samples, self.length, self._device)
 
     def map(self, function: Callable[..., Tensor], *streams: Tensor) -> Tensor:
         """function over chunks of streams (S, L, ...), joined again."""
@@ -105,7 +102,7 @@ class Parts:
 def linear(x: Tensor, weights: LinearWeights, weight: Tensor) -> Tensor:
     """x W^T + b with this dense weight in place of that of `weights`, in the dtype of x."""
     bias = None if weights.bias is None else weights.bias.to(device=x.device, dtype=x.dtype)
-    return F.linear(x, weight.to(x.dtype), bias)
+    return product(x, weight.to(x.dtype), bias)
 
 
 def _both(first: Tap, second: Tap | None) -> Tap:

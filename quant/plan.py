@@ -12,9 +12,9 @@ from convert.config import ModelConfig
 from convert.errors import InputError
 from convert.families import linear_shapes, norm_shapes
 from kernels.int4 import bits_per_weight
+from quant.chunks import chunk_samples
 from quant.config import QuantConfig
 from quant.presets import PLANS
-from quant.streams import batch_samples
 
 GIB = 2**30
 FP16_BYTES = 2
@@ -222,6 +222,6 @@ def packed_block_bytes(config: ModelConfig, quant: QuantConfig) -> int:
 
 def _batch_bytes(config: ModelConfig, seqlen: int, device: torch.device, dtype: torch.dtype) -> int:
     """Activations of one forward pass: what a block holds at its widest point."""
-    tokens = batch_samples(seqlen, device) * seqlen
+    tokens = chunk_samples(seqlen, device) * seqlen
     width = 4 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim
     return tokens * width * dtype.itemsize

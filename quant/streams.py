@@ -1,10 +1,7 @@
 """Hidden states of the calibration text on their way through the model: embedding, and one block applied in batches.
 
-S samples, L tokens a sample, H hidden size. A batch holds whole samples; its size depends on the device kind alone, so
-that the same run gives the same bytes.
+S samples, L tokens a sample, H hidden size. A batch holds whole samples.
 """
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -13,13 +10,7 @@ from convert.checkpoint import BlockWeights, Checkpoint
 from convert.config import ModelConfig
 from engine.model import Block, Tap, causal_attend
 from engine.rope import rotary
-
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-
-
-def batch_samples(seqlen: int, device: torch.device | str) -> int:
-    """Samples in one forward pass."""
-    return max(1, BATCH_TOKENS.get(torch.device(device).type, 2048) // seqlen)
+from quant.chunks import chunks
 
 
 def embed_tokens(ckpt: Checkpoint, tokens: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
@@ -35,16 +26,10 @@ def advance(
     device = stream.device
     block = Block(config, weights, dtype, device)
     out = torch.empty_like(stream)
-    for rows in sample_slices(stream, device):
+    for rows in chunks(stream.shape[0], stream.shape[1], device):
         part = stream[rows]
         out[rows] = forward_batch(block, part, config, tap)
     return out
-
-
-def sample_slices(stream: Tensor, device: torch.device | str) -> Iterator[slice]:
-    """Slices of the samples, a batch each."""
-    step = batch_samples(stream.shape[1], device)
-    return (slice(start, start + step) for start in range(0, stream.shape[0], step))
 
 
 @torch.no_grad()

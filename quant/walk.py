@@ -5,19 +5,19 @@ S samples, L tokens a sample, H hidden size, Hkv key heads.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from convert.checkpoint import BlockWeights, Checkpoint
-from convert.errors import ResourceError
 from quant.blocks import quantize_block
 from quant.calibrate import StatisticsFolder
+from quant.chunks import ChunkMemory
 from quant.config import QuantConfig
 from quant.kv import folded_ranges
 from quant.plan import needs_float_stream
-from quant.progress import gpu_peak_gib
-from quant.records import BlockResult, LinearReport, Streams, dead_channels
+from quant.records import BlockResult, GramStatistics, LinearReport, Streams, dead_channels
 from quant.sensitivity import fits_whole, measure_sensitivity
 from quant.statistics import BlockStatistics
 from quant.streams import advance, embed_tokens
@@ -33,6 +33,7 @@ class Step:
     result: BlockResult
     ranges: HeadRanges | None
     padding: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what the run should say beside the warnings of the linears
 
     @property
     def warnings(self) -> list[str]:
@@ -42,7 +43,8 @@ class Step:
             for warning in report.warnings:
                 if warning != dead_channels(self.padding.get(report.role, -1)):
                     roles.setdefault(warning, []).append(report.role)
-        return [f"layer {self.index}, {', '.join(names)}: {warning}" for warning, names in roles.items()]
+        found = [f"layer {self.index}, {', '.join(names)}: {warning}" for warning, names in roles.items()]
+        return [*self.notes, *found]
 
 
 def padding_of(weights: BlockWeights) -> dict[str, int]:
@@ -79,36 +81,31 @@ def walk(
     """
     streams = source if isinstance(source, Streams) else None
     metrics = error_metrics(ckpt, quant, tokens, device)
+    memory = ChunkMemory(device, None if streams is None else streams.quantized.shape[1])
+
+    def search(
+        weights: BlockWeights, inputs: Streams | GramStatistics | None, metric: Tensor | None
+    ) -> tuple[BlockResult, BlockStatistics]:
+        seen = BlockStatistics(weights.index, with_grams=False)
+        tap = seen.tap_ranges if isinstance(inputs, Streams) else None
+        return quantize_block(
+            weights, ckpt.config, quant, inputs, device, dtype, tap=tap, metric=metric
+        ), seen
+
     for index in range(first, ckpt.config.num_layers):
         weights = ckpt.block(index)
         saved = source.block(index) if isinstance(source, StatisticsFolder) else None
-        block = BlockStatistics(index, with_grams=False)
-        tap = block.tap_ranges if streams is not None else None
-        try:
-            result = quantize_block(
-                weights,
-                ckpt.config,
-                quant,
-                saved.grams if saved else streams,
-                device,
-                dtype,
-                tap=tap,
-                metric=metrics[index] if metrics else None,
-            )
-        except torch.OutOfMemoryError as error:
-            total = torch.cuda.get_device_properties(device).total_memory / 2**30
-            raise ResourceError(
-                f"layer {index}: the GPU ran out of memory (at most {gpu_peak_gib():.1f} of {total:.1f} GiB were ours). The "
-                f"layers before are saved. Free the GPU and give the same command again, or start anew with fewer --samples, "
-                f"a smaller --seqlen or --device cpu."
-            ) from error
+        inputs = saved.grams if saved else streams
+        step = partial(search, weights, inputs, metrics[index] if metrics else None)
+        (result, block), note = memory.run(step, f"layer {index}")
         ranges: HeadRanges | None = None
         if saved is not None:
             ranges = folded_ranges(saved.ranges, weights, result.weights)
         elif block.low:
             ranges = {name: (low.cpu(), high.cpu()) for name, (low, high) in block.head_ranges().items()}
         streams = result.streams
-        yield Step(index, result, ranges, padding_of(weights) if ckpt.config.padded_from is not None else {})
+        padding = padding_of(weights) if ckpt.config.padded_from is not None else {}
+        yield Step(index, result, ranges, padding, (note,) if note else ())
 
 
 def error_metrics(

@@ -8,8 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_runs import FAST, files_of, run, write_runnable, write_text
 
+import quant.solve as solve_module
 from convert.readers import open_checkpoint
 from kernels.int4 import Quantized
+from quant.config import QuantConfig
+from quant.folding import kv_fold, norm_fold
+from quant.gram import observe
+from quant.presets import PLANS, effort_on
+from quant.solve import Stack
+from tests.quant.toy_blocks import config_of
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +236,38 @@ def test_F65_a_model_that_gives_no_number_is_refused(place, tmp_path):
         assert done.returncode == 3 and "loss of window 0" in done.stderr
     else:
         assert "nan" not in done.stdout.lower() and "inf" not in done.stdout.lower()
+
+
+@pytest.mark.parametrize("case", ["F59-no-finite-candidate"])
+def test_a_grid_without_a_finite_loss_keeps_scale_one_and_says_so(case, monkeypatch):
+    """Every candidate's loss is NaN: the layer is rounded with scale 1, finite, and its report says why."""
+    config = QuantConfig(preset="fast", group_size=32)
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
+    stack = Stack(weight, ("up", "gate"), (8, 8))
+    stats = observe([torch.randn(8, 160, 64, generator=torch.Generator().manual_seed(3))], "up, gate")
+    monkeypatch.setattr(
+        solve_module,
+        "score_candidates",
+        lambda weight, scales, *_: torch.full((len(scales), 2), float("nan")),
+    )
+    solution, reports = solve_module.solve(
+        stack, stats, norm_fold(torch.ones(64)), PLANS["fast"], effort_on(torch.device("cpu")), config
+    )
+    assert torch.equal(solution.channel_scale, torch.ones(64))
+    assert solution.weight().isfinite().all()
+    for report in reports:
+        assert "no candidate scale has a finite loss: scale 1 is kept" in report.warnings
+        assert report.loss_after <= report.loss_rtn
+
+
+@pytest.mark.parametrize("case", ["F63-grouped-heads"])
+def test_v_and_o_of_grouped_heads_share_a_scale_per_kv_channel(case):
+    """4 query heads on 2 KV heads: o's 128 columns take the 64 scales of v's rows, each twice, head by head."""
+    config = config_of("llama")
+    fold = kv_fold(torch.randn(64, 128), config)
+    scale = torch.arange(1.0, 65.0)
+    spread = fold.spread(scale)
+    heads = spread.view(4, 32)
+    assert torch.equal(heads[0], scale[:32]) and torch.equal(heads[1], scale[:32])
+    assert torch.equal(heads[2], scale[32:]) and torch.equal(heads[3], scale[32:])
+    assert torch.equal(fold.shrink(spread), scale)
