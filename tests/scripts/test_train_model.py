@@ -1,0 +1,85 @@
+"""The scripts behind the second and third model: a trained one loads and has learned, planted outliers change no output."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from convert.readers import open_checkpoint
+from engine.attention import causal_attend
+from engine.model import Model
+from kernels.int4 import quantize
+from scripts.plant_outliers import main as plant_main
+from scripts.plant_outliers import plant
+from scripts.train_model import main as train_main
+from scripts.train_model import rate, split_text
+from tests.tiny_runs import write_runnable
+
+TEXT = "".join(
+    f"the {word} number {i} is {'even' if i % 2 == 0 else 'odd'}.\n"
+    for i, word in enumerate(["cat", "dog"] * 300)
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("train")
+    write_runnable(folder / "tokenizer")
+    (folder / "text.txt").write_text(TEXT)
+    shape = "--hidden 128 --inner 256 --layers 2 --heads 4 --kv-heads 2 --length 32 --batch 8 --device cpu"
+    run = f"--steps 40 --rate 3e-3 --hold 0.25 {shape}"
+    train_main(
+        [str(folder / "tokenizer"), str(folder / "out"), "--text", str(folder / "text.txt"), *run.split()]
+    )
+    return folder / "out"
+
+
+def logits_of(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    model = Model.from_checkpoint(open_checkpoint(str(folder)), torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        return model(ids, torch.arange(len(ids)), causal_attend(1, len(ids), model.config))
+
+
+def test_a_trained_model_loads_and_has_learned(trained: Path) -> None:
+    from convert.tokenizer import load_tokenizer
+
+    held = (trained / "held" / "text.txt").read_text()
+    assert TEXT.endswith(held) and len(held) >= 0.25 * len(TEXT)
+    ids = torch.tensor(list(load_tokenizer(trained).encode_plain(held)))[:64]
+    logits = logits_of(trained, ids)
+    loss = torch.nn.functional.cross_entropy(logits[:-1], ids[1:])
+    assert float(loss) < 0.8 * float(torch.log(torch.tensor(float(logits.shape[1]))))  # below guessing evenly
+
+
+def test_planted_outliers_change_no_output_but_what_rounding_makes_of_it(
+    trained: Path, tmp_path: Path
+) -> None:
+    plant_main([str(trained), str(tmp_path / "planted"), "--channels", "6", "--factor", "32"])
+    ids = torch.arange(40)
+    assert torch.equal(logits_of(trained, ids), logits_of(tmp_path / "planted", ids))
+    before, after = (
+        load_file(trained / "model.safetensors"),
+        load_file(tmp_path / "planted" / "model.safetensors"),
+    )
+    name, norm = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.post_attention_layernorm.weight"
+    assert int((after[norm] != before[norm]).sum()) == 6
+
+    def error(tensors: dict[str, torch.Tensor]) -> float:
+        delta = quantize(tensors[name], 4, 64).dequantize() - tensors[name]
+        return float((delta * tensors[norm]).pow(2).sum())
+
+    assert error(after) > 1.5 * error(before)
+
+
+def test_what_would_not_be_exact_is_refused() -> None:
+    tensors = {"a.input_layernorm.weight": torch.ones(4)}
+    with pytest.raises(ValueError, match="power of two"):
+        plant(tensors, 1, 3.0, 0)
+    with pytest.raises(ValueError, match=r"a\.self_attn\.q_proj\.weight is missing"):
+        plant(tensors, 1, 2.0, 0)
+
+
+def test_text_is_split_at_a_line_and_the_rate_rises_and_falls() -> None:
+    assert split_text("aa\nbb\ncc\ndd\n", 0.5) == ("aa\nbb\n", "cc\ndd\n")
+    assert rate(0.0) == 0 and rate(0.05) == pytest.approx(1.0) and rate(1.0) == pytest.approx(0.1)
