@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.w4a16_layout import BLOCK, W4Weight
-from kernels.w4a16_unpack import centred, check_dependent, scale_of, store_tile, times, zero_of
+from kernels.w4a16_unpack import ask_ahead, centred, check_dependent, scale_of, store_tile, times, zero_of
 
 MAX_SEGMENTS = 16
 MAX_TILES = 1 << 16
@@ -132,7 +132,13 @@ def w4_matmul(
     begin = program * run
     end = tl.minimum(begin + run, total)
     c = tl.arange(0, 32)
-    if DEPENDENT != "never":
+    if DEPENDENT == "waited":
+        if EVEN_N:
+            n0 = begin // KB // m_tiles * BN
+            ask_ahead(words, scale_zero, n0, begin % KB, KB, N, GROUP, 32, BN, 8)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    elif DEPENDENT != "never":
         if DEPENDENT == "early":
             tl.extra.cuda.gdc_launch_dependents()
         first = begin // KB // m_tiles * BN
@@ -233,8 +239,8 @@ class GemmTile:
 
     `programs_per_sm` programs are started for each multiprocessor (0: one for each tile, so that no tile is shared).
     `stacked`: one dot for each block of 128 k in place of four; the weights are the left operand and scaled first.
-    `dependent`: when a dependent launch lets the kernel behind it start: "early" (at once), "late" (when the products are
-    done), or "never" where a plain launch was measured to be faster, whatever the caller wishes.
+    `dependent`: when a dependent launch lets the kernel behind it start: "early" (at once), "waited" (when the kernel ahead
+    has ended), "late" (when the products are done), or "never" where a plain launch was measured to be faster.
     """
 
     bm: int

@@ -49,12 +49,12 @@ LOAD_SHARED_PARAM = tl.constexpr(
 
 
 @triton.jit
-def _low(v):
+def low_bf16(v):
     return (v << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _high(v):
+def high_bf16(v):
     return (v & -65536).to(tl.float32, bitcast=True)
 
 
@@ -65,7 +65,7 @@ def _halves(v):
 
 
 @triton.jit
-def _product(words, x, scale_zero, total, PLANE: tl.constexpr, IS_FIRST: tl.constexpr, ASM: tl.constexpr):
+def product(words, x, scale_zero, total, PLANE: tl.constexpr, IS_FIRST: tl.constexpr, ASM: tl.constexpr):
     """total + (q - z) / 16 * x of one plane in half2, as int32; total is not read where IS_FIRST."""
     if ASM:
         if IS_FIRST:
@@ -98,7 +98,7 @@ def _product(words, x, scale_zero, total, PLANE: tl.constexpr, IS_FIRST: tl.cons
 
 
 @triton.jit
-def _sum_halves(v, ASM: tl.constexpr):
+def sum_halves(v, ASM: tl.constexpr):
     if ASM:
         return tl.inline_asm_elementwise(SUM_HALVES, "=f,r", [v], dtype=tl.float32, is_pure=True, pack=1)
     else:
@@ -107,14 +107,14 @@ def _sum_halves(v, ASM: tl.constexpr):
 
 
 @triton.jit
-def _centred_halves(words, scale_zero, PLANE: tl.constexpr, ASM: tl.constexpr):
+def centred_halves(words, scale_zero, PLANE: tl.constexpr, ASM: tl.constexpr):
     """q - z of the low and the high half of int32 words, exact, as two float32 tensors; by way of bf16 where ASM."""
     if ASM:
         zero = ((scale_zero >> 16) | 0x4300) * 0x10001
         pair = tl.inline_asm_elementwise(
             BF16_PLANE[PLANE], "=r,r,r", [words, zero], dtype=tl.int32, is_pure=True, pack=1
         )
-        return _low(pair), _high(pair)
+        return low_bf16(pair), high_bf16(pair)
     else:
         z = (scale_zero >> 16).to(tl.float32)
         low = (words >> (4 * PLANE)) & 15
@@ -134,7 +134,7 @@ def _load_params(pointers, ASM: tl.constexpr):
 
 
 @triton.jit
-def _load_x(pointers, mask, IS_MASKED: tl.constexpr, ASM: tl.constexpr):
+def load_x(pointers, mask, IS_MASKED: tl.constexpr, ASM: tl.constexpr):
     """x for the words of a tile, (1, C) int32. By assembly, so that each thread loads its own four words: `tl.load` would
     spread so few elements over all threads and bring them back through shared memory."""
     if ASM and not IS_MASKED:
@@ -161,15 +161,15 @@ def _accumulate(
             packed = _load_params(scale_zero + plane * 32 // GROUP * N, ASM)
         x_plane, _ = tl.broadcast(x[plane], words)
         if BF16:
-            low, high = _centred_halves(words, packed, plane, ASM)
-            product = low * _low(x_plane) + high * _high(x_plane)
-            wide = product if plane * 32 % GROUP == 0 else wide + product
+            low, high = centred_halves(words, packed, plane, ASM)
+            both = low * low_bf16(x_plane) + high * high_bf16(x_plane)
+            wide = both if plane * 32 % GROUP == 0 else wide + both
             if (plane + 1) * 32 % GROUP == 0:
                 acc += wide * scale_of(packed).to(tl.float32)
         else:
-            total = _product(words, x_plane, packed, total, plane, plane * 32 % GROUP == 0, ASM)
+            total = product(words, x_plane, packed, total, plane, plane * 32 % GROUP == 0, ASM)
             if (plane + 1) * 32 % GROUP == 0:
-                acc += _sum_halves(total, ASM) * (scale_of(packed).to(tl.float32) * 16.0)
+                acc += sum_halves(total, ASM) * (scale_of(packed).to(tl.float32) * 16.0)
     return acc
 
 
@@ -225,6 +225,9 @@ def w4_gemv(
     if DEPENDENT == "early":
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    if DEPENDENT == "waited":
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     packed = w
     if SCALES_AHEAD:
         packed = _load_params(param_ptr + tl.minimum(block, last)[None, :] * N, ASM)
@@ -232,10 +235,10 @@ def w4_gemv(
     for start in range(0, KB, BLOCKS):
         b = start + block
         pair = (b * 64 + c)[None, :]
-        x0 = _load_x(x + pair, pair < K // 2, not EVEN_K, ASM)
-        x1 = _load_x(x + pair + 16, pair + 16 < K // 2, not EVEN_K, ASM)
-        x2 = _load_x(x + pair + 32, pair + 32 < K // 2, not EVEN_K, ASM)
-        x3 = _load_x(x + pair + 48, pair + 48 < K // 2, not EVEN_K, ASM)
+        x0 = load_x(x + pair, pair < K // 2, not EVEN_K, ASM)
+        x1 = load_x(x + pair + 16, pair + 16 < K // 2, not EVEN_K, ASM)
+        x2 = load_x(x + pair + 32, pair + 32 < K // 2, not EVEN_K, ASM)
+        x3 = load_x(x + pair + 48, pair + 48 < K // 2, not EVEN_K, ASM)
         group = tl.minimum(b, last) * (128 // GROUP)
         ahead = b + BLOCKS  # what the next turn multiplies is asked for now
         live = (ahead < KB)[None, :]

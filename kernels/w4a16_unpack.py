@@ -13,7 +13,11 @@ bf16: a 7-bit mantissa holds only 128 + q (0x4300 | q), so each plane is shifted
 import triton
 import triton.language as tl
 
-DEPENDENT_MODES = ("never", "early", "late")
+DEPENDENT_MODES = ("never", "early", "waited", "late")
+ASK = tl.constexpr(  # operands: address, bytes, number of addresses; thread i holds address i
+    "{ .reg .pred p; .reg .b32 t; mov.b32 $0, 0; mov.u32 t, %tid.x; setp.lt.u32 p, t, $3;"
+    " @p cp.async.bulk.prefetch.L2.global [$1], $2; }"
+)
 _F16 = "{{ .reg .b32 t; {shift} lop3.b32 t, {word}, {mask}, {magic}, 0xea; sub.rn.f16x2 $0, t, $2; }}"
 _BF16 = (
     "{{ .reg .b32 t; {shift} lop3.b32 t, {word}, 0x000f000f, 0x43004300, 0xea; sub.rn.bf16x2 $0, t, $2; }}"
@@ -41,6 +45,26 @@ F16_PLANE = tl.constexpr(tuple(_f16(plane) for plane in range(4)))
 BF16_PLANE = tl.constexpr(tuple(_bf16(plane) for plane in range(4)))
 MUL_F16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 MUL_BF16 = tl.constexpr("mul.rn.bf16x2 $0, $1, $2;")
+
+
+@triton.jit
+def ask_ahead(
+    words, scale_zero, n0, b0, b1, N,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Ask for blocks b0 .. b0 + AHEAD - 1 (below b1) of rows n0 .. n0 + BN - 1 in L2. Waits for nothing.
+
+    One bulk request for the words of a block (WIDTH elements a row, 64 bytes) and one for each group of params.
+    """
+    block = tl.minimum(b0 + tl.arange(0, AHEAD), b1 - 1).to(tl.int64)
+    line = (words + (block * N + n0) * WIDTH).to(tl.int64)
+    tl.inline_asm_elementwise(ASK, "=r,l,r,r", [line, BN * 64, AHEAD], dtype=tl.int32, is_pure=False, pack=1)
+    if BN % 4 == 0:  # requests are of whole 16 bytes
+        for group in tl.static_range(128 // GROUP):
+            line = (scale_zero + (block * (128 // GROUP) + group) * N + n0).to(tl.int64)
+            tl.inline_asm_elementwise(
+                ASK, "=r,l,r,r", [line, BN * 4, AHEAD], dtype=tl.int32, is_pure=False, pack=1
+            )
 
 
 @triton.jit

@@ -1,15 +1,19 @@
 """W4A16 kernels on the GPU: error against float32 products, the same bits each time, dependent launches in a chain."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from kernels.int4 import Quantized
-from kernels.w4a16 import run_tile, table_of, w4a16_linear, w4a16_reference
+from kernels.w4a16 import Tile, run_tile, table_of, w4a16_linear, w4a16_reference
 from kernels.w4a16_gemm import GemmTile
 from kernels.w4a16_gemv import GemvTile
 from kernels.w4a16_layout import pair, prepare, restore
 from kernels.w4a16_prefill import PrefillTile
+from kernels.w4a16_split import SplitTile
+from kernels.w4a16_stream import StreamTile
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,12 +81,20 @@ def test_epilogue(tokens: int, is_paired: bool, dtype: torch.dtype) -> None:
         GemmTile(16, 64, 4, 5, True, True, 2, stacked=True),
         GemmTile(16, 64, 4, 4, False, True, 4, dependent="late"),
         GemvTile(8, 8, 4, dependent="late"),
+        GemvTile(8, 8, 4, dependent="waited"),
+        GemmTile(8, 128, 4, 4, True, True, 2, dependent="waited"),
+        StreamTile(8, 8, 4, 4),
+        StreamTile(4, 8, 2, 4, dependent="early"),
+        StreamTile(8, 16, 8, 3, dependent="late"),
+        SplitTile(128, 4, 4, 4),
+        SplitTile(64, 8, 2, 4, dependent="early"),
+        SplitTile(128, 1, 4, 4, dependent="late"),
         PrefillTile(512),
     ],
 )
-def test_every_kernel_gives_the_same_bits_each_time(tile: GemvTile | GemmTile | PrefillTile) -> None:
+def test_every_kernel_gives_the_same_bits_each_time(tile: Tile) -> None:
     weight = prepare(make(1536, 8192, 128))
-    x = torch.randn(1 if isinstance(tile, GemvTile) else 8, 8192, device="cuda").half()
+    x = torch.randn(1 if isinstance(tile, (GemvTile, StreamTile)) else 8, 8192, device="cuda").half()
     out = torch.empty(x.shape[0], 1536, dtype=torch.float16, device="cuda")
     results = []
     for _ in range(20):
@@ -133,6 +145,56 @@ def test_dependent_products_directly_behind_each_other() -> None:
         for _ in range(20):
             graph.replay()
             assert torch.equal(plain, dependent), tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize(("rows", "cols"), [(4096, 4096), (1000, 11008), (192, 576)])
+def test_split_and_stream_products(rows: int, cols: int, group_size: int, dtype: torch.dtype) -> None:
+    """Shapes that fit the tiles and shapes that do not, plain and dependent, whatever the table of this card chooses."""
+    quantized = make(rows, cols, min(group_size, cols & -cols))
+    weight = prepare(quantized)
+    dense = quantized.dequantize().double()
+    for tokens in (1, 3, 8, 9, 16, 31):
+        x = torch.randn(tokens, cols, device="cuda").to(dtype)
+        tiles: list[Tile] = [SplitTile(128, 4, 4, 4), SplitTile(64, 1, 2, 4)]
+        for tile in tiles + [StreamTile(8, 8, 4, 4)] * (tokens == 1):
+            for is_dependent in (False, True):
+                out = torch.full((tokens, rows), float("nan"), dtype=dtype, device="cuda")
+                run_tile(tile, x, weight, out, is_dependent=is_dependent)
+                assert relative_error(out, x.double() @ dense.t()) < TOLERANCE[dtype], (tokens, tile)
+
+
+def test_chains_of_each_way_of_starting_the_kernel_behind() -> None:
+    weights = [prepare(make(2048, 2048, 128, seed)) for seed in range(6)]
+    for weight in weights:
+        weight.params.copy_(weight.params & -65536 | 0x1000)  # scale 4.9e-4: the chain stays in range
+    chains: list[tuple[Tile, int]] = [(StreamTile(8, 8, 4, 4), 1), (SplitTile(128, 8, 4, 4), 6)]
+    chains += [(GemmTile(8, 128, 4, 4, True, True, 1), 6)]
+    for tile, tokens in chains:
+        x = torch.randn(tokens, 2048, device="cuda").half()
+        buffers = [torch.empty_like(x) for _ in weights]
+        run = lambda tile, y, i, late: run_tile(tile, y, weights[i], buffers[i], is_dependent=late)  # noqa: E731
+        y = x
+        for i in range(len(weights)):
+            run(tile, y, i, False)
+            y = buffers[i]
+        expected = y.clone()
+        for mode in ("early", "waited", "late"):
+            variant = dataclasses.replace(tile, dependent=mode)
+            graph = torch.cuda.CUDAGraph()
+            run(variant, x, 0, True)
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                y = x
+                for i in range(len(weights)):
+                    run(variant, y, i, True)
+                    y = buffers[i]
+            for _ in range(20):
+                for buffer in buffers:
+                    buffer.fill_(float("nan"))
+                graph.replay()
+                assert torch.equal(y, expected), (tile, mode)
 
 
 def test_prepare_and_restore_on_the_gpu() -> None:

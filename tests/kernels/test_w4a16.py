@@ -19,6 +19,8 @@ from kernels.w4a16_gemm import GemmTile, Schedule, Workspace, launch_gemm, sched
 from kernels.w4a16_gemv import GemvTile, launch_gemv
 from kernels.w4a16_layout import W4Weight, concat, pair, prepare, restore
 from kernels.w4a16_prefill import PrefillTile, launch_dequantize
+from kernels.w4a16_split import SplitTile, launch_split, pieces
+from kernels.w4a16_stream import StreamTile, launch_stream
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1.2e-2}  # bf16: up to 3 truncations of 2^-8 each
 needs_interpreter = pytest.mark.skipif(
@@ -145,6 +147,44 @@ def test_gemm_with_stacked_planes(
 
 
 @needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "cols", "group_size"), [(32, 1024, 128), (40, 1152, 128), (24, 1088, 64), (33, 288, 32)]
+)
+def test_stream(rows: int, cols: int, group_size: int, dtype: torch.dtype) -> None:
+    quantized = make(rows, cols, group_size)
+    x = inputs(1, cols, dtype)
+    out = torch.full((1, rows), float("nan"), dtype=dtype)
+    launch_stream(x, prepare(quantized), StreamTile(16, 8, 4, 3), out)
+    assert_close(out, x, quantized.dequantize())
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("split", [1, 3, 9])
+@pytest.mark.parametrize(
+    ("tokens", "rows", "cols", "group_size"),
+    [(2, 128, 512, 128), (19, 72, 640, 128), (9, 100, 448, 64), (16, 64, 160, 32)],
+)
+def test_split(tokens: int, rows: int, cols: int, group_size: int, split: int, dtype: torch.dtype) -> None:
+    quantized = make(rows, cols, group_size)
+    x = inputs(tokens, cols, dtype)
+    workspace = scratch()
+    for _ in range(2):  # twice: counters must be back at zero
+        out = torch.full((tokens, rows), float("nan"), dtype=dtype)
+        launch_split(x, prepare(quantized), SplitTile(64, split, 2, 3), workspace, out)
+        assert_close(out, x, quantized.dequantize())
+    assert not workspace.arrived.any()
+
+
+@pytest.mark.parametrize("split", range(1, 20))
+def test_no_piece_is_empty(split: int) -> None:
+    for blocks in (1, 2, 8, 32, 43, 86):
+        count, run = pieces(blocks, split)
+        assert 1 <= count <= split and (count - 1) * run < blocks <= count * run
+
+
+@needs_interpreter
 @pytest.mark.parametrize("programs", [1, 2, 3, 5, 8, 40])
 def test_any_division_of_the_work_gives_the_product(programs: int) -> None:
     quantized = make(128, 1280, 128)
@@ -157,10 +197,10 @@ def test_any_division_of_the_work_gives_the_product(programs: int) -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("kind", ["gemv", "gemm", "swapped"])
+@pytest.mark.parametrize("kind", ["gemv", "stream", "split", "gemm", "swapped"])
 @pytest.mark.parametrize("is_paired", [False, True])
 def test_epilogue(kind: str, is_paired: bool) -> None:
-    tokens = 1 if kind == "gemv" else 7
+    tokens = 1 if kind in ("gemv", "stream") else 7
     first, second = make(40, 384, 128, 4), make(40, 384, 128, 5)
     for quantized in (first, second):
         quantized.scales.clamp_(2e-3, 1e-2)
@@ -170,6 +210,10 @@ def test_epilogue(kind: str, is_paired: bool) -> None:
     out = torch.full((tokens, 40), float("nan"), dtype=torch.float16)
     if kind == "gemv":
         launch_gemv(x, weight, GemvTile(16, 8, 4), out, residual)
+    elif kind == "stream":
+        launch_stream(x, weight, StreamTile(16, 8, 4, 3), out, residual)
+    elif kind == "split":
+        launch_split(x, weight, SplitTile(64, 2, 2, 3), scratch(), out, residual)
     else:
         tile = GemmTile(16, 64, 4, 3, kind == "swapped", True, 1)
         launch_gemm(x, weight, tile, 3, scratch(), out, residual)
@@ -263,6 +307,13 @@ def test_shipped_tables_are_complete(name: str) -> None:
         (lambda w: concat([pair(w, w), w]), "interleaved"),
         (lambda w: GemmTile(16, 64, 4, 3, False, True, 1, stacked=True), "left operand"),
         (lambda w: GemvTile(16, 8, 4, dependent="soon"), "'soon'"),
+        (lambda w: SplitTile(64, 2, 4, 3), "32 rows"),
+        (
+            lambda w: launch_split(
+                torch.ones(33, 256).half(), w, SplitTile(64, 2, 2, 3), scratch(), torch.ones(33, 64)
+            ),
+            "33 tokens",
+        ),
         (lambda w: w4a16.parse_table({"entries": [{"kernel": "gemv", "bn": 16}]}), "tile table"),
     ],
 )
