@@ -10,7 +10,7 @@ from kernels.int4 import Quantized
 from kernels.w4a16 import Tile, run_tile, table_of, w4a16_linear, w4a16_reference
 from kernels.w4a16_gemm import GemmTile
 from kernels.w4a16_gemv import GemvTile
-from kernels.w4a16_layout import pair, prepare, restore
+from kernels.w4a16_layout import W4Weight, pair, prepare, restore
 from kernels.w4a16_prefill import PrefillTile
 from kernels.w4a16_split import SplitTile
 from kernels.w4a16_stream import StreamTile
@@ -174,27 +174,28 @@ def test_chains_of_each_way_of_starting_the_kernel_behind() -> None:
     for tile, tokens in chains:
         x = torch.randn(tokens, 2048, device="cuda").half()
         buffers = [torch.empty_like(x) for _ in weights]
-        run = lambda tile, y, i, late: run_tile(tile, y, weights[i], buffers[i], is_dependent=late)  # noqa: E731
-        y = x
-        for i in range(len(weights)):
-            run(tile, y, i, False)
-            y = buffers[i]
-        expected = y.clone()
+        run_chain(tile, weights, x, buffers, False)
+        expected = buffers[-1].clone()
         for mode in ("early", "waited", "late"):
             variant = dataclasses.replace(tile, dependent=mode)
-            graph = torch.cuda.CUDAGraph()
-            run(variant, x, 0, True)
+            run_chain(variant, weights, x, buffers, True)
             torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                y = x
-                for i in range(len(weights)):
-                    run(variant, y, i, True)
-                    y = buffers[i]
+                run_chain(variant, weights, x, buffers, True)
             for _ in range(20):
                 for buffer in buffers:
                     buffer.fill_(float("nan"))
                 graph.replay()
-                assert torch.equal(y, expected), (tile, mode)
+                assert torch.equal(buffers[-1], expected), (tile, mode)
+
+
+def run_chain(
+    tile: Tile, weights: list[W4Weight], x: Tensor, buffers: list[Tensor], is_dependent: bool
+) -> None:
+    for weight, buffer in zip(weights, buffers, strict=True):
+        run_tile(tile, x, weight, buffer, is_dependent=is_dependent)
+        x = buffer
 
 
 def test_prepare_and_restore_on_the_gpu() -> None:
