@@ -15,7 +15,7 @@ from torch import Tensor
 from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
 from engine.attention import Attend, HeadNorms
-from engine.layers import Layer, Linear, functional_linear, fuse_linears, make_gated, make_linear
+from engine.layers import DenseLinear, Layer, Linear, functional_linear, fuse_linears, make_gated, make_linear
 from engine.ops import TORCH_OPS, Ops
 from engine.rope import Rotary, apply_rope, rotary
 
@@ -247,6 +247,12 @@ class Block:
     def mlp(self, h: Tensor, tap: Tap | None = None) -> Tensor:
         """The MLP part on normed h (T, H), without the residual."""
         return _mlp(self._parts, h, tap)
+
+    def pack(self) -> None:
+        """Lay the float weights out for decoding on the CPU; see `DenseLinear.pack`."""
+        for layer in self.linears.values():
+            if isinstance(layer, DenseLinear):
+                layer.pack()
 
     @property
     def size_bytes(self) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from convert.checkpoint import LinearWeights
 from kernels.int4 import Quantized
-from kernels.products import linear
+from kernels.products import linear, prepacked
 
 if TYPE_CHECKING:
     from kernels.w4a16 import W4Weight
@@ -41,6 +41,10 @@ class DenseLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return dense_product(x, self.weight, self.bias)
+
+    def pack(self) -> None:
+        """Lay the weight out for few rows on the CPU, where torch can; nothing but this layer reads it any more."""
+        self.weight = prepacked(self.weight)
 
     @property
     def size_bytes(self) -> int:

@@ -19,6 +19,7 @@ from engine.layers import dense_product, runs_packed_groups
 from engine.ops import TORCH_OPS, Ops, ops_for
 from engine.parallel import TensorParallel, gather_logits, shard_block, shard_config, shard_head
 from engine.rope import Rotary, depends_on_length, rotary
+from kernels.products import prepacked
 
 __all__ = [
     "Attend",
@@ -120,6 +121,7 @@ class Model:
         self.embedding, self.final_norm, self.lm_head = embedding, final_norm, lm_head
         self.notes = list(notes)
         self._angles: Rotary | None = None
+        self._packed_head: Tensor | None = None
 
     @staticmethod
     def from_checkpoint(
@@ -193,13 +195,27 @@ class Model:
         if not depends_on_length(self.config):
             self._angles = rotary(self.config, torch.arange(length, device=self.device))
 
+    def pack(self) -> bool:
+        """Lay all weights out for steps of few tokens on the CPU; False where this machine's torch cannot.
+
+        A tied head is held a second time: the embedding is read by rows.
+        """
+        head = prepacked(self.lm_head)
+        if head is self.lm_head:
+            return False
+        self._packed_head = head
+        for block in self.blocks:
+            block.pack()
+        return True
+
     def norm(self, x: Tensor) -> Tensor:
         """The final norm: (T, H) -> (T, H)."""
         return self.ops.rms_norm(x, self.final_norm, self.config.norm_eps)
 
     def head(self, x: Tensor) -> Tensor:
         """Normed hidden states (T, H) -> logits (T, V) float32."""
-        logits = dense_product(x, self.lm_head, out_dtype=torch.float32)
+        weight = self.lm_head if self._packed_head is None else self._packed_head
+        logits = dense_product(x, weight, out_dtype=torch.float32)
         if self.parallel is None or self.lm_head.shape[0] == self.vocab_size:
             return logits
         return gather_logits(self.parallel.all_gather(logits))

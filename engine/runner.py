@@ -1,8 +1,8 @@
 """Runs a step plan on a model: flat tokens, tables and slots go to the device, logits to the sampler. Knows no requests.
 
-T tokens of a step, B segments, W blocks of a table. On the CPU a step is padded to a few rows, because BLAS takes another path
-for one to three rows a thread: with the padding, and attention done for each sequence alone, a row of a linear has the same bits
-whoever shares its batch.
+T tokens of a step, B segments, W blocks of a table. On the CPU a step is padded to a few rows, because a product takes another path
+for one row (oneDNN) or for one to three a thread (MKL, without packed weights): with the padding, and attention done for each
+sequence alone, a row of a linear has the same bits whoever shares its batch.
 """
 
 from typing import Protocol
@@ -55,8 +55,8 @@ class ModelRunner:
         self._filled = np.zeros(config.max_batch, dtype=np.int64)  # blocks in each row of the tables
         self._prompt_lengths = np.zeros(config.max_batch, dtype=np.int64)
         self._graphs: DecodeGraphs | None = None
-        if self.device.type == "cuda":
-            model.tabulate_angles(context_length)
+        self._is_packed = self.device.type == "cpu" and model.pack()
+        model.tabulate_angles(context_length)
         if self.device.type == "cuda" and config.cuda_graphs and model.can_capture:
             self._graphs = DecodeGraphs(model, cache, self.sampler.last_tokens, config.graph_batches, width)
 
@@ -137,7 +137,9 @@ class ModelRunner:
         return blocks * self.block_size + positions % self.block_size
 
     def _padding(self, rows: int) -> int:
-        """Rows to add on the CPU so that each thread has four or more; none where sequences never share a batch."""
+        """Rows to add on the CPU so that bits do not depend on their number; none where sequences never share a batch."""
         if self.device.type != "cpu" or self.config.max_batch == 1:
             return 0
+        if self._is_packed:
+            return max(rows, 2) - rows
         return max(-(-rows // 4) * 4, 4 * torch.get_num_threads()) - rows

@@ -41,14 +41,33 @@ def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
     return x.shape[-1] == weight.shape[1] and _onednn() is not None
 
 
+def prepacked(weight: Tensor) -> Tensor:
+    """The weight (N, K) in oneDNN's own layout, for `linear` alone and without gradients; where there is none, as it is.
+
+    Reads of few rows are then in order: half the time at M = 1 to 8. From M = 2 on, a row's bits do not depend on M.
+    """
+    if (
+        weight.device.type != "cpu"
+        or weight.dtype != torch.float32
+        or not weight.numel()
+        or _onednn() is None
+    ):
+        return weight
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    return packed
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias as `F.linear`: x (..., K), weight (N, K), bias (N,), any device and dtype -> (..., N).
 
     float32 operands on an x86 CPU that need no gradient go through oneDNN: sums in float32, in an order of its own.
     """
+    if weight.is_mkldnn:
+        product: Tensor = _onednn()(x.contiguous(), weight, bias, "none", [], "")
+        return product
     if not _takes_onednn(x, weight):
         return F.linear(x, weight, bias)
-    product: Tensor = _onednn()(x.contiguous(), weight.contiguous(), bias, "none", [], "")
+    product = _onednn()(x.contiguous(), weight.contiguous(), bias, "none", [], "")
     return product
 
 
