@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from convert.errors import InputError
 from engine.attention import cached_attend, causal_attend
 from engine.kv_simulation import KVSimulation
+from engine.layers import dense_product
 from engine.model import Model
 from engine.windows import (
     AttendFactory,
@@ -44,7 +44,10 @@ __all__ = [
     "tokenize",
 ]
 
-LOGITS_BYTES = 64 * 2**20  # float32 logits that exist at a time
+LOGITS_BYTES = {
+    "cpu": 24 * 2**20,
+    "cuda": 64 * 2**20,
+}  # a chunk of float32 logits; a CPU keeps three in its cache
 
 
 @dataclass(frozen=True)
@@ -157,14 +160,18 @@ def perplexity_and_reference(
         make_attend = cached_attend(8, kv.params) if kv is not None and uses_cache else _torch_attend(kv)
     for hidden in forward_windows(model, cut, make_attend, progress):
         index = len(nll)
-        nll.append(_mean_nll(model, hidden, cut[index].to(model.device)))
-        if not math.isfinite(nll[-1]):
+        is_compared = reference is not None and index < len(reference.hidden)
+        loss, distance = _judge_window(
+            model, hidden, cut[index].to(model.device), reference if is_compared else None, index
+        )
+        nll.append(loss)
+        if not math.isfinite(loss):
             raise InputError(
-                f"The loss of window {index} is {nll[-1]}: the model's activations overflow in "
+                f"The loss of window {index} is {loss}: the model's activations overflow in "
                 f"{_name(model.dtype)} or its weights are damaged. Try --dtype float32 or bfloat16, or `quantize verify`."
             )
-        if reference is not None and index < len(reference.hidden):
-            divergence.append(_divergence(model, hidden, reference, index))
+        if distance is not None:
+            divergence.append(distance)
         if index < keep:
             kept.append(hidden.clone())
     result = PerplexityResult(
@@ -233,34 +240,40 @@ def student_t_975(degrees: int) -> float:
     return z + first / n + second / n**2 + third / n**3 + fourth / n**4
 
 
-def _mean_nll(model: Model, hidden: Tensor, window: Tensor) -> float:
-    """hidden (L, H), window (L,) -> mean over its L - 1 predictions, nats."""
-    total = 0.0
-    step = _rows(model.lm_head.shape[0])
-    for start in range(0, len(window) - 1, step):
-        rows = hidden[start : min(start + step, len(window) - 1)]
-        targets = window[start + 1 : start + 1 + len(rows)]
-        total += F.cross_entropy(model.head(rows), targets, reduction="sum").double().item()
-    return total / (len(window) - 1)
-
-
-def _divergence(model: Model, hidden: Tensor, reference: Reference, index: int) -> tuple[float, float]:
-    """Mean KL(reference || model) in nats, and share of equal likeliest tokens, over the L - 1 predictions of a window."""
-    count = len(hidden) - 1
-    expected = reference.hidden[index]
-    kl = agree = 0.0
-    step = _rows(2 * model.lm_head.shape[0])
+def _judge_window(
+    model: Model, hidden: Tensor, window: Tensor, reference: Reference | None, index: int
+) -> tuple[float, tuple[float, float] | None]:
+    """hidden (L, H), window (L,) -> mean NLL of its L - 1 predictions in nats; with a reference, also the mean of
+    KL(reference || model) and the share of equal likeliest tokens. Each logit of the model is computed once."""
+    count = len(window) - 1
+    total = divergence = agree = 0.0
+    step = _rows(model.lm_head.shape[0], model.device)
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
         ours = model.head(hidden[rows]).log_softmax(-1)
-        theirs = F.linear(expected[rows], reference.lm_head).float().log_softmax(-1).to(ours.device)
-        kl += F.kl_div(ours, theirs, reduction="sum", log_target=True).double().item()
-        agree += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
-    return kl / count, agree / count
+        targets = window[rows.start + 1 : rows.stop + 1]
+        total -= ours.gather(1, targets[:, None]).double().sum().item()
+        if reference is not None:
+            theirs = dense_product(reference.hidden[index][rows], reference.lm_head, out_dtype=torch.float32)
+            kl, equal = _divergence(theirs.to(ours.device), ours)
+            divergence += kl
+            agree += equal
+    return total / count, None if reference is None else (divergence / count, agree / count)
 
 
-def _rows(vocab_size: int) -> int:
-    return max(16, LOGITS_BYTES // (4 * vocab_size))
+def _divergence(theirs: Tensor, ours: Tensor) -> tuple[float, float]:
+    """Sum over rows of KL(theirs || ours) in nats, and the rows whose likeliest token is the same.
+
+    theirs: logits (T, V); ours: log-probabilities (T, V), overwritten.
+    """
+    expected = theirs.log_softmax(-1)
+    agree = float((ours.argmax(-1) == expected.argmax(-1)).sum())
+    excess = ours.sub_(expected)
+    return -expected.exp_().mul_(excess).sum(-1).double().sum().item(), agree
+
+
+def _rows(vocab_size: int, device: torch.device) -> int:
+    return max(16, LOGITS_BYTES.get(device.type, LOGITS_BYTES["cuda"]) // (4 * vocab_size))
 
 
 def _check_reference(reference: Reference, windows: Tensor, vocab_size: int) -> None:

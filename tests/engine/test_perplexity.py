@@ -19,6 +19,7 @@ from engine.attention import cached_attend, causal_attend
 from engine.kv_simulation import KVSimulation, read_kv_params
 from engine.model import Block, Model, StreamedBlocks
 from engine.perplexity import (
+    LOGITS_BYTES,
     EvalTokens,
     cut_windows,
     paired_difference,
@@ -124,7 +125,7 @@ def test_equals_the_formula(tokens: EvalTokens) -> None:
 
 def test_chunks_and_batches_do_not_matter(tokens: EvalTokens, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = perplexity(random_model(), tokens, 32)
-    monkeypatch.setattr("engine.perplexity.LOGITS_BYTES", 4 * CONFIG.vocab_size * 17)  # 17 rows of 31
+    monkeypatch.setitem(LOGITS_BYTES, "cpu", 4 * CONFIG.vocab_size * 17)  # 17 rows of 31
     monkeypatch.setitem(windows_module.BATCH_TOKENS, "cpu", 64)  # 2 windows, last batch 1
     assert perplexity(random_model(), tokens, 32).nll == pytest.approx(expected.nll, rel=1e-6)
 
