@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights
+from convert.checkpoint import BlockWeights, Checkpoint, Stored
 from convert.config import ModelConfig, QuantFormat
 from convert.errors import InputError
 from convert.families import BY_NAME, Family, linear_modules
-from convert.fused import join_fused
+from convert.fused import join_stored
 from convert.hf_config import updated_config
 from convert.json_files import read_failure, read_object, show
 from convert.manifest import OutputFolder
 from convert.tensor_folder import INDEX_NAME
 from kernels.int4 import Quantized
-from kernels.packing import pack_awq
+from kernels.packing import AWQ_ORDER, pack_columns, sequential_to_awq_
 
 COPIED = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 NOT_COPIED = {
@@ -65,15 +65,28 @@ class AwqWriter:
 
     def block_tensors(self, index: int, block: BlockWeights) -> dict[str, Tensor]:
         """The tensors of a block under the names of the family, fused ones joined again."""
-        prefix = self.family.block.format(i=index)
-        linears = dict(block.linears)
+        linears = {}
+        for role, linear in block.linears.items():
+            if isinstance(linear.weight, Quantized) and linear.weight.shape[0] % 8:
+                raise InputError(
+                    f"block {index}, {role} has {linear.weight.shape[0]} out features: eight codes share a word in the AWQ format, "
+                    "so a multiple of 8 is needed. Use --pad."
+                )
+            linears[role] = linear.stored()
+        return self.named_tensors(index, linears, block.norms)
+
+    def named_tensors(
+        self, index: int, linears: Mapping[str, Stored], norms: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """`block_tensors` of linears in stored form."""
+        prefix, modules = self.family.block.format(i=index), linear_modules(self.family, self.config)
         tensors: dict[str, Tensor] = {}
         if self.family.fused is not None:
-            fused = join_fused(linears, self.family.fused_layout, self.config)
-            tensors |= _stored(prefix + self.family.fused, fused)
-        for role, module in linear_modules(self.family, self.config).items():
-            tensors |= _stored(prefix + module, linears[role])
-        for role, norm in block.norms.items():
+            fused = join_stored(linears, self.family.fused_layout, self.config)
+            tensors |= _awq_tensors(prefix + self.family.fused, fused)
+        for role, module in modules.items():
+            tensors |= _awq_tensors(prefix + module, linears[role])
+        for role, norm in norms.items():
             tensors[f"{prefix}{self.family.norms[role]}.weight"] = norm
         return self.store_floats(tensors)
 
@@ -154,22 +167,15 @@ def _tensor_bytes(dtype: str, shape: list[int]) -> int:
     return int(size)
 
 
-def _stored(module: str, linear: LinearWeights) -> dict[str, Tensor]:
-    """The tensors that hold one linear: packed, or as they are."""
-    tensors = {} if linear.bias is None else {module + ".bias": linear.bias}
-    weight = linear.weight
-    if not isinstance(weight, Quantized):
-        return tensors | {module + ".weight": weight}
-    rows = weight.shape[0]
-    if rows % 8:
-        raise InputError(
-            f"{show(module)} has {rows} out features: eight codes share a word in the AWQ format, so a multiple of 8 is needed. "
-            "Use --pad."
-        )
+def _awq_tensors(module: str, linear: Stored) -> dict[str, Tensor]:
+    """The tensors that hold one linear: packed in AWQ's order, or as it is, (N, K)."""
+    tensors = {module + ".bias": linear["bias"]} if "bias" in linear else {}
+    if "weight" in linear:
+        return tensors | {module + ".weight": linear["weight"].t()}
     return tensors | {
-        module + ".qweight": pack_awq(weight.codes),
-        module + ".qzeros": pack_awq(weight.zeros),
-        module + ".scales": weight.scales.t().contiguous(),
+        module + ".qweight": sequential_to_awq_(linear["words"].clone(memory_format=torch.contiguous_format)),
+        module + ".qzeros": pack_columns(linear["zeros"], AWQ_ORDER),
+        module + ".scales": linear["scales"].contiguous(),
     }
 
 

@@ -4,6 +4,7 @@ N out features, K in features, H hidden size, V vocabulary. Float weights keep t
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,8 +14,13 @@ from torch import Tensor
 from convert.config import ModelConfig
 from convert.files import combined_digest
 from kernels.int4 import Quantized
+from kernels.packing import SEQUENTIAL_ORDER, pack_columns, unpack_columns
 
 Kind = Literal["hf", "awq", "workspace-0.6.5", "workspace-0.1"]
+
+# A linear as files hold it, output features last: `weight` (K, N) float, or `words` (K, N // 8) int32, eight codes each in
+# sequential order, with `scales` (G, N) float16 and `zeros` (G, N) uint8; and `bias` (N,) where there is one.
+Stored = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,24 @@ class LinearWeights:
 
     weight: Tensor | Quantized
     bias: Tensor | None = None
+
+    def stored(self) -> Stored:
+        """The same linear with its output features last; a float weight is a view."""
+        bias = {} if self.bias is None else {"bias": self.bias}
+        weight = self.weight
+        if not isinstance(weight, Quantized):
+            return {"weight": weight.t()} | bias
+        words = pack_columns(weight.codes.t(), SEQUENTIAL_ORDER)
+        return {"words": words, "scales": weight.scales.t(), "zeros": weight.zeros.t()} | bias
+
+    @staticmethod
+    def from_stored(parts: Stored, group_size: int, bits: int = 4) -> "LinearWeights":
+        """Inverse of `stored`."""
+        if "weight" in parts:
+            return LinearWeights(parts["weight"].t().contiguous(), parts.get("bias"))
+        codes = unpack_columns(parts["words"], SEQUENTIAL_ORDER).t().contiguous()
+        scales, zeros = parts["scales"].t().contiguous(), parts["zeros"].t().contiguous()
+        return LinearWeights(Quantized(codes, scales, zeros, group_size, bits), parts.get("bias"))
 
 
 @dataclass(frozen=True)
@@ -48,6 +72,15 @@ class Checkpoint(ABC):
     @abstractmethod
     def block(self, index: int) -> BlockWeights:
         """Decoder block `index`, read now, shapes and finiteness checked. Raises InputError naming the tensor."""
+
+    def stored_linears(self, index: int, roles: Iterable[str]) -> dict[str, Stored]:
+        """Linears of block `index` by role, as files hold them; the large readers read no others and leave codes packed."""
+        linears = self.block(index).linears
+        return {role: linears[role].stored() for role in roles}
+
+    def norms(self, index: int) -> dict[str, Tensor]:
+        """The norms of block `index` by role."""
+        return self.block(index).norms
 
     @abstractmethod
     def embedding(self) -> Tensor:

@@ -14,6 +14,7 @@ import shutil
 import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +26,7 @@ from convert.errors import InputError, ResourceError
 from convert.json_files import read_failure, show
 
 TEMP_SUFFIX = ".tmq-tmp"  # by this ending we know the temporary files as ours
-CHUNK = 2**22
+CHUNK = 2**20  # bytes read at a time: they are still in the cache when they are hashed
 TYPE_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -41,24 +42,45 @@ def atomic_write(path: Path, data: bytes | Iterable[bytes | memoryview]) -> tupl
 
     On failure the temporary file is removed and an existing file of that name stays as it was.
     """
-    temp = temp_path(path)
-    digest, size = hashlib.sha256(), 0
+    return atomic_write_all([(path, data)])[path]
+
+
+def atomic_write_all(
+    files: Iterable[tuple[Path, bytes | Iterable[bytes | memoryview]]],
+) -> dict[Path, tuple[int, str]]:
+    """Write files of one folder, each whole or not at all: all get their names, and the folder is synced, when all are on disk.
+
+    Returns path -> (bytes, sha256). An iterator is taken file by file, so that one file at a time is in memory.
+    """
+    done: dict[Path, tuple[int, str]] = {}
+    path = Path()
     try:
         try:
-            with temp.open("wb") as file:
-                for chunk in (data,) if isinstance(data, bytes) else data:
-                    file.write(chunk)
-                    digest.update(chunk)
-                    size += len(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            temp.replace(path)
-            sync_folder(path.parent)
+            for path, data in files:
+                done[path] = 0, ""  # its temporary file is ours to remove from here on
+                done[path] = _write_synced(temp_path(path), data)
+            for path in done:
+                temp_path(path).replace(path)
+            for folder in {path.parent for path in done}:
+                sync_folder(folder)
         except BaseException:
-            temp.unlink(missing_ok=True)
+            for begun in done:
+                temp_path(begun).unlink(missing_ok=True)
             raise
     except OSError as error:
         raise write_failure(path, error) from error
+    return done
+
+
+def _write_synced(path: Path, data: bytes | Iterable[bytes | memoryview]) -> tuple[int, str]:
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for chunk in (data,) if isinstance(data, bytes) else data:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+        file.flush()
+        os.fsync(file.fileno())
     return size, digest.hexdigest()
 
 
@@ -124,19 +146,27 @@ def sha256_bytes(data: bytes) -> str:
 
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file. Raises InputError or ResourceError when it cannot be read."""
-    digest = hashlib.sha256()
+    digest, buffer = hashlib.sha256(), bytearray(CHUNK)
+    view = memoryview(buffer)
     try:
         with path.open("rb", buffering=0) as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
+            while count := file.readinto(buffer):
+                digest.update(view[:count])
     except OSError as error:
         raise read_failure(path, error) from error
     return digest.hexdigest()
 
 
+def worker_count() -> int:
+    """Threads for work on many files: the cores this process may use, at most 8, which keep a fast disk busy."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
 def combined_digest(paths: Iterable[Path]) -> str:
     """sha256 over the lines "sha256  name" of the files, sorted by name: the same wherever the folder lies."""
-    lines = sorted((path.name, sha256_file(path)) for path in paths)
+    listed = list(paths)
+    with ThreadPoolExecutor(worker_count()) as pool:
+        lines = sorted(zip((path.name for path in listed), pool.map(sha256_file, listed), strict=True))
     return sha256_bytes("".join(f"{digest}  {name}\n" for name, digest in lines).encode())
 
 

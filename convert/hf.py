@@ -5,24 +5,24 @@ N out features, K in features, g group_size, D head_dim.
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights
+from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights, Stored
 from convert.config import ModelConfig
 from convert.errors import InputError
 from convert.families import Family, bias_roles, linear_modules, linear_shapes, norm_shapes
-from convert.fused import fused_rows, split_fused
+from convert.fused import fused_rows, split_stored
 from convert.hf_config import parse_config
 from convert.json_files import read_object, show
 from convert.manifest import FolderState, folder_state, read_manifest
 from convert.safetensors_files import TensorInfo
 from convert.tensor_folder import TensorFolder
-from kernels.int4 import Quantized
-from kernels.packing import unpack_awq
+from kernels.packing import AWQ_ORDER, SEQUENTIAL_ORDER, awq_to_sequential_, unpack_columns
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAMES: dict[torch.dtype, Literal["float16", "bfloat16", "float32"]] = {
@@ -108,46 +108,59 @@ class HfCheckpoint(Checkpoint):
         return self._float(self.family.lm_head + ".weight", (self.config.vocab_size, self.config.hidden_size))
 
     def block(self, index: int) -> BlockWeights:
-        if not 0 <= index < self.config.num_layers:
-            raise IndexError(f"block {index} of {self.config.num_layers}")
-        prefix = self.family.block.format(i=index)
-        shapes, biases = linear_shapes(self.config), bias_roles(self.config)
-        linears: dict[str, LinearWeights] = {}
-        if self.family.fused is not None:
-            rows = fused_rows(self.config)
-            module = prefix + self.family.fused
-            fused = self._linear(module, (rows, self.config.hidden_size), "q" in biases)
-            linears |= split_fused(fused, self.family.fused_layout, self.config)
-        for role, relative in linear_modules(self.family, self.config).items():
-            linears[role] = self._linear(prefix + relative, shapes[role], role in biases)
-        norms = {
+        roles = linear_shapes(self.config)
+        quantization = self.config.quantization
+        group, bits = (quantization.group_size, quantization.bits) if quantization else (0, 4)
+        linears = {}
+        for role, parts in self.stored_linears(index, roles).items():
+            linears[role] = LinearWeights.from_stored(parts, group, bits)
+            parts.clear()  # so that no more than one linear is held in both forms
+        return BlockWeights(index, linears, self.norms(index))
+
+    def norms(self, index: int) -> dict[str, Tensor]:
+        prefix = self._prefix(index)
+        return {
             role: self._float(f"{prefix}{self.family.norms[role]}.weight", shape)
             for role, shape in norm_shapes(self.config).items()
         }
-        return BlockWeights(index, {role: linears[role] for role in shapes}, norms)
+
+    def stored_linears(self, index: int, roles: Iterable[str]) -> dict[str, Stored]:
+        prefix, wanted = self._prefix(index), list(roles)
+        shapes, biases = linear_shapes(self.config), bias_roles(self.config)
+        modules = linear_modules(self.family, self.config)
+        found: dict[str, Stored] = {}
+        if self.family.fused is not None and not {"q", "k", "v"}.isdisjoint(wanted):
+            shape = (fused_rows(self.config), self.config.hidden_size)
+            fused = self._linear(prefix + self.family.fused, shape, "q" in biases)
+            found |= split_stored(fused, self.family.fused_layout, self.config)
+        for role in wanted:
+            if role not in found:
+                found[role] = self._linear(prefix + modules[role], shapes[role], role in biases)
+        return {role: found[role] for role in wanted}
+
+    def _prefix(self, index: int) -> str:
+        if not 0 <= index < self.config.num_layers:
+            raise IndexError(f"block {index} of {self.config.num_layers}")
+        return self.family.block.format(i=index)
 
     def _float(self, name: str, shape: tuple[int, ...]) -> Tensor:
         tensor = self.files.read(name)
         _check_shape(self.files.tensors[name], shape)
         return tensor.float() if tensor.dtype == torch.float64 else tensor
 
-    def _linear(self, module: str, shape: tuple[int, int], biased: bool) -> LinearWeights:
-        bias = self._float(module + ".bias", shape[:1]) if biased else None
+    def _linear(self, module: str, shape: tuple[int, int], biased: bool) -> Stored:
+        bias = {"bias": self._float(module + ".bias", shape[:1])} if biased else {}
         if module + ".qweight" not in self.files.tensors:
-            return LinearWeights(self._float(module + ".weight", shape), bias)
+            return {"weight": self._float(module + ".weight", shape).t()} | bias
         assert self.config.quantization is not None
         group, bits = self.config.quantization.group_size, self.config.quantization.bits
         for part, expected in _packed_shapes(shape, group).items():
             _check_shape(self.files.tensors[f"{module}.{part}"], expected)
-        codes = unpack_awq(self.files.read(module + ".qweight"))
-        zeros = unpack_awq(self.files.read(module + ".qzeros"))
-        scales = self.files.read(module + ".scales").t().contiguous()
-        if bits < 4 and int(codes.max()) >= 2**bits:
-            raise InputError(
-                f"{show(module)}: the manifest declares {bits} bits, but a code is {int(codes.max())}. The shard or the "
-                "manifest was changed; quantize again."
-            )
-        return LinearWeights(Quantized(codes, scales, zeros, group, bits), bias)
+        words = awq_to_sequential_(self.files.read(module + ".qweight"))
+        if bits < 4:
+            check_bits(module, words, bits)
+        zeros = unpack_columns(self.files.read(module + ".qzeros"), AWQ_ORDER)
+        return {"words": words, "scales": self.files.read(module + ".scales"), "zeros": zeros} | bias
 
     def _expected(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor the model needs; packed linears as they are packed."""
@@ -230,6 +243,16 @@ class HfCheckpoint(Checkpoint):
         found = [str(d).removeprefix("torch.") for d, n in kinds.items() if n]
         if len(found) > 1:
             self.notes.append(f"mixed dtypes: {', '.join(sorted(found))}")
+
+
+def check_bits(module: str, words: Tensor, bits: int) -> None:
+    """Raises InputError where a code of the sequential words (K, N // 8) lies above the declared bits."""
+    highest = int(unpack_columns(words, SEQUENTIAL_ORDER).max())
+    if highest >= 2**bits:
+        raise InputError(
+            f"{show(module)}: the manifest declares {bits} bits, but a code is {highest}. The shard or the manifest was changed; "
+            "quantize again."
+        )
 
 
 def _packed_shapes(shape: tuple[int, int], group_size: int) -> dict[str, tuple[int, int]]:

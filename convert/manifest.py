@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from convert.errors import InputError
 from convert.files import (
     FolderLock,
     atomic_write,
+    atomic_write_all,
     json_bytes,
     make_folder,
     remove_temporaries,
@@ -113,30 +114,36 @@ class OutputFolder:
         self._write(name, data if isinstance(data, bytes) else b"".join(data), tensors)
 
     def _write(self, name: str, data: Any, tensors: Mapping[str, Any] | None) -> None:
-        path = self.folder / name
-        make_folder(path.parent)
-        self._note({"path": name, "state": "begun"})
-        size, digest = atomic_write(path, data)
-        entry: dict[str, Any] = {"path": name, "bytes": size, "sha256": digest}
-        if tensors is not None:
-            entry["tensors"] = dict(tensors)
-        self._note({**entry, "state": "done"})
+        self._write_all([name], [(name, data, tensors)])
+
+    def _write_all(
+        self, names: Collection[str], files: Iterable[tuple[str, Any, Mapping[str, Any] | None]]
+    ) -> None:
+        """Write the files `names`: one note before them all, and one with their digests when all are on disk."""
+        for parent in {(self.folder / name).parent for name in names}:
+            make_folder(parent)
+        self._note([{"path": name, "state": "begun"} for name in names])
+        entries: dict[str, dict[str, Any]] = {}
+
+        def contents() -> Iterator[tuple[Path, Any]]:
+            for name, data, tensors in files:
+                entries[name] = {"path": name} | ({} if tensors is None else {"tensors": dict(tensors)})
+                yield self.folder / name, data
+
+        for path, (size, digest) in atomic_write_all(contents()).items():
+            entries[str(path.relative_to(self.folder))] |= {"bytes": size, "sha256": digest, "state": "done"}
+        self._note(list(entries.values()))
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, json_bytes(value))
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write a safetensors file; the same tensors give the same bytes."""
-        shapes = {
-            key: [str(t.dtype).removeprefix("torch."), list(t.shape)] for key, t in sorted(tensors.items())
-        }
-        self._write(name, safetensors_chunks(tensors), shapes)
+        self._write(name, safetensors_chunks(tensors), {k: _described(t) for k, t in sorted(tensors.items())})
 
-    def save_raw(self, name: str, tensor: Tensor) -> None:
-        """Write the bytes of a tensor, little-endian and row-major, without a header."""
-        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        described = {"": [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]}
-        self._write(name, [flat.numpy().data], described)
+    def save_raw(self, names: Collection[str], files: Iterable[tuple[str, Tensor]]) -> None:
+        """Write tensors as files of their bytes, little-endian and row-major, without a header; `names` are those that come."""
+        self._write_all(names, ((name, [_raw(tensor)], {"": _described(tensor)}) for name, tensor in files))
 
     def copy(self, source: Path, name: str) -> None:
         """Copy a file into the output, byte for byte."""
@@ -217,16 +224,17 @@ class OutputFolder:
     ) -> None:
         self.close()
 
-    def _note(self, entry: dict[str, Any]) -> None:
+    def _note(self, entries: Iterable[dict[str, Any]]) -> None:
         path = self.work / "files.jsonl"
+        listed = list(entries)
         try:
             with self._journal_lock, path.open("ab") as file:
-                file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
+                file.write(b"".join(json.dumps(entry, sort_keys=True).encode() + b"\n" for entry in listed))
                 file.flush()
                 os.fsync(file.fileno())
+                self._journal |= {entry["path"]: entry for entry in listed}
         except OSError as error:
             raise write_failure(path, error) from error
-        self._journal[entry["path"]] = entry
 
     def _read_journal(self) -> dict[str, dict[str, Any]]:
         path = self.work / "files.jsonl"
@@ -255,6 +263,16 @@ class OutputFolder:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         (self.base / "run.json").unlink()
         sync_folder(self.base)
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    data: memoryview = flat.numpy().data
+    return data
+
+
+def _described(tensor: Tensor) -> list[Any]:
+    return [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
 
 
 def _refuse_occupied(folder: Path) -> FolderState:

@@ -1,40 +1,48 @@
 """How TurboMind arranges a linear: RoPE order, fused qkv, ranks, padding. Pure functions, each with its inverse.
 
-A linear is a `Linear`: parts by name, all with the output features N as their first axis: `weight` (N, K) float, or
-`qweight` (N, K) codes uint8 with `scales` and `zeros` (N, G), and where there is one `bias` (N,). An operation on output
-features acts on every part alike, so integer codes move unchanged. D head_dim, H and Hkv heads, tp ranks.
+A linear is in stored form (`convert.checkpoint.Stored`): output features N last, as the files hold it, int4 codes eight to a word.
+An operation on output features acts on every part alike, on whole words, so integer codes move unchanged.
+K in features, G groups, D head_dim, H and Hkv heads, tp ranks.
 Format: LMDeploy 0.6.5, lmdeploy/turbomind/deploy (module.py, parameter.py, policy.py); 0.1.0 for the tiles.
 """
-
-from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from convert.checkpoint import Stored
 from convert.errors import InputError
+from kernels.packing import SEQUENTIAL_ORDER, pack_columns, unpack_columns, unzip_columns, zip_columns
 
-Linear = dict[str, Tensor]
-
-
-def map_rows(linear: Linear, operation: Callable[[Tensor], Tensor]) -> Linear:
-    """Apply an operation on output features to every part."""
-    return {name: operation(part) for name, part in linear.items()}
+GROUPED = ("scales", "zeros")  # parts whose rows are groups of input features
 
 
-def rope_order(heads: int, head_dim: int) -> Tensor:
-    """Index (H * D,) with new row h*D + 2j + s = old row h*D + s*D/2 + j: halves become interleaved pairs."""
-    within = torch.arange(head_dim).view(2, head_dim // 2).t().reshape(-1)
-    return (torch.arange(heads)[:, None] * head_dim + within).reshape(-1)
+def _width(name: str, features: int) -> int:
+    """Elements of the part `name` that `features` output features take."""
+    return features // 8 if name == "words" else features
 
 
-def interleave_rope(linear: Linear, head_dim: int) -> Linear:
-    """Rows of q or k from Hugging Face's order (halves) to TurboMind's (pairs)."""
-    return map_rows(linear, lambda part: part[rope_order(len(part) // head_dim, head_dim)])
+def interleave_rope(linear: Stored, head_dim: int) -> Stored:
+    """Output features of q or k from Hugging Face's order to TurboMind's: new h*D + 2j + s = old h*D + s*D/2 + j."""
+    turned = {}
+    for name, part in linear.items():
+        heads = part.unflatten(-1, (-1, 2, _width(name, head_dim // 2)))  # (..., heads, 2, D/2)
+        if name == "words":
+            turned[name] = zip_columns(*(half.contiguous() for half in heads.unbind(-2))).flatten(-2)
+        else:
+            turned[name] = heads.transpose(-1, -2).flatten(-3)
+    return turned
 
 
-def separate_rope(linear: Linear, head_dim: int) -> Linear:
+def separate_rope(linear: Stored, head_dim: int) -> Stored:
     """Inverse of `interleave_rope`."""
-    return map_rows(linear, lambda part: part[torch.argsort(rope_order(len(part) // head_dim, head_dim))])
+    turned = {}
+    for name, part in linear.items():
+        heads = part.unflatten(-1, (-1, _width(name, head_dim)))  # (..., heads, D)
+        if name == "words":
+            turned[name] = torch.stack(unzip_columns(heads), dim=-2).flatten(-3)
+        else:
+            turned[name] = heads.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-3)
+    return turned
 
 
 def kv_replication(num_kv_heads: int, tp: int) -> int:
@@ -48,57 +56,67 @@ def kv_replication(num_kv_heads: int, tp: int) -> int:
     )
 
 
-def replicate_heads(linear: Linear, head_dim: int, times: int) -> Linear:
-    """Each head of D rows repeated `times` times, copies adjacent."""
+def replicate_heads(linear: Stored, head_dim: int, times: int) -> Stored:
+    """Each head of D output features repeated `times` times, copies adjacent."""
     if times == 1:
         return linear
-    return map_rows(
-        linear,
-        lambda part: part.unflatten(0, (-1, head_dim)).repeat_interleave(times, dim=0).flatten(0, 1),
-    )
+    return {
+        name: part.unflatten(-1, (-1, _width(name, head_dim))).repeat_interleave(times, dim=-2).flatten(-2)
+        for name, part in linear.items()
+    }
 
 
-def unreplicate_heads(linear: Linear, head_dim: int, times: int) -> Linear:
+def unreplicate_heads(linear: Stored, head_dim: int, times: int) -> Stored:
     """Inverse of `replicate_heads`: the first copy of each head."""
-    return map_rows(linear, lambda part: part.unflatten(0, (-1, head_dim))[::times].flatten(0, 1))
+    if times == 1:
+        return linear
+    return {
+        name: part.unflatten(-1, (-1, _width(name, head_dim)))[..., ::times, :].flatten(-2)
+        for name, part in linear.items()
+    }
 
 
-def fuse_qkv(q: Linear, k: Linear, v: Linear, tp: int) -> list[Linear]:
-    """Per rank R the rows [q_R | k_R | v_R]; each of q, k, v is cut into tp equal parts."""
-    pieces = [{name: part.chunk(tp) for name, part in linear.items()} for linear in (q, k, v)]
-    return [{name: torch.cat([piece[name][rank] for piece in pieces]) for name in q} for rank in range(tp)]
+def fuse_qkv(q: Stored, k: Stored, v: Stored, tp: int) -> list[Stored]:
+    """Per rank R the output features [q_R | k_R | v_R]; each of q, k, v is cut into tp equal parts."""
+    pieces = [{name: part.chunk(tp, dim=-1) for name, part in linear.items()} for linear in (q, k, v)]
+    return [{name: torch.cat([piece[name][r] for piece in pieces], dim=-1) for name in q} for r in range(tp)]
 
 
-def split_qkv(ranks: list[Linear], query_rows: int, kv_rows: int) -> tuple[Linear, Linear, Linear]:
-    """Inverse of `fuse_qkv`; query_rows and kv_rows are those of one rank."""
-    sizes = [query_rows, kv_rows, kv_rows]
-    parts = [{name: part.split(sizes) for name, part in linear.items()} for linear in ranks]
-    q, k, v = ({name: torch.cat([part[name][i] for part in parts]) for name in ranks[0]} for i in range(3))
+def split_qkv(ranks: list[Stored], query_features: int, kv_features: int) -> tuple[Stored, Stored, Stored]:
+    """Inverse of `fuse_qkv`; the numbers of features are those of one rank."""
+    sizes = (query_features, kv_features, kv_features)
+    parts = [
+        {name: part.split([_width(name, size) for size in sizes], dim=-1) for name, part in linear.items()}
+        for linear in ranks
+    ]
+    q, k, v = (
+        {name: torch.cat([part[name][i] for part in parts], -1) for name in ranks[0]} for i in range(3)
+    )
     return q, k, v
 
 
-def split_rows(linear: Linear, tp: int) -> list[Linear]:
+def split_outputs(linear: Stored, tp: int) -> list[Stored]:
     """Rank R gets the R-th of tp equal runs of output features (w1, w3)."""
-    return [{name: part.chunk(tp)[rank] for name, part in linear.items()} for rank in range(tp)]
+    return [{name: part.chunk(tp, dim=-1)[rank] for name, part in linear.items()} for rank in range(tp)]
 
 
-def join_rows(ranks: list[Linear]) -> Linear:
-    """Inverse of `split_rows`."""
-    return {name: torch.cat([linear[name] for linear in ranks]) for name in ranks[0]}
+def join_outputs(ranks: list[Stored]) -> Stored:
+    """Inverse of `split_outputs`."""
+    return {name: torch.cat([linear[name] for linear in ranks], dim=-1) for name in ranks[0]}
 
 
-def split_columns(linear: Linear, tp: int) -> list[Linear]:
+def split_inputs(linear: Stored, tp: int) -> list[Stored]:
     """Rank R gets the R-th of tp equal runs of input features and of their groups (wo, w2); the bias goes to each whole."""
     return [
-        {name: part if name == "bias" else part.chunk(tp, dim=1)[rank] for name, part in linear.items()}
+        {name: part if name == "bias" else part.chunk(tp)[rank] for name, part in linear.items()}
         for rank in range(tp)
     ]
 
 
-def join_columns(ranks: list[Linear]) -> Linear:
-    """Inverse of `split_columns`."""
+def join_inputs(ranks: list[Stored]) -> Stored:
+    """Inverse of `split_inputs`."""
     return {
-        name: part if name == "bias" else torch.cat([linear[name] for linear in ranks], dim=1)
+        name: part if name == "bias" else torch.cat([linear[name] for linear in ranks])
         for name, part in ranks[0].items()
     }
 
@@ -110,20 +128,26 @@ def padded_intermediate(intermediate_size: int, group_size: int, tp: int) -> int
     return -(-groups // tp) * group * tp
 
 
-def pad_rows(linear: Linear, rows: int) -> Linear:
-    """Zeros after the last output feature, up to `rows` of them (codes, scales and zeros too: their product is 0)."""
-    return map_rows(linear, lambda part: _grow(part, 0, rows))
+def pad_outputs(linear: Stored, features: int) -> Stored:
+    """Zeros after the last output feature, up to `features` (codes, scales and zeros too: their product is 0)."""
+    return {name: _grow(part, part.dim() - 1, _width(name, features)) for name, part in linear.items()}
 
 
-def pad_columns(linear: Linear, columns: int, group_size: int) -> Linear:
-    """Zeros after the last input feature, up to `columns`; scales and zeros up to columns / group_size."""
-    grown = {}
-    for name, part in linear.items():
-        if name == "bias":
-            grown[name] = part
-        else:
-            grown[name] = _grow(part, 1, columns // group_size if name in ("scales", "zeros") else columns)
-    return grown
+def cut_outputs(linear: Stored, features: int) -> Stored:
+    """Inverse of `pad_outputs`."""
+    return {name: part[..., : _width(name, features)] for name, part in linear.items()}
+
+
+def pad_inputs(linear: Stored, features: int, group_size: int) -> Stored:
+    """Zeros after the last input feature, up to `features`; scales and zeros up to features / group_size."""
+    rows = {name: features // group_size if name in GROUPED else features for name in linear}
+    return {name: part if name == "bias" else _grow(part, 0, rows[name]) for name, part in linear.items()}
+
+
+def cut_inputs(linear: Stored, features: int, group_size: int) -> Stored:
+    """Inverse of `pad_inputs`."""
+    rows = {name: -(-features // group_size) if name in GROUPED else features for name in linear}
+    return {name: part if name == "bias" else part[: rows[name]] for name, part in linear.items()}
 
 
 def _grow(part: Tensor, axis: int, size: int) -> Tensor:
@@ -135,48 +159,51 @@ def _grow(part: Tensor, axis: int, size: int) -> Tensor:
     return torch.cat([part, part.new_zeros(shape)], dim=axis)
 
 
-def tile_index(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Where dialect 0.1 keeps q[k, n] of a (K, N) matrix: (word address, nibble), both int64 (K, N).
-
-    32 x 32 tiles; word = (tile_k * N/32 + tile_n) * 128 + lane * 4 + w, lane = 4 * (n % 8) + (k % 8) / 2,
-    w = 2 * (k % 32 / 16) + n % 32 / 16, nibble = 4 * (k % 2) + 2 * (k % 16 / 8) + n % 16 / 8 (integer divisions).
-    """
-    k, n = torch.arange(rows)[:, None], torch.arange(columns)[None, :]
-    lane = 4 * (n % 8) + (k % 8) // 2
-    word = 2 * ((k % 32) // 16) + (n % 32) // 16
-    nibble = 4 * (k % 2) + 2 * ((k % 16) // 8) + (n % 16) // 8
-    address = ((k // 32) * (columns // 32) + n // 32) * 128 + lane * 4 + word
-    return address, nibble.expand(rows, columns)
+def interleave_gate_up(gate: Stored, up: Stored) -> Stored:
+    """Dialect 0.1's w13: output feature 2j is gate's j, 2j + 1 is up's j."""
+    return {
+        name: zip_columns(part, up[name])
+        if name == "words"
+        else torch.stack([part, up[name]], dim=-1).flatten(-2)
+        for name, part in gate.items()
+    }
 
 
-def pack_tiles(codes: Tensor) -> Tensor:
-    """Codes (K, N) uint8 -> words (K/32, N/32, 128) int32. K and N must be multiples of 32."""
-    rows, columns = codes.shape
+def separate_gate_up(fused: Stored) -> tuple[Stored, Stored]:
+    """Inverse of `interleave_gate_up`."""
+    pairs = {
+        name: unzip_columns(part) if name == "words" else (part[..., 0::2], part[..., 1::2])
+        for name, part in fused.items()
+    }
+    return {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
+
+
+# Dialect 0.1 keeps q[k, n] of a (K, N) matrix in 32 x 32 tiles: word = (k / 32 * N / 32 + n / 32) * 128 + lane * 4 + w with
+# lane = 4 * (n % 8) + (k % 8) / 2 and w = 2 * (k % 32 / 16) + n % 32 / 16, nibble = 4 * (k % 2) + 2 * (k % 16 / 8) + n % 16 / 8
+# (integer divisions). So k and n are cut into digits, and the digits take these places:
+TILE_DIGITS = (2, 2, 4, 2), (2, 2, 8)  # of k inside a tile (16s, 8s, 2s, 1s) and of n (16s, 8s, 1s)
+TILE_PLACES = (0, 5, 8, 3, 1, 6, 4, 2, 7)  # k tile, n tile | n 1s, k 2s | k 16s, n 16s | k 1s, k 8s, n 8s
+
+
+def pack_tiles(words: Tensor) -> Tensor:
+    """Sequential words (K, N // 8) int32 -> tiles (K / 32, N / 32, 128) int32. K and N must be multiples of 32."""
+    rows, columns = words.shape[0], words.shape[1] * 8
     if rows % 32 or columns % 32:
         raise InputError(
             f"A {rows} x {columns} matrix does not divide into the 32 x 32 tiles of dialect 0.1."
         )
-    words = torch.zeros(rows * columns // 8, dtype=torch.int64)
-    for start, block in _tile_rows(codes):
-        address, nibble = tile_index(32, columns)
-        flat = (block.long() << (4 * nibble)).flatten()
-        words.index_add_(0, start + address.flatten(), flat)
-    return words.to(torch.int32).view(rows // 32, columns // 32, 128)
+    digits = unpack_columns(words, SEQUENTIAL_ORDER).view(-1, *TILE_DIGITS[0], columns // 32, *TILE_DIGITS[1])
+    codes = digits.permute(TILE_PLACES).reshape(-1, 8)
+    return pack_columns(codes, SEQUENTIAL_ORDER).view(rows // 32, columns // 32, 128)
 
 
-def unpack_tiles(words: Tensor) -> Tensor:
-    """Inverse of `pack_tiles`: words (K/32, N/32, 128) int32 -> codes (K, N) uint8."""
-    rows, columns = words.shape[0] * 32, words.shape[1] * 32
-    address, nibble = tile_index(32, columns)
-    return torch.cat([((row.flatten()[address] >> (4 * nibble)) & 15).to(torch.uint8) for row in words]).view(
-        rows, columns
-    )
-
-
-def _tile_rows(codes: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Each run of 32 rows with the address of its first word."""
-    for tile, block in enumerate(codes.split(32)):
-        yield tile * codes.shape[1] * 4, block
+def unpack_tiles(tiles: Tensor) -> Tensor:
+    """Inverse of `pack_tiles`: tiles (K / 32, N / 32, 128) int32 -> sequential words (K, N // 8) int32."""
+    rows, columns = tiles.shape[0] * 32, tiles.shape[1] * 32
+    shape = (rows // 32, *TILE_DIGITS[0], columns // 32, *TILE_DIGITS[1])
+    codes = unpack_columns(tiles.view(-1, 1), SEQUENTIAL_ORDER).view([shape[place] for place in TILE_PLACES])
+    back = sorted(range(len(TILE_PLACES)), key=TILE_PLACES.__getitem__)
+    return pack_columns(codes.permute(back).reshape(rows, columns), SEQUENTIAL_ORDER)
 
 
 def scales_zeros(scales: Tensor, zeros: Tensor) -> Tensor:
@@ -191,13 +218,3 @@ def split_scales_zeros(packed: Tensor) -> tuple[Tensor, Tensor]:
     low = (packed & 0xFFFF).to(torch.int16).view(torch.float16)
     high = ((packed >> 16) & 0xFFFF).to(torch.int16).view(torch.float16)
     return high, (low.float() - 64).to(torch.uint8)
-
-
-def interleave_gate_up(gate: Linear, up: Linear) -> Linear:
-    """Dialect 0.1's w13: row 2j is gate row j, row 2j + 1 is up row j."""
-    return {name: torch.stack([gate[name], up[name]], dim=1).flatten(0, 1) for name in gate}
-
-
-def separate_gate_up(fused: Linear) -> tuple[Linear, Linear]:
-    """Inverse of `interleave_gate_up`."""
-    return map_rows(fused, lambda part: part[0::2]), map_rows(fused, lambda part: part[1::2])

@@ -6,7 +6,7 @@ workspace. Padding and copied KV heads go where config.json tells the true sizes
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from convert.awq import AwqWriter
-from convert.checkpoint import BlockWeights, LinearWeights
+from convert.checkpoint import Stored
 from convert.config import ModelConfig, QuantFormat
 from convert.config_reader import FIELDS
 from convert.errors import InputError
-from convert.families import BY_NAME
+from convert.families import BY_NAME, linear_shapes
 from convert.files import check_free_space, check_output_place
 from convert.hf_config import updated_config
 from convert.json_files import read_object, show
@@ -67,7 +67,7 @@ def unpack_workspace(
             writer = UnpackWriter(folder, source)
             for index in range(source.config.num_layers):
                 if not writer.has_block(index):
-                    writer.write_block(index, without_zero_bias(source.block(index), source.config))
+                    writer.write_stored(index)
                 progress(index + 1, source.config.num_layers)
             writer.finish_files()
             if (source.path / KV_PARAMETERS).is_file():
@@ -84,6 +84,14 @@ class UnpackWriter(AwqWriter):
 
     def __init__(self, out: OutputFolder, source: WorkspaceCheckpoint) -> None:
         super().__init__(out, source, source.config.quantization or QuantFormat(16, 0))
+
+    def write_stored(self, index: int) -> None:
+        """Store one block as the workspace holds it: codes are never unpacked."""
+        linears = self.source.stored_linears(index, linear_shapes(self.config))
+        linears["o"] = without_zero_bias(linears["o"], index, self.config)
+        self.out.save_tensors(
+            self.shard_name(index), self.named_tensors(index, linears, self.source.norms(index))
+        )
 
     def store_floats(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(tensors)
@@ -155,13 +163,12 @@ def made_config(config: ModelConfig) -> dict[str, Any]:
     return document
 
 
-def without_zero_bias(block: BlockWeights, config: ModelConfig) -> BlockWeights:
+def without_zero_bias(o: Stored, index: int, config: ModelConfig) -> Stored:
     """TurboMind stores a bias for o wherever q, k, v have one: zeros, which the family's own names have no place for."""
-    o = block.linears["o"]
-    if o.bias is None or BY_NAME[config.family].o_bias is not False:
-        return block
-    if bool(o.bias.any()):
+    if "bias" not in o or BY_NAME[config.family].o_bias is not False:
+        return o
+    if bool(o["bias"].any()):
         raise InputError(
-            f"block {block.index}: o has a bias that is not zero, which a {show(config.family)} model has no name for."
+            f"block {index}: o has a bias that is not zero, which a {show(config.family)} model has no name for."
         )
-    return replace(block, linears={**block.linears, "o": LinearWeights(o.weight)})
+    return {name: part for name, part in o.items() if name != "bias"}

@@ -5,22 +5,26 @@ guard. Written by us or by LMDeploy itself, dialect 0.6.5 (config.yaml) or 0.1 (
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from convert.checkpoint import BlockWeights, Checkpoint
+from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights, Stored
 from convert.config import ModelConfig, QuantFormat
 from convert.errors import InputError
+from convert.families import linear_shapes
 from convert.hf_config import parse_config
 from convert.json_files import read_bytes, read_failure, read_object, show
 from convert.manifest import FolderState, folder_state, read_manifest
+from convert.safetensors_files import TensorInfo, check_finite, read_tensor
 from convert.turbomind_config import Shape, parse_config_yaml
-from convert.workspace_blocks import Shapes, file_shapes, read_block
+from convert.workspace_blocks import read_linears, read_norms
 from convert.workspace_ini import check_kv_values, parse_config_ini
-from convert.workspace_tensors import GROUP_SIZE, Dialect, Packing, misfits
+from convert.workspace_packing import GROUP_SIZE, Dialect, Packing, misfits
+from convert.workspace_shapes import all_shapes, embedding_shapes, kv_shapes, output_shapes
 
 CONFIG_BYTES = 2**20
 
@@ -124,20 +128,17 @@ class WorkspaceCheckpoint(Checkpoint):
             raise InputError(
                 f"{show(str(folder))}: the configuration contradicts itself: {'; '.join(reasons)}."
             )
+        self._shapes = all_shapes(self.packing, shape.kv_int8)
         self.check_files()
-        for name, stored in self._kv_shapes().items():
-            check_kv_values(self._read(name, *stored), show(name))
+        for name in kv_shapes(self.packing) if shape.kv_int8 else ():
+            check_kv_values(self._read(name), show(name))
 
     def weight_files(self) -> list[Path]:
         return sorted(path for path in self.weights.iterdir() if path.suffix not in (".yaml", ".ini"))
 
     def expected_files(self) -> dict[str, int]:
         """File name -> bytes, from the configuration alone."""
-        shapes = self._outer_shapes()
-        for index in range(self.config.num_layers):
-            shapes |= file_shapes(self.packing, index)
-        shapes |= self._kv_shapes()
-        return {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
+        return {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in self._shapes.items()}
 
     def check_files(self) -> None:
         """Raises InputError naming every weight file that is absent or has another size than the configuration asks for."""
@@ -155,56 +156,42 @@ class WorkspaceCheckpoint(Checkpoint):
             )
 
     def block(self, index: int) -> BlockWeights:
-        shapes = file_shapes(self.packing, index)
-        return read_block(index, lambda name: self._read(name, *shapes[name]), self.packing)
+        linears = {}
+        for role, parts in self.stored_linears(index, linear_shapes(self.config)).items():
+            linears[role] = LinearWeights.from_stored(parts, GROUP_SIZE)
+            parts.clear()  # so that no more than one linear is held in both forms
+        return BlockWeights(index, linears, self.norms(index))
+
+    def stored_linears(self, index: int, roles: Iterable[str]) -> dict[str, Stored]:
+        return read_linears(index, roles, self._read, self.packing)
+
+    def norms(self, index: int) -> dict[str, Tensor]:
+        return read_norms(index, self._read)
 
     def embedding(self) -> Tensor:
-        return self._outer("tok_embeddings", 1)[: self.config.vocab_size]
+        return self._joined(list(embedding_shapes(self.packing)), 1)[: self.config.vocab_size]
 
     def final_norm(self) -> Tensor:
-        return self._outer("norm", 0)
+        return self._read("norm.weight")
 
     def lm_head(self) -> Tensor:
-        return self._outer("output", 0)[: self.config.vocab_size]
+        return self._joined(list(output_shapes(self.packing)), 0)[: self.config.vocab_size]
 
-    def _outer_shapes(self) -> Shapes:
-        hidden, tp, dtype = self.config.hidden_size, self.packing.tp, self.packing.dtype
-        rows = -(-self.config.vocab_size // tp) * tp
-        shapes: Shapes = {"norm.weight": ((hidden,), dtype)}
-        if self.packing.dialect == "0.1":
-            return shapes | {
-                f"{name}.weight": ((rows, hidden), dtype) for name in ("tok_embeddings", "output")
-            }
-        for rank in range(tp):
-            shapes[f"tok_embeddings.{rank}.weight"] = ((rows, hidden // tp), dtype)
-            shapes[f"output.{rank}.weight"] = ((rows // tp, hidden), dtype)
-        return shapes
+    def _joined(self, names: list[str], axis: int) -> Tensor:
+        return self._read(names[0]) if len(names) == 1 else torch.cat([self._read(n) for n in names], axis)
 
-    def _kv_shapes(self) -> Shapes:
-        """The files of a static int8 KV cache, where the configuration turns it on."""
-        layers = range(self.config.num_layers if self.shape.kv_int8 else 0)
-        names = [f"layers.{i}.past_kv_scale.{rank}.weight" for i in layers for rank in range(self.packing.tp)]
-        return {name: ((4,), torch.float32) for name in names}
-
-    def _outer(self, module: str, axis: int) -> Tensor:
-        shapes = self._outer_shapes()
-        parts = [self._read(name, *kind) for name, kind in shapes.items() if name.startswith(module + ".")]
-        return torch.cat(parts, dim=axis)
-
-    def _read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        path = self.weights / name
+    def _read(self, name: str) -> Tensor:
+        shape, dtype = self._shapes[name]
+        path, size = self.weights / name, math.prod(shape) * dtype.itemsize
         try:
-            raw = bytearray(path.read_bytes())
+            found = path.stat().st_size
         except OSError as error:
             raise read_failure(path, error) from error
-        if len(raw) != math.prod(shape) * dtype.itemsize:
+        if found != size:
             raise InputError(
-                f"{show(str(path))} has {len(raw):,} bytes, expected {math.prod(shape) * dtype.itemsize:,}: it is cut "
-                "short or of another model. Pack the model again."
+                f"{show(str(path))} has {found:,} bytes, expected {size:,}: it is cut short or of another model. Pack the model "
+                "again."
             )
-        tensor = torch.frombuffer(raw, dtype=dtype).view(shape)
-        if dtype.is_floating_point:
-            bad = int((~torch.isfinite(tensor)).sum())
-            if bad:
-                raise InputError(f"{show(str(path))}: {bad} values are NaN or infinite. The file is damaged.")
+        tensor = read_tensor(TensorInfo(name, path, dtype, shape, 0, size))
+        check_finite(name, tensor)
         return tensor

@@ -1,37 +1,29 @@
 """Writes a TurboMind workspace from a float or AWQ checkpoint: pre-flight, weight files, config, tokenizer, manifest.
 
-Streams block by block with a few threads; memory is bounded by that many blocks. Needs no GPU and no LMDeploy.
+Streams linear by linear with a few threads; memory is bounded by that many linears and the embedding. Needs no GPU and no LMDeploy.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from convert.checkpoint import Checkpoint
 from convert.config import ModelConfig
 from convert.errors import InputError
 from convert.families import BY_NAME, linear_modules, linear_shapes
-from convert.files import check_free_space, check_output_place
+from convert.files import check_free_space, check_output_place, worker_count
 from convert.json_files import read_object, show
 from convert.manifest import OutputFolder
 from convert.turbomind_config import CHAT_TEMPLATES, Shape, chat_template_name, config_yaml
-from convert.workspace_tensors import (
-    GROUP_SIZE,
-    Dialect,
-    Packing,
-    WeightType,
-    as_float,
-    block_files,
-    legal_tp,
-    misfits,
-)
+from convert.workspace_packing import GROUP_SIZE, Dialect, Packing, WeightType, legal_tp, misfits
+from convert.workspace_shapes import block_shapes, embedding_shapes, norm_shape, output_shapes
+from convert.workspace_tensors import Files, block_files, outer_files
 
 WEIGHTS = "triton_models/weights"
 TOKENIZER = "triton_models/tokenizer"
@@ -115,30 +107,6 @@ def _weight_type(source: Checkpoint, dtype: str | None) -> WeightType:
     return "int4"
 
 
-def outer_files(source: Checkpoint, packing: Packing) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """(file name, how to make its tensor) of embeddings, final norm and output matrix."""
-    config, tp, dtype = packing.config, packing.tp, packing.dtype
-    rows = -(-config.vocab_size // tp) * tp
-
-    def padded(matrix: Tensor, name: str) -> Tensor:
-        cast = as_float(matrix, dtype, name)
-        missing = rows - cast.shape[0]
-        return cast if missing == 0 else torch.cat([cast, cast.new_zeros(missing, cast.shape[1])])
-
-    def part(module: str, axis: int, rank: int) -> Tensor:
-        matrix = source.embedding() if module == "tok_embeddings" else source.lm_head()
-        return padded(matrix, module).chunk(tp, dim=axis)[rank].contiguous()
-
-    yield "norm.weight", lambda: as_float(source.final_norm(), dtype, "norm.weight")
-    if packing.dialect == "0.1":
-        yield "tok_embeddings.weight", lambda: padded(source.embedding(), "tok_embeddings")
-        yield "output.weight", lambda: padded(source.lm_head(), "output")
-        return
-    for rank in range(tp):
-        yield f"tok_embeddings.{rank}.weight", partial(part, "tok_embeddings", 1, rank)
-        yield f"output.{rank}.weight", partial(part, "output", 0, rank)
-
-
 def write_workspace(
     source: Checkpoint,
     out: Path,
@@ -148,13 +116,14 @@ def write_workspace(
     dtype: str | None = None,
     chat_template: str | None = None,
     restart: bool = False,
-    workers: int = 2,
+    workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PackResult:
     """Write a workspace; resumes an unfinished one of the same settings, file by file.
 
     Args:
         chat_template: LMDeploy's name of the chat format; None finds it in the checkpoint's own template.
+        workers: threads, each of which holds one linear or the embedding at a time; None: a thread a core, at most 8.
         progress: called with (blocks done, blocks in all).
 
     Raises InputError when the model cannot be packed so or the folder is occupied, ResourceError on a full disk.
@@ -179,18 +148,17 @@ def write_workspace(
     }
     with OutputFolder.begin(out, fingerprint, restart=restart, layout="root") as folder:
         if not folder.finished:
-            for name, make in outer_files(source, packing):
-                _save(folder, name, make)
-            _write_blocks(source, packing, folder, workers, progress)
+            _write_weights(source, packing, folder, workers or worker_count(), progress)
             _write_config(source, packing, folder, chat)
             _copy_tokenizer(source.tokenizer_dir, folder)
             _copy_kv_parameters(source, packing, folder)
             source.check_unchanged()
             facts = {**fingerprint, "kind": "workspace", "bits": 4 if packing.weight_type == "int4" else 16}
             folder.finish(facts, {"elapsed_s": time.perf_counter() - start})
-    weights = [path for path in (out / WEIGHTS).iterdir() if path.suffix == ".weight" or ".q" in path.name]
-    size = sum(path.stat().st_size for path in (out / WEIGHTS).iterdir())
-    return PackResult(out, len(weights), size, time.perf_counter() - start, tuple(source.notes))
+    sizes = [
+        path.stat().st_size for path in (out / WEIGHTS).iterdir() if path.suffix not in (".yaml", ".ini")
+    ]
+    return PackResult(out, len(sizes), sum(sizes), time.perf_counter() - start, tuple(source.notes))
 
 
 def skipped_linears(config: ModelConfig, not_converted: tuple[str, ...]) -> list[str]:
@@ -210,31 +178,31 @@ def estimate_bytes(packing: Packing) -> int:
     return int(config.num_layers * linears * per_weight + 4 * config.vocab_size * config.hidden_size)
 
 
-def _save(folder: OutputFolder, name: str, make: Callable[[], Tensor]) -> None:
-    path = f"{WEIGHTS}/{name}"
-    if not folder.has(path):
-        folder.save_raw(path, make())
-
-
-def _write_blocks(
+def _write_weights(
     source: Checkpoint,
     packing: Packing,
     folder: OutputFolder,
     workers: int,
     progress: Callable[[int, int], None],
 ) -> None:
+    """Every weight file, block by block with a few threads; those that an earlier run finished are left as they are."""
     total = packing.config.num_layers
+    outer = embedding_shapes(packing) | output_shapes(packing) | norm_shape(packing)
 
-    def pack(index: int) -> None:
-        for name, tensor in block_files(source.block(index), packing):
-            path = f"{WEIGHTS}/{name}"
-            if not folder.has(path):
-                folder.save_raw(path, tensor)
+    def write(names: Collection[str], make: Callable[[], Files]) -> None:
+        torch.set_num_threads(1)  # of this worker: it shares the cores with the others
+        missing = [f"{WEIGHTS}/{name}" for name in names if not folder.has(f"{WEIGHTS}/{name}")]
+        if missing:
+            files = ((f"{WEIGHTS}/{name}", tensor) for name, tensor in make())
+            folder.save_raw(missing, (file for file in files if file[0] in missing))
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        futures: list[Future[None]] = [pool.submit(pack, index) for index in range(total)]
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(write, outer, partial(outer_files, source, packing))]
+        for index in range(total):
+            make = partial(block_files, source, index, packing)
+            futures.append(pool.submit(write, block_shapes(packing, index), make))
         try:
-            for done, future in enumerate(futures, start=1):
+            for done, future in enumerate(futures):
                 future.result()
                 progress(done, total)
         except BaseException:
@@ -291,5 +259,5 @@ def _copy_kv_parameters(source: Checkpoint, packing: Packing, folder: OutputFold
     if packing.dialect == "0.1":
         from convert.workspace_ini import kv_scale_files
 
-        for name, tensor in kv_scale_files(parameters, packing.config, packing.tp):
-            folder.save_raw(f"{WEIGHTS}/{name}", tensor)
+        files = {f"{WEIGHTS}/{n}": t for n, t in kv_scale_files(parameters, packing.config, packing.tp)}
+        folder.save_raw(list(files), files.items())

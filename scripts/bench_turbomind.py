@@ -2,7 +2,6 @@
 
     python scripts/bench_turbomind.py --oracle "python3 PATH/turbomind_oracle.py" [--load-only] [--out benchmarks]
     python scripts/bench_turbomind.py --speed --oracle ...     decode speed of the engine on a 7B shape in int4 (random weights)
-    python scripts/bench_turbomind.py --pack-7b FOLDER         seconds to pack a 7B-shape AWQ checkpoint, and the disk's own speed
 
 The oracle command takes a workspace and `--hf-fp16 FOLDER --json FILE`, and writes {"verdicts": [[check, passed], ...], "logits":
 {"rel_fro", "argmax", "argmax_ties"}, ...}. It reads Llama-like names: the others are renamed here, tensor by tensor, independently of
@@ -11,7 +10,6 @@ the packing code. Mixtral is judged with equal experts (then it is a dense model
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -28,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from tiny_checkpoints import document, quantize_source, random_weights, shapes, write_source  # noqa: E402
+from tiny_checkpoints import quantize_source, write_source  # noqa: E402
 from torch import Tensor  # noqa: E402
 from turbomind_rows import command_line, merge_rows  # noqa: E402
 
@@ -310,87 +308,6 @@ def run_speed(args: argparse.Namespace, oracle: list[str]) -> None:
     shutil.rmtree(work)
 
 
-def run_pack_7b(args: argparse.Namespace) -> None:
-    """Pack a 7B-shape AWQ checkpoint of random words; the disk's speed is that of one plain write and fsync of as many bytes."""
-    folder = Path(args.pack_7b)
-    source, workspace = folder / "awq-7b", folder / "workspace-7b"
-    if not source.is_dir():
-        write_awq_7b(source)
-    if workspace.is_dir():
-        shutil.rmtree(workspace)
-    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    seconds = {"disk_write": plain_write(folder / "plain.bin", size)}
-    begin, cpu_before = time.perf_counter(), time.process_time()
-    result = write_workspace(open_checkpoint(source), workspace, workers=args.workers)
-    seconds["pack"], cpu_s = time.perf_counter() - begin, time.process_time() - cpu_before
-    rate = result.weight_bytes / seconds["pack"]
-    row = {
-        "shape": "7b",
-        "weights": "int4",
-        "workers": args.workers,
-        "cpus": os.cpu_count(),
-        "weight_bytes": result.weight_bytes,
-        "seconds": seconds["pack"],
-        "cpu_s": cpu_s,
-        "load": os.getloadavg()[0],
-        "bytes_per_s": rate,
-        "disk_share": rate * seconds["disk_write"] / size,
-    }
-    print(json.dumps(row, indent=1))
-    head = {"command": command_line(), "device": "cpu"}
-    (args.out / "turbomind_pack.json").write_text(json.dumps({**head, "rows": [row]}, indent=1) + "\n")
-    shutil.rmtree(workspace)
-
-
-def plain_write(path: Path, size: int) -> float:
-    chunk = os.urandom(2**24)
-    begin = time.perf_counter()
-    with path.open("wb") as file:
-        for _ in range(size // len(chunk)):
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    seconds = time.perf_counter() - begin
-    path.unlink()
-    return seconds
-
-
-def write_awq_7b(folder: Path) -> None:
-    """Random words in the shape of Llama-2-7B, one shard a block."""
-    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-    sizes |= {"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000}
-    raw = document("llama", "float16", sizes)
-    quantization = {
-        "quant_method": "awq",
-        "version": "gemm",
-        "bits": 4,
-        "group_size": 128,
-        "zero_point": True,
-    }
-    folder.mkdir(parents=True)
-    table = shapes("llama", raw)
-    generator = torch.Generator().manual_seed(0)
-    for block in (*range(32), None):
-        tensors: dict[str, Tensor] = {}
-        for name, shape in table.items():
-            if (f".layers.{block}." not in name) if block is not None else ".layers." in name:
-                continue
-            if "_proj." not in name:
-                tensors |= random_weights({name: shape}, torch.float16)
-                continue
-            module, (rows, cols) = name.removesuffix(".weight"), shape
-            for part, height in (("qweight", cols), ("qzeros", cols // 128)):
-                words = torch.randint(
-                    -(2**31), 2**31, (height, rows // 8), generator=generator, dtype=torch.int64
-                )
-                tensors[f"{module}.{part}"] = words.to(torch.int32)
-            tensors[f"{module}.scales"] = (
-                torch.rand(cols // 128, rows, generator=generator).half() * 0.01 + 0.001
-            )
-        save_file(tensors, folder / f"model-{33 if block is None else block + 1:05d}-of-00033.safetensors")
-    (folder / "config.json").write_text(json.dumps(raw | {"quantization_config": quantization}))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -404,18 +321,12 @@ def main() -> None:
     parser.add_argument(
         "--speed", action="store_true", help="decode speed of the engine instead of the cases"
     )
-    parser.add_argument("--pack-7b", metavar="FOLDER", help="time the packing of a 7B shape there instead")
-    parser.add_argument(
-        "--workers", type=int, default=4, help="workspaces judged, or blocks packed, at a time"
-    )
+    parser.add_argument("--workers", type=int, default=4, help="workspaces judged at a time")
     parser.add_argument("--work", type=Path, help="folder for the models; the system's by default")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.pack_7b:
-        run_pack_7b(args)
-        return
     if not args.oracle:
         parser.error("--oracle is needed")
     oracle = shlex.split(args.oracle) + (["--load-only"] if args.load_only else [])

@@ -22,21 +22,28 @@ def merge_rows(out: Path, rows: list[dict[str, Any]], device: str, note: str) ->
     kept = [row for row in document["rows"] if _key(row) not in ours]
     script = Path(sys.argv[0]).name
     runs = document["runs"] | {script: {"command": command_line(), "device": device, "note": note}}
+    document = provenance(device) | {
+        "runs": runs,
+        "rows": sorted(kept + rows, key=lambda row: (*_key(row)[:3], ORDER.index(row["check"]))),
+    }
+    document["versions"]["lmdeploy"] = "0.6.5"
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    (out / "turbomind.md").write_text(table(document))
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """What every record of figures begins with."""
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    document = {
+    return {
         "command": command_line(),
         "commit": commit.stdout.strip(),
         "date": date.today().isoformat(),
         "device": device,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "lmdeploy": "0.6.5"},
-        "runs": runs,
-        "rows": sorted(kept + rows, key=lambda row: (*_key(row)[:3], ORDER.index(row["check"]))),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    (out / "turbomind.md").write_text(table(document))
 
 
 def command_line() -> str:

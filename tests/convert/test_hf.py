@@ -7,7 +7,7 @@ from tiny_models import CONFIGS, DIM, HEADS, KV, LAYERS, random_tensors, write_m
 
 from convert.checkpoint import LinearWeights
 from convert.families import FAMILIES, family_of
-from convert.fused import join_fused, split_fused
+from convert.fused import join_stored, split_stored
 from convert.readers import open_checkpoint
 from kernels.int4 import quantize
 
@@ -103,7 +103,8 @@ def test_fused_tensors_split_and_join(family: str, packed: bool, tmp_path) -> No
     rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     weight = torch.randn(rows, 64)
     fused = LinearWeights(quantize(weight, 4, 32) if packed else weight, torch.randn(rows))
-    joined = join_fused(split_fused(fused, layout, config), layout, config)
+    stored = join_stored(split_stored(fused.stored(), layout, config), layout, config)
+    joined = LinearWeights.from_stored(stored, 32)
     assert torch.equal(joined.bias, fused.bias)
     if packed:
         for part in ("codes", "scales", "zeros"):

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,15 +150,15 @@ def test_without_digests_the_source_tells(case: str, workspace: Path, packed: Pa
 
 @pytest.mark.parametrize("case", ["G66-permissions"])
 def test_permissions_lost(case: str, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Path.read_bytes
+    real = Path.open
 
-    def refuse(self: Path) -> bytes:
+    def refuse(self: Path, *args: Any, **options: Any) -> Any:
         if self.name == Path(WO).name:
             raise PermissionError(13, "Permission denied")
-        return real(self)
+        return real(self, *args, **options)
 
     ckpt = open_checkpoint(workspace)
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(TmqError, match=r"wo\.0\.qweight"):
         ckpt.block(0)
 
