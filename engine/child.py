@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -18,8 +17,9 @@ from convert.errors import TmqError
 from engine.api import Request
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.loading import load_source
-from engine.process import ModelSource
+from engine.launch import load_source
+from engine.source import ModelSource
+from engine.subprocesses import claim_output, ignore_signals
 from engine.wire import encode_events
 
 STATS_PERIOD_S = 0.5
@@ -74,19 +74,6 @@ def serve(core: EngineCore, inbox: "queue.SimpleQueue[dict[str, Any]]", output: 
 def write(output: TextIO, *lines: str) -> None:
     output.write("\n".join(lines) + "\n")
     output.flush()
-
-
-def claim_output() -> TextIO:
-    """The pipe to the parent; standard output itself now leads to standard error."""
-    pipe = os.dup(1)
-    os.dup2(2, 1)
-    return os.fdopen(pipe, "w", encoding="utf-8")
-
-
-def ignore_signals() -> None:
-    """The parent decides when the child ends: it may still drain while a terminal or supervisor signals the whole group."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _listen(lines: TextIO, inbox: "queue.SimpleQueue[dict[str, Any]]") -> None:

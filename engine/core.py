@@ -10,15 +10,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
 from engine.api import EngineDied, Event, FinishReason, Request, Stats, TokenLogprob
 from engine.config import EngineConfig
-from engine.detokenize import TextStream, TokenDecoder
+from engine.detokenize import NoText, TextStream, TextTools
 from engine.runner import Runner
-from engine.sampling import PendingSample, Sampled
+from engine.sampled import PendingSample, Sampled
 from engine.scheduler import BlockManager, Scheduler, Sequence, StepPlan
 
 log = logging.getLogger(__name__)
@@ -30,38 +29,6 @@ SURVIVABLE = (
     ArithmeticError,
     IndexError,
 )  # of one batch; the device is still sound
-
-
-class TextTools(Protocol):
-    """What the core needs of a tokenizer; `convert.tokenizer.Tokenizer` has it."""
-
-    eos_token_ids: tuple[int, ...]
-
-    def decoder(self) -> TokenDecoder:
-        """A decoder for one new sequence."""
-        ...
-
-    def token_text(self, token_id: int) -> str:
-        """The text of one token alone, for log-probabilities."""
-        ...
-
-
-class NoText:
-    """No tokenizer: events carry tokens and empty text. For measurements."""
-
-    eos_token_ids: tuple[int, ...] = ()
-
-    def decoder(self) -> "NoText":
-        return self
-
-    def push(self, token_id: int) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""
-
-    def token_text(self, token_id: int) -> str:
-        return ""
 
 
 @dataclass

@@ -16,6 +16,38 @@ class TokenDecoder(Protocol):
         ...
 
 
+class TextTools(Protocol):
+    """What the core needs of a tokenizer; `convert.tokenizer.Tokenizer` has it."""
+
+    eos_token_ids: tuple[int, ...]
+
+    def decoder(self) -> TokenDecoder:
+        """A decoder for one new sequence."""
+        ...
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token alone, for log-probabilities."""
+        ...
+
+
+class NoText:
+    """No tokenizer: events carry tokens and empty text. For measurements."""
+
+    eos_token_ids: tuple[int, ...] = ()
+
+    def decoder(self) -> "NoText":
+        return self
+
+    def push(self, token_id: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+    def token_text(self, token_id: int) -> str:
+        return ""
+
+
 class TextStream:
     """The text of one sequence. Text that may be the beginning of a stop string is held back until it is decided."""
 

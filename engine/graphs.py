@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.cache import PagedAttend, PagedCache, StepBatch
 from engine.model import Model
-from engine.sampling import Greedy, likeliest
+from engine.sampled import Greedy, likeliest
 from engine.transfer import upload_into
 
 WARM_UP_STEPS = 2  # eager runs before a capture: kernels are compiled and workspaces allocated by them

@@ -1,4 +1,4 @@
-"""From a checkpoint to an engine core: device and dtype, weights, how much cache fits, tokenizer. The one place that decides these."""
+"""From a checkpoint to an engine core: device and dtype, weights, how much cache fits. The one place that decides these."""
 
 import logging
 import os
@@ -12,19 +12,19 @@ from convert.checkpoint import Checkpoint
 from convert.config import ModelConfig
 from convert.errors import InputError, ResourceError, UsageError
 from convert.readers import open_checkpoint
-from convert.tokenizer import load_tokenizer
 from engine.api import SamplingParams
 from engine.cache import CPU_CACHE_BYTES, PagedCache, block_bytes, plan_blocks
 from engine.config import GIB, EngineConfig
-from engine.core import EngineCore, TextTools
+from engine.core import EngineCore
+from engine.detokenize import TextTools
 from engine.gpu_checks import check_gpu
 from engine.kv_simulation import read_kv_params
 from engine.model import Model, compute_dtype
 from engine.parallel import TensorParallel
-from engine.process import ModelSource
 from engine.random_weights import random_checkpoint
 from engine.runner import ModelRunner
 from engine.scheduler import Join, Segment, StepPlan
+from engine.source import ModelSource
 from kernels.kv8 import StaticKV
 
 # Bytes for each logit while tokens are drawn: float32 logits, scaled and sorted, float64 probabilities and their sums.
@@ -60,30 +60,10 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def load_source(source: ModelSource, config: EngineConfig) -> EngineCore:
-    """An engine on what `source` names, with its tokenizer; with config.tp > 1 on a group of ranks. Raises `convert.errors`."""
-    ckpt = open_source(source, config)
-    text = (
-        None
-        if source.random_weights is not None
-        else load_tokenizer(ckpt.tokenizer_dir, source.trust_remote_code)
-    )
-    if text is not None:
-        text.check_fits(ckpt.config.vocab_size)
-    name = Path(source.path).name if source.random_weights is None else ckpt.path.name
-    if config.tp == 1:
-        return make_core(ckpt, config, text, name=name)
-    from engine.ranks import start_group
-
-    return EngineCore(
-        start_group(source, config), config, text, name=name, eos_token_ids=ckpt.config.eos_token_ids
-    )
-
-
 def open_source(source: ModelSource, config: EngineConfig, rank: int = 0) -> Checkpoint:
     """The checkpoint that `source` names; random weights are made on the device of this rank."""
     if source.random_weights is None:
-        return open_checkpoint(source.path)
+        return open_checkpoint(source.path, family=source.family)
     device = rank_device(config, rank)
     return random_checkpoint(
         source.random_weights, device, weights=source.weights, group_size=source.group_size

@@ -8,50 +8,24 @@ raises EngineDied. Events reach the event loop through one reader thread.
 import asyncio
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import IO, Any
 
 from convert.errors import InputError, ResourceError, TmqError, UsageError
 from engine.api import EngineDied, Event, Request, Stats
 from engine.config import EngineConfig
+from engine.source import ModelSource
+from engine.subprocesses import child_environment
 from engine.wire import decode_events
 
 STOP_TIMEOUT_S = 10.0  # from "stop" to a kill
 _ERRORS: dict[str, type[TmqError]] = {
     error.__name__: error for error in (InputError, ResourceError, UsageError, TmqError)
 }
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """What to load: the checkpoint at `path`, or random weights of a shape ("7b" or a config.json), "fp16" or "int4"."""
-
-    path: str = ""
-    random_weights: str | None = None
-    weights: str = "fp16"
-    group_size: int = 128
-    trust_remote_code: bool = False  # of a tokenizer that exists only as code
-
-
-def child_environment() -> dict[str, str]:
-    """Ours, with the folder of our packages on the path, so that a child finds them wherever it starts.
-
-    Threads of a CPU engine sleep while they wait for each other, unless the user says otherwise: with other processes on the
-    same cores, spinning made a step of the demo model take 1.7 s in place of 0.12 s.
-    """
-    root = str(Path(__file__).resolve().parents[1])
-    path = os.environ.get("PYTHONPATH")
-    return {
-        "OMP_WAIT_POLICY": "PASSIVE",
-        **os.environ,
-        "PYTHONPATH": root if not path else root + os.pathsep + path,
-    }
 
 
 class _Stream:

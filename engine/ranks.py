@@ -24,14 +24,14 @@ import torch.distributed as dist
 
 from convert.errors import ResourceError, UsageError
 from engine.api import EngineDied, SamplingParams
-from engine.child import claim_output, ignore_signals
 from engine.config import EngineConfig
 from engine.loading import make_runner, open_source, rank_device
 from engine.parallel import distributed
-from engine.process import ModelSource, child_environment
 from engine.runner import ModelRunner
-from engine.sampling import PendingSample
+from engine.sampled import PendingSample
 from engine.scheduler import Join, Segment, StepPlan
+from engine.source import ModelSource
+from engine.subprocesses import child_environment, claim_output, ignore_signals
 
 GROUP_TIMEOUT = timedelta(minutes=10)  # for the slowest rank to load its weights
 

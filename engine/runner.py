@@ -15,7 +15,8 @@ from engine.cache import PagedAttend, PagedCache, StepBatch
 from engine.config import EngineConfig
 from engine.graphs import DecodeGraphs
 from engine.model import Model
-from engine.sampling import PendingSample, Sampler
+from engine.sampled import PendingSample
+from engine.sampling import Sampler
 from engine.scheduler import Segment, StepPlan
 from engine.transfer import upload
 

@@ -25,9 +25,9 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.device_limits import busy_share, copy_bandwidth, peak_gib, reset_peak
 from engine.loading import make_runner, open_source, resolve_device
-from engine.process import ModelSource
 from engine.ranks import start_group
 from engine.runner import ModelRunner
+from engine.source import ModelSource
 from engine.throughput_rows import ThroughputRow, percentile
 from engine.trace import TraceEntry
 

@@ -213,7 +213,7 @@ def caches(text: str) -> tuple[tuple[int, str], ...]:
 def run_throughput(paths: Sequence[str], flags: Flags) -> Outcome:
     """`evaluate throughput`: each path at each batch, prompts of random tokens, with the static measurement of the engine."""
     from engine.config import EngineConfig
-    from engine.process import ModelSource
+    from engine.source import ModelSource
     from engine.throughput import Contender, open_bench
     from engine.throughput_rows import row_document, rows_table
 

@@ -32,8 +32,8 @@ sys.path.insert(0, str(ROOT))
 from convert.errors import ResourceError  # noqa: E402
 from engine.config import GIB, EngineConfig  # noqa: E402
 from engine.device_limits import copy_bandwidth, peak_gib, reset_peak  # noqa: E402
-from engine.process import ModelSource  # noqa: E402
 from engine.random_weights import SHAPES  # noqa: E402
+from engine.source import ModelSource  # noqa: E402
 from engine.throughput import Bench, Contender, open_bench  # noqa: E402
 from engine.throughput_rows import ThroughputRow, row_document, rows_table  # noqa: E402
 from engine.trace import read_trace  # noqa: E402

@@ -1,6 +1,6 @@
 """A model of thirty lines with a real paged memory: what it answers depends on every token that its blocks hold."""
 
-from engine.sampling import Sampled
+from engine.sampled import Sampled
 
 VOCAB = 97
 

@@ -16,7 +16,8 @@ import pytest
 from convert.errors import InputError
 from engine.api import EngineDied, Event, Request, SamplingParams, TokenLogprob
 from engine.config import EngineConfig
-from engine.process import ModelSource, ProcessEngine
+from engine.process import ProcessEngine
+from engine.source import ModelSource
 from engine.wire import decode_events, encode_events
 
 SOURCE = ModelSource(random_weights="tiny")
@@ -121,7 +122,8 @@ def test_death_of_the_child_reaches_every_stream():
 def test_the_child_ends_with_its_parent(tmp_path):
     code = (
         "import os, sys, time\n"
-        "from engine.process import ModelSource, ProcessEngine\n"
+        "from engine.process import ProcessEngine\n"
+        "from engine.source import ModelSource\n"
         "from engine.config import EngineConfig\n"
         "engine = ProcessEngine.start(ModelSource(random_weights='tiny'), EngineConfig(device='cpu', max_batch=1))\n"
         "print(engine._process.pid, flush=True)\n"

@@ -5,10 +5,10 @@ import pytest
 from engine.api import Request, SamplingParams
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.loading import load_source
-from engine.process import ModelSource
+from engine.launch import load_source
 from engine.ranks import decode_plan, encode_plan
 from engine.scheduler import Join, Segment, StepPlan
+from engine.source import ModelSource
 
 
 def generate(core: EngineCore) -> dict[str, tuple[int, ...]]:

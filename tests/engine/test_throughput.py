@@ -9,7 +9,7 @@ from rich.console import Console
 from convert.errors import InputError, ResourceError
 from engine.config import EngineConfig
 from engine.device_limits import covered
-from engine.process import ModelSource
+from engine.source import ModelSource
 from engine.throughput import Contender, open_bench
 from engine.throughput_rows import percentile, row_document, rows_table
 from engine.trace import TraceEntry, generate_trace, read_trace, trace_text
