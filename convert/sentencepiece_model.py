@@ -38,8 +38,10 @@ def parse_model(raw: bytes, name: str) -> SentencePieceModel:
     scores: list[float] = []
     types: list[int] = []
     kind, fallback, prefix, extra, charsmap = 1, 0, 1, 1, b""
+    seen = set()
     try:
         for number, value in _fields(raw):
+            seen.add(number)
             if number == 1:
                 piece = dict(_fields(_bytes(value)))
                 pieces.append(_bytes(piece[1]).decode())
@@ -52,6 +54,8 @@ def parse_model(raw: bytes, name: str) -> SentencePieceModel:
                 normalizer = dict(_fields(_bytes(value)))
                 prefix, extra = _integer(normalizer.get(3, 1)), _integer(normalizer.get(4, 1))
                 charsmap = _bytes(normalizer.get(2, b""))
+        if not {2, 3} <= seen:  # they stand behind the pieces
+            raise ValueError("its training and normalization settings are absent: it may be cut short")
     except (ValueError, KeyError, struct.error, UnicodeDecodeError) as error:
         raise InputError(
             f"{name} is no sentencepiece model, or it is damaged ({error}). Copy it again."
