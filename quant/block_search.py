@@ -18,6 +18,7 @@ from quant.presets import PLANS, Plan, effort_on
 from quant.records import LinearReport
 from quant.solve import Solution, Stack, free_codes, solve
 from quant.stored import is_quantized
+from quant.targets import CrossSums
 
 
 class BlockSearch:
@@ -52,7 +53,7 @@ class BlockSearch:
         return Stack(torch.cat(parts), roles, tuple(len(part) for part in parts))
 
     def quantize(
-        self, roles: tuple[str, ...], stats: InputStats, fold: Fold, cross: Tensor | None = None
+        self, roles: tuple[str, ...], stats: InputStats, fold: Fold, cross: CrossSums | None = None
     ) -> Solution:
         """Quantize linears that read one input, put them in place; the fold is the caller's."""
         stack = self.stack(roles)

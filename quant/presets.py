@@ -16,7 +16,7 @@ class Plan:
 
     source: Literal["float", "quantized"] = "quantized"  # the stream that a linear's inputs are taken from
     scale: bool = False  # channel scales and clip ranges, chosen together by the Gram form
-    toward_float: float = 0.0  # share of the way to the weights that best meet the float stream's outputs
+    toward_float: float = 0.0  # most of the way to the weights that best meet the float stream's outputs
     compensate: Literal["none", "published", "static"] = "none"
     rounds: int = 0  # of integer descent and scale refit
     refit: bool = False  # scale refit alone
@@ -27,8 +27,8 @@ PLANS: dict[Preset, Plan] = {
     "gptq": Plan(compensate="published"),
     "gptq-r": Plan(compensate="static"),
     "fast": Plan(scale=True, refit=True),
-    "default": Plan(scale=True, toward_float=0.5, compensate="static", rounds=2),
-    "best": Plan(scale=True, toward_float=0.5, compensate="static", rounds=2, learn=True),
+    "default": Plan(scale=True, toward_float=1.0, compensate="static", rounds=2),
+    "best": Plan(scale=True, toward_float=1.0, compensate="static", rounds=2, learn=True),
 }
 
 

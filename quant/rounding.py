@@ -44,6 +44,13 @@ class Learning:
     norm_rate: float = 0.1
     batch_tokens: int = 4096
     checks: int = 4  # measurements of the whole loss
+    toward_float: float = (
+        1.0  # share of the way of the target, from the float block on these inputs to the float stream
+    )
+    drop: float = 0.0  # share of tokens whose inputs are those of the float stream (Wei et al., QDrop, 2022)
+    pull: float = (
+        0.0  # of codes back to their start, in parts of a step's rate for each step of the grid away
+    )
 
 
 LEARNING = Learning()
@@ -60,6 +67,7 @@ def learn_block(
     reports: list[LinearReport],
     metric: Tensor | None = None,
     settings: Learning | None = None,
+    float_x: Tensor | None = None,
 ) -> tuple[BlockWeights, list[LinearReport]]:
     """Train a quantized block so that it maps x to y.
 
@@ -67,7 +75,8 @@ def learn_block(
         block: Quantized linears, fp16 norms. latents: by role (N, K) float32, where each centred code would go if it
             were free; kept within half a step of its integer, so that nothing changes at first.
         metric: (H, H), what an error is multiplied by before it is squared; None: nothing.
-        x: (S, L, H) inputs, those of the quantized model; y: (S, L, H) what the float model gives after this block.
+        x: (S, L, H) inputs, those of the quantized model; y: (S, L, H) what is wanted after this block.
+        float_x: (S, L, H), the inputs in the float model: what dropped tokens read.
 
     Returns the block and the reports with the step and both losses added: mean squared error per element of y.
     """
@@ -91,8 +100,10 @@ def learn_block(
         moved = {role: fp16_norm(norm * (1 + norm_moves[role])) for role, norm in norms.items()}
         return flat.dense(dense, [moved], device)[0]
 
-    def error(part: Tensor | slice, weights: BlockWeights) -> Tensor:
+    def error(part: Tensor | slice, weights: BlockWeights, dropped: Tensor | None = None) -> Tensor:
         inputs = x[part].float()
+        if dropped is not None and float_x is not None:
+            inputs = torch.where(dropped, float_x[part].float(), inputs)
         attend = training_attend(causal_attend(len(inputs), x.shape[1], config), device)
         delta = parts.block(inputs, weights, attend=attend) - y[part].float()
         return (delta if metric is None else delta @ metric).pow(2).mean()
@@ -110,6 +121,12 @@ def learn_block(
     order = batches(len(x), size, steps, quant.seed + 1).to(device)
     schedule = 1 - torch.arange(steps, device=device, dtype=torch.float32) / steps
     counter = torch.zeros(1, dtype=torch.int64, device=device)
+    drops = None
+    if learning.drop and float_x is not None:
+        generator = torch.Generator().manual_seed(quant.seed + 3)
+        drops = (torch.rand(steps, size, x.shape[1], 1, generator=generator) < learning.drop).to(device)
+    home = latent.clone() if learning.pull else None
+    pull = learning.pull * learning.code_rate / max(steps, _STEADY_STEPS)
     gain = 1.0
 
     def step() -> None:
@@ -117,11 +134,15 @@ def learn_block(
         with torch.enable_grad():
             for p in trained:
                 p.requires_grad_(True)
-            grads = torch.autograd.grad(error(chosen, current()) * gain, trained)
+            dropped = None if drops is None else drops.index_select(0, counter)[0]
+            grads = torch.autograd.grad(error(chosen, current(), dropped) * gain, trained)
             for p in trained:
                 p.requires_grad_(False)
         with torch.no_grad():
-            optimizer.step(grads, schedule.index_select(0, counter))
+            factor = schedule.index_select(0, counter)
+            optimizer.step(grads, factor)
+            if home is not None:
+                latent.add_((home - latent) * (factor * pull))
             counter.add_(1)
 
     with fast_products(), repeatable(), torch.no_grad():

@@ -4,7 +4,7 @@ N out features of the whole stack, K in features, g group size, G = K / g groups
 kept or dropped row by row, where the loss that is measured falls on all tokens and on those held out from the fit.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from quant.gptq import DAMPING, gptq_published, gptq_static
 from quant.gram import InputStats, damped, loss_rows
 from quant.presets import Effort, Plan
 from quant.records import LinearReport, dead_channels
+from quant.targets import CrossSums, move_targets
 
 _TINY = 1e-30
-RIDGE = 0.03  # of the mean of G's diagonal, when targets move toward the float stream
 
 
 @dataclass
@@ -121,47 +121,45 @@ def solve(
     plan: Plan,
     effort: Effort,
     config: QuantConfig,
-    cross: Tensor | None = None,
+    cross: CrossSums | None = None,
 ) -> tuple[Solution, list[LinearReport]]:
     """Quantize a stack by the steps of `plan`.
 
-    cross: (N, K) float32, (Y - X W^T)^T X / M with Y the float stream's outputs; moves the target when the plan asks.
+    cross: of the float stream's outputs; moves the target when the plan asks.
     Returns the solution and a report for each linear; no linear ends above round to nearest in tr(dW G dW^T), unless
     the plan is a published method, which is left as it is and whose report says so.
     """
     weight = stack.weight
     plain = round_to_nearest(weight, config)
     loss_plain = stack.per_linear(loss_rows(expand(plain[0], plain[1]) - weight, stats.gram))
+    shares = [0.0 for _ in stack.roles]
     if plan.compensate == "published":
         solution, before = _published(weight, stats, fold, plain, config), loss_plain
         after = stack.per_linear(loss_rows(solution.weight() - weight, stats.gram))
     else:
         limit = loss_plain * (1 + 1e-6) + _TINY
-        moved = cross is not None and plan.toward_float > 0
-        shares = [plan.toward_float, plan.toward_float / 4, 0.0] if moved else [0.0]
-        for share in shares:  # a target that leads some linear above plain rounding is moved back
-            target = weight if cross is None or not share else _toward_float(weight, stats, cross, share)
+        for most in (plan.toward_float, plan.toward_float / 4, 0.0) if cross is not None else (0.0,):
+            target, shares = (
+                weight,
+                [0.0 for _ in stack.roles],
+            )  # one that leads above plain rounding is moved back
+            if cross is not None and most:
+                target, shares = move_targets(weight, stats, cross, stack.rows, most)
             solution = _scaled(stack, target, stats, fold, plan, effort, config, plain)
             before = stack.per_linear(loss_rows(solution.weight() - weight, stats.gram))
             _refine(solution, target, stats, plan, effort, config)
             after = stack.per_linear(loss_rows(solution.weight() - weight, stats.gram))
             if bool((after <= limit).all()):
                 break
-        if moved:
-            solution.values["toward_float"] = share
         if plan.scale and bool((after > limit).any()):
             solution, after = _fall_back(stack, stats, fold, plan, effort, config, solution)
     reports = _reports(stack, stats, solution, loss_plain.tolist(), before.tolist(), after.tolist())
+    if cross is not None:
+        reports = [
+            replace(report, values={**report.values, "toward_float": share})
+            for report, share in zip(reports, shares, strict=True)
+        ]
     return solution, reports
-
-
-def _toward_float(weight: Tensor, stats: InputStats, cross: Tensor, share: float) -> Tensor:
-    """W + share * C (G + lambda I)^-1: the linear map of the quantized stream's inputs that best gives the float outputs."""
-    lower, info = torch.linalg.cholesky_ex(damped(stats.gram, RIDGE))
-    if int(info):
-        return weight
-    shift = torch.cholesky_solve(cross.t(), lower).t()
-    return weight + share * shift if bool(shift.isfinite().all()) else weight
 
 
 def _published(

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from engine.block import Tap
+from quant import rounding
 from quant.block_search import BlockSearch
 from quant.experts import quantize_experts
 from quant.folding import Fold, fold_norm, kv_fold, no_fold, norm_fold, row_fold
 from quant.gram import outer_sum
 from quant.parts import Parts, linear
 from quant.records import BlockResult, Streams
-from quant.rounding import learn_block
 from quant.stored import to_float16
+from quant.targets import CrossSums
 
 
 @dataclass
@@ -45,8 +46,17 @@ def search_on_streams(
     )
     done = to_float16(search.weights)
     if search.plan.learn and reference is not None:
-        done, search.reports = learn_block(
-            done, search.latents, search.config, search.quant, x, reference.out, search.reports, metric
+        wanted = _wanted(search, parts, x, reference.out)
+        done, search.reports = rounding.learn_block(
+            done,
+            search.latents,
+            search.config,
+            search.quant,
+            x,
+            wanted,
+            search.reports,
+            metric,
+            float_x=inputs.fp,
         )
         dense = parts.dense(done)
         out = parts.map(lambda h: parts.block(h, dense, tap), x)
@@ -55,6 +65,15 @@ def search_on_streams(
         for part in parts.slices():
             parts.mixed(parts.norm(x[part], done.norms["attn_norm"]), dense, tap)
     return BlockResult(done, tuple(search.reports), Streams(out if reference is None else reference.out, out))
+
+
+def _wanted(search: BlockSearch, parts: Parts, x: Tensor, out: Tensor) -> Tensor:
+    """What learned rounding aims at: the float stream after the block, or a share of the way there from the float block on x."""
+    share = rounding.LEARNING.toward_float
+    if share == 1:
+        return out
+    source = parts.dense(search.source)
+    return parts.map(lambda h, good: torch.lerp(parts.block(h, source), good, share), x, out)
 
 
 def _float_stream(search: BlockSearch, parts: Parts, x: Tensor) -> _Float:
@@ -72,21 +91,26 @@ def _cross(
     x: Tensor,
     of_inputs: Tensor | None,
     of_outputs: Tensor | None,
-) -> Tensor | None:
-    """(Y - X W^T)^T X / M with Y the float stream's outputs; from the difference of inputs, or of outputs."""
-    if not search.plan.toward_float:
+) -> CrossSums | None:
+    """C = (Y - X W^T)^T X / M with Y the float stream's outputs; from the difference of inputs, or of outputs."""
+    if not search.plan.toward_float or len(x) < 2:
         return None
     weight = torch.cat([search.weight(role) for role in roles])
-    total = torch.zeros(1, device=search.device)
+    sums = [torch.zeros(1, device=search.device) for _ in range(2)]
     for part in parts.slices():
-        now = x[part].flatten(0, 1)
-        if of_inputs is not None:
-            total = total + outer_sum(of_inputs[part].flatten(0, 1) - now, now)
-        elif of_outputs is not None:
-            given = linear(now, search.source.linears[roles[0]], weight)
-            total = total + outer_sum(of_outputs[part].flatten(0, 1) - given, now)
-    total = total / (x.shape[0] * x.shape[1])
-    return weight @ total if of_inputs is not None else total
+        for half in range(2):
+            own = slice(part.start + (half + part.start) % 2, part.stop, 2)
+            if own.start >= own.stop:
+                continue
+            now = x[own].flatten(0, 1)
+            if of_inputs is not None:
+                sums[half] = sums[half] + outer_sum(of_inputs[own].flatten(0, 1) - now, now)
+            elif of_outputs is not None:
+                given = linear(now, search.source.linears[roles[0]], weight)
+                sums[half] = sums[half] + outer_sum(of_outputs[own].flatten(0, 1) - given, now)
+    samples, length = x.shape[:2]
+    halves = torch.stack([sums[0] / (samples - samples // 2), sums[1] / (samples // 2)]) / length
+    return CrossSums(weight @ halves if of_inputs is not None else halves)
 
 
 def _attention(search: BlockSearch, parts: Parts, x: Tensor, reference: _Float | None) -> Tensor:
