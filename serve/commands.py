@@ -1,25 +1,20 @@
 """The `tmq` command: chat, serve, client, web and doctor; `quantize` and `evaluate` hang below it, loaded when called.
 
-Flags in, calls out. Defaults come from ServeConfig, Limits, ChatSettings and EngineConfig; heavy imports wait inside.
+Flags in, calls out. `serve` and `web` are in `server_commands.py`. Defaults come from ChatSettings and EngineConfig; heavy imports wait inside.
 """
 
 import asyncio
 import importlib
-import os
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from convert.errors import InputError, UsageError
 from quant.cli import Commands, debug_option, json_option, print_json, together
-from serve.config import ServeConfig
-from serve.limits import Limits
+from serve.notices import need, waiting
 from serve.options import (
-    KEY_VARIABLE,
     SETTINGS,
     chat_settings,
     client_key,
@@ -27,11 +22,10 @@ from serve.options import (
     engine_options,
     history_file,
     key_file_option,
+    model_source,
     sampling_options,
 )
-
-if TYPE_CHECKING:
-    from serve.backends import Backend
+from serve.server_commands import serve, web
 
 _LAZY = {
     "quantize": (
@@ -93,7 +87,7 @@ def chat(path: str, system: str, **flags: Any) -> None:
               echo "Write a 300-character story" | tmq chat ./my-model-4bit --max-tokens 200
     Next:     tmq serve ./my-model-4bit
     """
-    _need("serve", "prompt_toolkit")
+    need("serve", "prompt_toolkit")
     from serve.backends import EngineBackend
     from serve.chat import chat as talk
     from serve.local import open_model
@@ -101,103 +95,10 @@ def chat(path: str, system: str, **flags: Any) -> None:
     settings = chat_settings(flags)
     config = engine_config(flags)
     with ExitStack() as stack:
-        with _waiting(f"Loading {path}"):
-            model = stack.enter_context(open_model(path, config, flags["trust_remote_code"]))
+        with waiting(f"Loading {path}"):
+            model = stack.enter_context(open_model(model_source(path, flags), config))
         backend = EngineBackend(model.engine, model.tokenizer, model.name)
         asyncio.run(talk(backend, settings, system, history_file()))
-
-
-@tmq.command(short_help="Serve a model: OpenAI-compatible API, health, metrics.", context_settings=SETTINGS)
-@click.argument("path")
-@click.option(
-    "--server-name", default=ServeConfig.server_name, show_default=True, help="Address to listen on."
-)
-@click.option(
-    "--server-port",
-    default=ServeConfig.server_port,
-    show_default=True,
-    type=click.IntRange(0, 65535),
-    help="0: any free one.",
-)
-@click.option("--model-name", default="", help="Name in the API. [default: the name of PATH]")
-@key_file_option
-@click.option(
-    "--allow-origin",
-    "allow_origins",
-    multiple=True,
-    help="Web site that may call the API (CORS); repeatable.",
-)
-@click.option(
-    "--max-pending",
-    default=Limits.pending,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Sequences running or waiting; beyond it 429.",
-)
-@click.option(
-    "--request-timeout",
-    default=Limits.request_s,
-    show_default=True,
-    type=click.FloatRange(0, min_open=True),
-    help="Seconds for one request.",
-)
-@click.option(
-    "--drain-timeout",
-    default=ServeConfig.drain_s,
-    show_default=True,
-    type=click.FloatRange(0),
-    help="Seconds for running requests after SIGTERM.",
-)
-@click.option(
-    "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"])
-)
-@together(engine_options, debug_option)
-def serve(path: str, **flags: Any) -> int:
-    """Serve the model at PATH: an OpenAI-compatible API, LMDeploy's interactive endpoint, health and metrics.
-
-    The page at / of the server shows how to call it. LMDeploy's flags work, with hyphens or underscores. SIGTERM lets running
-    requests end; a second signal ends at once.
-
-    \b
-    Example:  tmq serve ./my-model-4bit --server-port 23333
-    Next:     tmq client http://127.0.0.1:23333
-    """
-    _need("serve", "fastapi", "uvicorn", "prometheus_client")
-    from dataclasses import replace
-
-    from serve.auth import read_keys
-    from serve.local import open_model
-    from serve.server import bind, serve_forever, set_up_logging
-
-    keys = read_keys(flags["api_key_file"]) if flags["api_key_file"] else ()
-    if os.environ.get(KEY_VARIABLE):
-        keys = (*keys, os.environ[KEY_VARIABLE])
-    pending = flags["max_pending"]
-    limits = Limits(pending=pending, pending_per_client=pending, request_s=flags["request_timeout"])
-    try:
-        config = ServeConfig(
-            flags["server_name"],
-            flags["server_port"],
-            flags["model_name"],
-            keys,
-            flags["allow_origins"],
-            flags["drain_timeout"],
-            limits,
-        )
-    except ValueError as e:
-        raise UsageError(str(e)) from e
-    set_up_logging(flags["log_level"])
-    engine = engine_config(flags)
-    listener = bind(config)  # before the model is loaded: a port in use is told at once
-    with ExitStack() as stack:
-        stack.callback(listener.close)
-        with _waiting(f"Loading {path}"):
-            model = stack.enter_context(open_model(path, engine, flags["trust_remote_code"]))
-        config = replace(
-            config, server_port=listener.getsockname()[1], model_name=config.model_name or model.name
-        )
-        _announce(config)
-        return serve_forever(model.engine, model.tokenizer, config, listener)
 
 
 @tmq.command(short_help="Talk to a running server in the terminal.", context_settings=SETTINGS)
@@ -211,7 +112,7 @@ def client(url: str, model: str | None, system: str, api_key_file: Path | None, 
     \b
     Example:  tmq client http://127.0.0.1:23333
     """
-    _need("serve", "httpx", "prompt_toolkit")
+    need("serve", "httpx", "prompt_toolkit")
     from serve.chat import chat as talk
     from serve.client import HttpBackend
 
@@ -225,66 +126,6 @@ def client(url: str, model: str | None, system: str, api_key_file: Path | None, 
             await backend.close()
 
     asyncio.run(run())
-
-
-@tmq.command(short_help="Talk to models on a web page, side by side.", context_settings=SETTINGS)
-@click.argument("sources", nargs=-1, required=True, metavar="PATH|URL...")
-@click.option(
-    "--server-name", default=ServeConfig.server_name, show_default=True, help="Address to listen on."
-)
-@click.option(
-    "--server-port", default=6006, show_default=True, type=click.IntRange(0, 65535), help="0: any free one."
-)
-@key_file_option
-@together(engine_options, debug_option)
-def web(
-    sources: Sequence[str], server_name: str, server_port: int, api_key_file: Path | None, **flags: Any
-) -> int:
-    """A page to talk to models, side by side where several are given: PATH is loaded here, URL is a running server.
-
-    The page loads nothing from the network and listens on this machine only.
-
-    \b
-    Example:  tmq web ./my-model ./my-model-4bit
-              tmq web http://127.0.0.1:23333
-    """
-    _need("web", "gradio")
-    _need("serve", "fastapi", "uvicorn", "httpx")
-    from serve.backends import EngineBackend
-    from serve.client import HttpBackend
-    from serve.local import open_model
-    from serve.server import bind, serve_page, set_up_logging
-
-    if len(sources) > 4:
-        raise UsageError(f"{len(sources)} models were given: the page has room for 4.")
-    try:
-        config = ServeConfig(server_name, server_port)
-    except ValueError as e:
-        raise UsageError(str(e)) from e
-    if not config.is_loopback:
-        raise UsageError(
-            f"--server-name {server_name}: the page has no keys and listens on this machine only (127.0.0.1, ::1, localhost). "
-            "From elsewhere, use a tunnel: ssh -L 6006:127.0.0.1:6006 HOST."
-        )
-    set_up_logging("warning")
-    listener = bind(config)
-    with ExitStack() as stack:
-        stack.callback(listener.close)
-        backends: list[Backend] = []
-        for source in sources:
-            if source.startswith(("http://", "https://")):
-                backends.append(asyncio.run(HttpBackend.connect(source, client_key(api_key_file))))
-                continue
-            with _waiting(f"Loading {source}"):
-                model = stack.enter_context(
-                    open_model(source, engine_config(flags), flags["trust_remote_code"])
-                )
-            backends.append(EngineBackend(model.engine, model.tokenizer, model.name))
-        from dataclasses import replace
-
-        config = replace(config, server_port=listener.getsockname()[1])
-        click.echo(f"The page is at {config.base_url}  (Ctrl-C ends it)", err=True)
-        return serve_page(backends, config, listener)
 
 
 @tmq.command(short_help="Check versions, GPU, memory, disk, extras.", context_settings=SETTINGS)
@@ -321,44 +162,8 @@ def doctor(as_json: bool) -> int:
     return 4 if problems else 0
 
 
-def _need(extra: str, *modules: str) -> None:
-    """InputError naming the extra whose packages are absent."""
-    from importlib.util import find_spec
-
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        raise InputError(
-            f"{', '.join(missing)} is not installed: this command needs the extra [{extra}]. "
-            f"pip install 'turbomind-quant[{extra}]'"
-        )
-
-
-def _waiting(text: str) -> Any:
-    """A spinner on stderr where that is a terminal, one line where it is not."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.print(escape(text))
-    return console.status(escape(text))
-
-
-def _announce(config: ServeConfig) -> None:
-    if not config.is_loopback and not config.api_keys:
-        click.echo(
-            f"warning: {config.server_name} can be reached from other machines and there is no API key: anyone there can use "
-            f"the model. Set {KEY_VARIABLE} or --api-key-file.",
-            err=True,
-        )
-    click.echo(
-        f"{config.model_name} is served at {config.base_url}\n"
-        f"  how to call it   {config.base_url}/\n"
-        f"  in the terminal  tmq client {config.base_url}\n"
-        "  to end           Ctrl-C",
-        err=True,
-    )
-
+tmq.add_command(serve)
+tmq.add_command(web)
 
 if __name__ == "__main__":
     sys.exit(tmq())

@@ -11,6 +11,7 @@ from convert.readers import open_checkpoint
 from convert.tokenizer import Tokenizer, load_tokenizer
 from engine.config import EngineConfig
 from engine.process import ProcessEngine
+from engine.source import ModelSource
 
 
 @dataclass(frozen=True)
@@ -23,19 +24,20 @@ class LocalModel:
 
 
 @contextmanager
-def open_model(path: str, config: EngineConfig, trust_remote_code: bool = False) -> Iterator[LocalModel]:
-    """Load the checkpoint at `path` (any format that open_checkpoint reads); the engine ends with the block.
+def open_model(source: ModelSource | str, config: EngineConfig) -> Iterator[LocalModel]:
+    """Load the checkpoint of `source` (any format that open_checkpoint reads); the engine ends with the block.
 
     Must be called from the main thread, which the engine's process lives as long as.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    ckpt = open_checkpoint(path)
-    tokenizer = load_tokenizer(ckpt.tokenizer_dir, trust_remote_code)
+    source = ModelSource(source) if isinstance(source, str) else source
+    ckpt = open_checkpoint(source.path, family=source.family)
+    tokenizer = load_tokenizer(ckpt.tokenizer_dir, source.trust_remote_code)
     tokenizer.check_fits(ckpt.config.vocab_size)
     if tokenizer.has_chat_template:
         warm_up(tokenizer)
-    with ProcessEngine.start(path, config) as engine:
-        yield LocalModel(engine, tokenizer, engine.stats().model or Path(path).name)
+    with ProcessEngine.start(source, config) as engine:
+        yield LocalModel(engine, tokenizer, engine.stats().model or Path(source.path).name)
 
 
 def warm_up(tokenizer: Tokenizer) -> None:

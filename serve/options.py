@@ -9,7 +9,8 @@ import click
 
 from convert.errors import UsageError
 from engine.config import EngineConfig
-from quant.cli import device_options, together
+from engine.source import ModelSource
+from quant.cli import device_options, family_option, together
 
 if TYPE_CHECKING:
     from serve.backends import ChatSettings
@@ -32,6 +33,7 @@ def _choice_of_kv(context: click.Context, option: click.Parameter, value: int) -
 
 engine_options: Callable[[Any], Any] = together(
     device_options,
+    family_option,
     click.option(
         "--tp", default=EngineConfig.tp, show_default=True, type=click.IntRange(1), help="GPUs to split over."
     ),
@@ -52,15 +54,15 @@ engine_options: Callable[[Any], Any] = together(
         help="8: keys and values in int8; 0: in the model's type.",
     ),
     click.option(
-        "--instance-num",
-        default=EngineConfig.max_batch,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Sequences that run at once.",
-    ),
-    click.option(
         "--trust-remote-code", is_flag=True, help="Run a tokenizer that exists only as code in PATH."
     ),
+)
+sequences_option: Callable[[Any], Any] = click.option(
+    "--instance-num",
+    default=EngineConfig.max_batch,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Sequences that run at once.",
 )
 sampling_options: Callable[[Any], Any] = together(
     click.option("--system", default="", help="System text of the conversation."),
@@ -84,9 +86,14 @@ key_file_option = click.option(
 )
 
 
+def model_source(path: str, flags: dict[str, Any]) -> ModelSource:
+    """What the flags say about the model at `path`."""
+    return ModelSource(path, family=flags["family"], trust_remote_code=flags["trust_remote_code"])
+
+
 def engine_config(flags: dict[str, Any]) -> EngineConfig:
-    """The engine that the flags ask for. Raises UsageError."""
-    batch = flags["instance_num"]
+    """The engine that the flags ask for, for one sequence where they do not say how many. Raises UsageError."""
+    batch = flags.get("instance_num", 1)
     try:
         return EngineConfig(
             device=flags["device"],

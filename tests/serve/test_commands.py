@@ -14,6 +14,7 @@ from live_server import live_server
 import serve.commands as commands
 from convert.errors import InputError
 from engine.config import EngineConfig
+from engine.source import ModelSource
 from serve.client import HttpBackend, api_base
 from serve.doctor import _numbers, examine
 
@@ -56,8 +57,8 @@ LMDEPLOY_FLAGS = ["--server-name", "127.0.0.1", "--server-port", "23334", "--ins
 def test_flags_of_lmdeploy(monkeypatch: pytest.MonkeyPatch, spelling: str) -> None:
     seen: dict[str, Any] = {}
 
-    def stop_here(path: str, config: EngineConfig, trust: bool) -> Any:
-        seen.update(path=path, config=config)
+    def stop_here(source: ModelSource, config: EngineConfig) -> Any:
+        seen.update(source=source, config=config)
         raise InputError("enough seen")
 
     monkeypatch.setattr("serve.local.open_model", stop_here)
@@ -74,6 +75,23 @@ def test_flags_of_lmdeploy(monkeypatch: pytest.MonkeyPatch, spelling: str) -> No
         8,
         1,
     )
+
+
+@pytest.mark.parametrize("command", ["chat", "serve", "web"])
+def test_flags_of_the_model_reach_the_engine(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    seen: dict[str, Any] = {}
+
+    def stop_here(source: ModelSource, config: EngineConfig) -> Any:
+        seen.update(source=source, config=config)
+        raise InputError("enough seen")
+
+    monkeypatch.setattr("serve.local.open_model", stop_here)
+    flags = ["--trust-remote-code", "--family", "qwen2", "--device", "cpu", "--dtype", "bfloat16"]
+    port = [] if command == "chat" else ["--server-port", "0"]
+    assert "enough seen" in CliRunner().invoke(commands.tmq, [command, "/m", *port, *flags]).output
+    assert seen["source"] == ModelSource("/m", family="qwen2", trust_remote_code=True)
+    assert (seen["config"].device, seen["config"].dtype) == ("cpu", "bfloat16")
+    assert seen["config"].max_batch == (1 if command == "chat" else EngineConfig.max_batch)
 
 
 def invoke(*arguments: str) -> Any:
