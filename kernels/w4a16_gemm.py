@@ -18,6 +18,7 @@ from kernels.w4a16_layout import BLOCK, W4Weight
 from kernels.w4a16_unpack import ask_ahead, centred, check_dependent, scale_of, store_tile, times, zero_of
 
 MAX_SEGMENTS = 16
+LEAST_RUN = 4  # blocks of a program's share in tiles that others work on too
 MAX_TILES = 1 << 16
 UNROLL_LIMIT = tl.constexpr(4096)  # elements of a tile up to which the reduction is unrolled
 PARTIAL_FLOATS = 1 << 24  # 64 MiB: two tiles of at most BM x BN for each program
@@ -103,15 +104,15 @@ def _partial(partial, inner, program, tile, run, KB, SIZE: tl.constexpr, mask):
     return tl.load(partial + slot * SIZE + inner, mask=mask, other=0.0, cache_modifier=".cg")
 
 
-@triton.jit(do_not_specialize=["M", "run"])
+@triton.jit(do_not_specialize=["M", "run", "shared"])
 def w4_matmul(
     x, words, scale_zero, out, bias, residual, partial, arrived,
-    M, N, K, KB, stride_x, run,
+    M, N, K, KB, stride_x, run, shared,
     GROUP: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PAIRED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SWAP: tl.constexpr, SCALE_FIRST: tl.constexpr, STACKED: tl.constexpr,
-    SEGMENTS: tl.constexpr,
+    SEGMENTS: tl.constexpr, WHOLE: tl.constexpr,
     ASM: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = f(sum_k x[m, k] * (q[n, k] - z[n, g]) * s[n, g] + bias[n]) + residual[m, n], f of `store_tile`.
@@ -122,14 +123,19 @@ def w4_matmul(
     Rounding: SCALE_FIRST rounds (q - z) * s once to the dtype of x before the dot (for bf16 also s); otherwise q - z is exact
     in the dot and s multiplies the float32 sum of a group. Products accumulate in float32; one rounding at the end.
     Tiles: BM, BN powers of two, BN >= 16, BM >= 16, or 8 with SWAP (the weights are the left operand, BN >= 64); STACKED
-    (needs SWAP and SCALE_FIRST) makes one dot of the four of a block; SEGMENTS >= programs in a tile.
+    (needs SWAP and SCALE_FIRST) makes one dot of the four of a block; SEGMENTS >= programs in a tile. With WHOLE only the
+    first `shared` tiles are dealt out in runs, and each program does WHOLE further tiles alone.
     Ragged edges: rows >= N are read from row N - 1 and not stored; tokens >= M and k >= K are read as zero.
     """
     BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
     program = tl.program_id(0)
     m_tiles = (M + BM - 1) // BM
-    total = m_tiles * ((N + BN - 1) // BN) * KB
-    begin = program * run
+    if WHOLE:
+        total = shared * KB
+        begin = tl.minimum(program * run, total)
+    else:
+        total = m_tiles * ((N + BN - 1) // BN) * KB
+        begin = program * run
     end = tl.minimum(begin + run, total)
     c = tl.arange(0, 32)
     if DEPENDENT == "waited":
@@ -150,14 +156,20 @@ def w4_matmul(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1
         )
         tl.extra.cuda.gdc_wait()
-    for tile in range(begin // KB, (end + KB - 1) // KB):
+    last = (end + KB - 1) // KB
+    for item in range(begin // KB, last + WHOLE):
+        tile = item
+        b0 = tl.maximum(begin - item * KB, 0)
+        b1 = tl.minimum(end - item * KB, KB)
+        if WHOLE:  # the shared tiles are the first, so that what is waited for at their end is done meanwhile
+            tile = tl.where(item < last, item, shared + (item - last) * tl.num_programs(0) + program)
+            b0 = tl.where(item < last, b0, 0)
+            b1 = tl.where(item < last, b1, KB)
         n0 = tile // m_tiles * BN
         m = tile % m_tiles * BM + tl.arange(0, BM)
         n = n0 + tl.arange(0, BN)
         if not EVEN_N:
             n = tl.minimum(n, N - 1)
-        b0 = tl.maximum(begin - tile * KB, 0)
-        b1 = tl.minimum(end - tile * KB, KB)
         if SWAP:
             word_ptr = words + (b0 * N + n[:, None]) * 32 + c[None, :]
             k = tl.arange(0, 128 if STACKED else 32)[:, None]
@@ -204,6 +216,8 @@ def w4_matmul(
         if SEGMENTS > 1:
             first_program = tile * KB // run
             segments = (tile * KB + KB - 1) // run - first_program + 1
+            if WHOLE:
+                segments = tl.where(item < last, segments, 1)
             if segments > 1:
                 if SWAP:
                     inner = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
@@ -238,6 +252,7 @@ class GemmTile:
     """How `w4_matmul` cuts a product: tile BM x BN, operand order, where the scale goes, and how many programs share the work.
 
     `programs_per_sm` programs are started for each multiprocessor (0: one for each tile, so that no tile is shared).
+    `hybrid`: only as many tiles are shared as do not divide evenly, each program does the rest whole: fewer partial sums.
     `stacked`: one dot for each block of 128 k in place of four; the weights are the left operand and scaled first.
     `dependent`: when a dependent launch lets the kernel behind it start: "early" (at once), "waited" (when the kernel ahead
     has ended), "late" (when the products are done), or "never" where a plain launch was measured to be faster.
@@ -252,6 +267,7 @@ class GemmTile:
     programs_per_sm: float
     stacked: bool = False
     dependent: str = "early"
+    hybrid: bool = False
 
     def __post_init__(self) -> None:
         if self.stacked and not (self.swap and self.scale_first):
@@ -281,11 +297,13 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Programs of a launch, units of each, and the most programs that share a tile."""
+    """Programs of a launch, units of each, the most programs that share a tile, whole tiles of each besides, shared tiles."""
 
     programs: int
     run: int
     segments: int
+    whole: int = 0
+    shared: int = 0
 
 
 def schedule(tokens: int, rows: int, blocks: int, tile: GemmTile, multiprocessors: int) -> Schedule:
@@ -296,11 +314,17 @@ def schedule(tokens: int, rows: int, blocks: int, tile: GemmTile, multiprocessor
     slots = PARTIAL_FLOATS // (2 * tile.bm * tile.bn)
     if programs == 0 or programs > slots or tiles > MAX_TILES:
         return Schedule(tiles, blocks, 1)
-    run = max(-(-total // programs), -(-blocks // (MAX_SEGMENTS - 1)))
+    whole = tiles // programs if tile.hybrid else 0
+    if whole and 0 < (tiles - whole * programs) * blocks < LEAST_RUN * programs:
+        whole -= 1  # runs would be too short to fill a pipeline
+    shared = tiles - whole * programs
+    run = max(-(-shared * blocks // programs), -(-blocks // (MAX_SEGMENTS - 1)))
     most = 1 if run % blocks == 0 else (blocks - 1) // run + 2 - (blocks % run == 0)
     segments = 1
     while segments < most:  # rounded up to a power of two: fewer binaries
         segments *= 2
+    if whole:
+        return Schedule(programs, run, segments, whole, shared)
     return Schedule(-(-total // run), run, segments)
 
 
@@ -324,11 +348,11 @@ def launch_gemm(
         options["launch_pdl"] = True
     w4_matmul[(plan.programs,)](
         x, weight.words, weight.params, out, weight.bias, residual, workspace.partial, workspace.arrived,
-        tokens, weight.rows, weight.in_features, weight.blocks, x.stride(0), plan.run,
+        tokens, weight.rows, weight.in_features, weight.blocks, x.stride(0), plan.run, plan.shared,
         GROUP=weight.group_size,
         EVEN_N=weight.rows % tile.bn == 0, EVEN_K=weight.in_features % BLOCK == 0,
         HAS_BIAS=weight.bias is not None, HAS_RESIDUAL=residual is not None, PAIRED=weight.is_paired,
         BM=tile.bm, BN=tile.bn, SWAP=tile.swap, SCALE_FIRST=tile.scale_first, STACKED=tile.stacked,
-        SEGMENTS=plan.segments,
+        SEGMENTS=plan.segments, WHOLE=plan.whole,
         ASM=not interpreted, DEPENDENT=dependent, **options,
     )  # fmt: skip

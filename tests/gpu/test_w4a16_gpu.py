@@ -89,6 +89,10 @@ def test_epilogue(tokens: int, is_paired: bool, dtype: torch.dtype) -> None:
         SplitTile(128, 4, 4, 4),
         SplitTile(64, 8, 2, 4, dependent="early"),
         SplitTile(128, 1, 4, 4, dependent="late"),
+        GemmTile(8, 128, 4, 4, True, True, 0.05, hybrid=True),  # 6 programs: two whole tiles each
+        GemmTile(
+            16, 64, 4, 4, True, True, 0.08, stacked=True, hybrid=True
+        ),  # 11 programs: 2 of 24 tiles are shared
         PrefillTile(512),
     ],
 )

@@ -197,6 +197,20 @@ def test_any_division_of_the_work_gives_the_product(programs: int) -> None:
 
 
 @needs_interpreter
+@pytest.mark.parametrize("programs", [1, 2, 3, 4, 5])
+def test_whole_tiles_beside_shared_ones_give_the_product(programs: int) -> None:
+    quantized = make(328, 640, 128)  # 6 tiles of rows by 2 of tokens
+    x = inputs(20, 640, torch.float16)
+    weight, workspace = prepare(quantized), scratch()
+    for _ in range(2):
+        out = torch.full((20, 328), float("nan"), dtype=torch.float16)
+        tile = GemmTile(16, 64, 4, 3, True, True, 1, stacked=True, hybrid=True)
+        launch_gemm(x, weight, tile, programs, workspace, out)
+        assert_close(out, x, quantized.dequantize())
+    assert not workspace.arrived.any()
+
+
+@needs_interpreter
 @pytest.mark.parametrize("kind", ["gemv", "stream", "split", "gemm", "swapped"])
 @pytest.mark.parametrize("is_paired", [False, True])
 def test_epilogue(kind: str, is_paired: bool) -> None:
@@ -249,11 +263,17 @@ def test_float_weights_survive_the_whole_path() -> None:
     ("tokens", "rows", "blocks"), [(1, 4096, 32), (16, 22016, 32), (100, 4096, 86), (128, 65, 3)]
 )
 @pytest.mark.parametrize("per_sm", [0, 0.5, 1, 3])
-def test_schedule_covers_all_work(tokens: int, rows: int, blocks: int, per_sm: float) -> None:
-    tile = GemmTile(32, 64, 4, 3, False, True, per_sm)
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_schedule_covers_all_work(tokens: int, rows: int, blocks: int, per_sm: float, hybrid: bool) -> None:
+    tile = GemmTile(32, 64, 4, 3, False, True, per_sm, hybrid=hybrid)
     plan = schedule(tokens, rows, blocks, tile, 132)
     tiles = -(-tokens // 32) * -(-rows // 64)
-    assert plan.programs * plan.run >= tiles * blocks > (plan.programs - 1) * plan.run
+    if plan.whole:
+        assert hybrid and plan.shared + plan.whole * plan.programs == tiles
+        tiles = plan.shared
+        assert tiles * blocks <= plan.programs * plan.run
+    else:
+        assert plan.programs * plan.run >= tiles * blocks > (plan.programs - 1) * plan.run
     for t in range(tiles):
         sharing = (t * blocks + blocks - 1) // plan.run - t * blocks // plan.run + 1
         assert sharing <= plan.segments <= 16
