@@ -55,6 +55,7 @@ class SelfGenerator:
 
     def __call__(self, prompts: Tensor, length: int, seed: int, barred: tuple[int, ...]) -> Tensor:
         model = Model.from_checkpoint(self.ckpt, self.device, self.dtype)
+        model.pack()
         config = model.config
         one = config.num_layers * 2 * config.num_kv_heads * length * config.head_dim * self.dtype.itemsize
         batch = max(1, CACHE_BYTES.get(self.device.type, 2**30) // one)
