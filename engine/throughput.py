@@ -10,7 +10,7 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from convert.errors import ResourceError, UsageError
-from engine.api import Event, Request, SamplingParams
+from engine.api import Request, SamplingParams
 from engine.cache import block_bytes
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -30,6 +30,7 @@ from engine.runner import ModelRunner
 from engine.source import ModelSource
 from engine.throughput_rows import ThroughputRow, percentile
 from engine.trace import TraceEntry
+from engine.trace_run import TraceRun, raise_errors
 
 SETTLING_STEPS = 4  # decode steps before the first that counts
 PROFILED_STEPS = 60
@@ -73,6 +74,11 @@ class Bench:
         per_token = block_bytes(runner.model.config, runner.config, runner.model.dtype) / runner.block_size
         return self.weight_bytes() + batch * context * per_token
 
+    def settle(self, batch: int, input_len: int) -> None:
+        """On a GPU, run once what `static` will run, so that kernels are compiled and the step is captured."""
+        if self.device.type == "cuda":
+            self.static(batch, input_len, 2)
+
     def static(
         self, batch: int, input_len: int, output_len: int = 128, *, random_cache: bool = False
     ) -> ThroughputRow:
@@ -93,7 +99,7 @@ class Bench:
         started: set[str] = set()
         last = began
         while len(steps) < output_len + SETTLING_STEPS:
-            _raise_errors(events := self.core.step())
+            raise_errors(events := self.core.step())
             now = time.perf_counter()
             if len(started) == batch:
                 steps.append(now - last)
@@ -117,8 +123,17 @@ class Bench:
         )
 
     def dynamic(self, trace: Sequence[TraceEntry], rate: float, *, profile: bool = False) -> ThroughputRow:
-        """The trace at `rate` requests a second. `profile` adds the GPU's busy share over the middle of the run."""
-        clock = _TraceRun(self.core, trace, rate, self._prompt)
+        """The trace at `rate` requests a second. `profile` adds the GPU's busy share over the middle of the run.
+
+        Raises UsageError for a request that is longer than the context.
+        """
+        longest = max(entry.prompt_tokens + entry.output_tokens for entry in trace)
+        if longest > self.core.context_length:
+            raise UsageError(
+                f"The trace has a request of {longest} tokens; a sequence may have {self.core.context_length} here: "
+                "give the cache more memory, or take another trace."
+            )
+        clock = TraceRun(self.core, trace, rate, self._prompt)
         reset_peak(self.device)
         busy = None
         if profile and self.device.type == "cuda":
@@ -200,90 +215,36 @@ class Bench:
             self.core.step()
 
 
-class _TraceRun:
-    """A trace on its way through a core, by the clock on the wall."""
-
-    def __init__(
-        self,
-        core: EngineCore,
-        trace: Sequence[TraceEntry],
-        rate: float,
-        prompt: Callable[[int], tuple[int, ...]],
-    ) -> None:
-        self._core = core
-        self._due = [entry.arrival_s / rate for entry in trace]
-        self._requests = [_request(i, entry, prompt) for i, entry in enumerate(trace)]
-        self._added = self._ended = 0
-        self._began: float | None = None
-        self._last_token: dict[str, float] = {}
-        self.first_token_s: list[float] = []
-        self.gaps_s: list[float] = []
-        self.elapsed_s = 0.0
-
-    def run(self, until: int | None = None, steps: int | None = None) -> None:
-        """Go on until so many requests have ended (all of them), or for so many steps."""
-        if self._began is None:
-            self._began = time.perf_counter()
-        goal = len(self._requests) if until is None else until
-        while self._ended < goal and (steps is None or steps > 0):
-            now = time.perf_counter() - self._began
-            while self._added < len(self._due) and self._due[self._added] <= now:
-                self._core.add(self._requests[self._added])
-                self._added += 1
-            if not self._core.has_work:
-                time.sleep(max(0.0, self._due[self._added] - now))
-                continue
-            self._note(self._core.step())
-            steps = None if steps is None else steps - 1
-
-    def _note(self, events: list[Event]) -> None:
-        assert self._began is not None
-        _raise_errors(events)
-        now = time.perf_counter() - self._began
-        for event in events:
-            name = event.request_id
-            if event.token_ids:
-                if name in self._last_token:
-                    self.gaps_s.append(now - self._last_token[name])
-                else:
-                    self.first_token_s.append(now - self._due[int(name)])
-                self._last_token[name] = now
-            if event.finish_reason is not None:
-                self._ended += 1
-                self.elapsed_s = now
-
-
-def _request(index: int, entry: TraceEntry, prompt: Callable[[int], tuple[int, ...]]) -> Request:
-    sampling = SamplingParams(temperature=0.0, max_tokens=entry.output_tokens, ignore_eos=True)
-    return Request(str(index), prompt(entry.prompt_tokens), sampling)
-
-
-def _raise_errors(events: Sequence[Event]) -> None:
-    for event in events:
-        if event.error is not None:
-            raise ResourceError(f"The measurement's request {event.request_id} failed: {event.error}")
-
-
 @contextmanager
-def open_bench(contender: Contender, bandwidth: float | None = None) -> Iterator[Bench]:
-    """Load a contender; its memory is free again behind the block. `bandwidth` spares measuring it again."""
+def open_bench(contender: Contender, bandwidth: float | None = None, seed: int = 0) -> Iterator[Bench]:
+    """Load a contender; its memory is free again behind the block. `bandwidth` spares measuring it again; `seed` draws prompts."""
     device = resolve_device(contender.config.device)
     bandwidth = bandwidth or copy_bandwidth(device)
     ckpt = open_source(contender.source, contender.config)
-    if contender.config.tp == 1:
-        runner = make_runner(ckpt, contender.config)
-        core = EngineCore(runner, contender.config)
-    else:
-        group = start_group(contender.source, contender.config)
-        runner, core = group.local, EngineCore(group, contender.config)
+    try:
+        if contender.config.tp == 1:
+            runner = make_runner(ckpt, contender.config)
+            core = EngineCore(runner, contender.config)
+        else:
+            group = start_group(contender.source, contender.config)
+            runner, core = group.local, EngineCore(group, contender.config)
+    except ResourceError:
+        free_device(device)
+        raise
     fmt, floats = ckpt.config.quantization, {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
     weights = f"int{fmt.bits}" if fmt is not None else floats[ckpt.config.dtype]
     name = contender.source.random_weights
     shape = ckpt.path.name if name is None else f"{Path(name).stem} (random)"
     try:
-        yield Bench(core, runner, contender, shape, weights, bandwidth)
+        yield Bench(core, runner, contender, shape, weights, bandwidth, random.Random(seed))
     finally:
         core.close()
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_device(device)
+
+
+def free_device(device: torch.device) -> None:
+    """Give back what nobody holds any more, and lift the limit that a contender had."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0, device)

@@ -208,34 +208,3 @@ def caches(text: str) -> tuple[tuple[int, str], ...]:
     known = ("16", "8", "4", "8:dynamic", "8:static", "4:dynamic", "4:static")
     pairs = (name.partition(":") for name in chosen(text, "--kv-bits", known))
     return tuple((int(bits), mode or "dynamic") for bits, _, mode in pairs)
-
-
-def run_throughput(paths: Sequence[str], flags: Flags) -> Outcome:
-    """`evaluate throughput`: each path at each batch, prompts of random tokens, with the static measurement of the engine."""
-    from engine.config import EngineConfig
-    from engine.source import ModelSource
-    from engine.throughput import Contender, open_bench
-    from engine.throughput_rows import row_document, rows_table
-
-    batches = [int(part) for part in flags["batch"].split(",") if part.strip().isdigit() and int(part) > 0]
-    if not batches:
-        raise UsageError(f"--batch {flags['batch']!r}: expected numbers of sequences, separated by commas.")
-    settings = {name: flags[name] for name in ("device", "dtype", "kv_bits", "kv_mode")}
-    config = EngineConfig(**settings, max_batch=max(batches))
-    rows = []
-    bandwidth = None
-    with Progress("evaluate throughput") as progress:
-        for path in paths:
-            with open_bench(Contender(ModelSource(path=path), config), bandwidth) as bench:
-                bandwidth = bench.bandwidth
-                for batch in batches:
-                    rows.append(bench.static(batch, flags["input_len"], flags["output_len"]))
-                    progress.say(f"{path}: batch {batch}, {rows[-1].tok_per_s:.1f} tokens/s")
-    document = {"rows": [row_document(row) for row in rows]}
-    if flags["output"]:
-        write_json(Path(flags["output"]), {"kind": "throughput", **document})
-    note = (
-        f"copy bandwidth of this device {(bandwidth or 0) / 1e9:.0f} GB/s; the share is that of one decode step's reads of weights "
-        f"and cache"
-    )
-    return Outcome(document, [rows_table(rows), note])

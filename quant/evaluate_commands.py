@@ -142,24 +142,51 @@ def table(model: str, **flags: Any) -> None:
 
 
 @evaluate.command()
-@click.argument("paths", nargs=-1, required=True)
-@click.option("--batch", default="1,8,32", show_default=True, help="Sequences at once.")
+@click.argument("paths", nargs=-1)
 @click.option(
-    "--input-len", default=512, show_default=True, type=click.IntRange(min=1), help="Tokens of a prompt."
+    "--batch",
+    metavar="LIST",
+    help="Static: sequences at once, as 1,8,32; none leaves it out.  [default: 1,8,32; none where a dynamic flag is given]",
+)
+@click.option(
+    "--input-len",
+    default=512,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Static: tokens of a prompt.",
 )
 @click.option(
     "--output-len",
     default=128,
     show_default=True,
     type=click.IntRange(min=2),
-    help="Tokens written for each.",
+    help="Static: decoded steps, of which the median counts.",
 )
 @click.option(
-    "--kv-bits",
-    type=click.Choice(["16", "8"]),
-    default="16",
+    "--trace",
+    metavar="FILE",
+    help="Dynamic: requests from JSON lines with arrival_s, prompt_tokens, output_tokens.  [default: a generated trace]",
+)
+@click.option(
+    "--requests", type=click.IntRange(min=1), help="Dynamic: only so many.  [default: all; 100 generated]"
+)
+@click.option(
+    "--rate",
+    type=click.FloatRange(0, min_open=True),
+    help="Dynamic: requests a second, Poisson arrivals.  [default: 1]",
+)
+@click.option(
+    "--max-batch",
+    default=128,
     show_default=True,
-    help="Width of the KV cache.",
+    type=click.IntRange(min=1),
+    help="Dynamic: sequences that run at once.",
+)
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of prompts and trace."
+)
+@click.option(
+    "--kv-bits", default="16", show_default=True, help="Widths of the KV cache, as 16,8: one after the other."
 )
 @click.option(
     "--kv-mode",
@@ -169,20 +196,46 @@ def table(model: str, **flags: Any) -> None:
     help="Of an int8 cache.",
 )
 @click.option(
+    "--context-len", type=click.IntRange(min=1), help="Tokens a sequence may have.  [default: the model's]"
+)
+@click.option(
+    "--random-weights",
+    metavar="CONFIG",
+    help="Also a model of random weights, made on the device: 7b, 13b, 70b or a config.json.",
+)
+@click.option(
+    "--weights", default="fp16,int4", show_default=True, help="Of --random-weights: fp16, int4 or both."
+)
+@click.option(
+    "--group-size", default=128, show_default=True, type=click.IntRange(min=1), help="Of random int4 weights."
+)
+@click.option(
+    "--memory-cap",
+    metavar="GiB",
+    type=click.FloatRange(0, min_open=True),
+    help="Allocate no more than that on a GPU.",
+)
+@click.option("--tp", default=1, show_default=True, type=click.IntRange(min=1), help="GPUs to split over.")
+@click.option(
     "-o", "--output", metavar="FILE", help="Also write the rows to this JSON file, for `evaluate report`."
 )
-@together(device_options, json_option, debug_option)
-def throughput(paths: tuple[str, ...], **flags: Any) -> None:
-    """Speed of one or more models: prefill and decode at several batch sizes, and their share of the hardware's limit.
+@together(device_options, family_option, json_option, debug_option)
+def throughput(paths: tuple[str, ...], **flags: Any) -> int:
+    """Speed and memory of one or more models in one run, each with every width of KV cache asked for.
+
+    Static: prefill and decode of a fixed batch. Dynamic: a trace of requests that arrive by the clock: requests and tokens a
+    second, time to first token, latency between tokens. Prompts are random tokens. What does not fit is named and passed by.
 
     \b
-    Example:  evaluate throughput ./my-model my-model-4bit --batch 1,16
+    Example:  evaluate throughput ./my-model my-model-4bit --batch 1,16 --kv-bits 16,8
+              evaluate throughput my-model-4bit --rate 4 --requests 200
+              evaluate throughput --random-weights 7b --kv-bits 16,8 --memory-cap 24
     """
-    from quant.evaluate_actions import run_throughput
+    from quant.throughput_action import run_throughput
 
-    flags["kv_bits"] = int(flags["kv_bits"])
     outcome = run_throughput(paths, flags)
     print_json(outcome.document) if flags["as_json"] else outcome.show()
+    return outcome.exit_code
 
 
 @evaluate.command()

@@ -2,11 +2,13 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from convert.errors import InputError, ResourceError
+from convert.errors import InputError, ResourceError, UsageError
+from engine.comparison import Workload, compare
 from engine.config import EngineConfig
 from engine.device_limits import covered
 from engine.source import ModelSource
@@ -93,3 +95,27 @@ def test_traces_survive_a_file_and_a_bad_line_is_named(tmp_path):
 def test_percentiles_and_covered_time_by_hand():
     assert percentile([4, 1, 3, 2], 50) == 2 and percentile([4, 1, 3, 2], 99) == 4
     assert covered([(0, 2), (1, 3), (5, 6), (5.5, 5.7)]) == 4
+
+
+def test_contenders_are_compared_under_one_load_and_what_fails_is_named():
+    workload = Workload(batches=(1, 2), input_len=8, output_len=4, trace=(TraceEntry(0.0, 5, 3),), rate=50.0)
+    small = replace(CONFIG, cache_bytes=16 * 2 * 2 * 2 * 64 * 4)  # one block of 16 tokens
+    source = ModelSource(random_weights="tiny")
+    heard = []
+    found = compare(
+        [("small", Contender(source, small)), ("int8", Contender(source, replace(CONFIG, kv_bits=8)))],
+        workload,
+        lambda name, news: heard.append(name),
+    )
+    assert [(row.mode, row.batch, row.kv) for row in found.rows if row.kv == "int8"] == [
+        ("static", 1, "int8"),
+        ("static", 2, "int8"),
+        ("dynamic", 4, "int8"),
+    ]
+    assert {name for name, _ in found.failures} == {"small"} and found.bandwidth > 0
+    assert len(heard) == len(found.rows) + len(found.failures)
+
+
+def test_a_trace_longer_than_the_context_is_refused(bench):
+    with pytest.raises(UsageError, match="400 tokens"):
+        bench.dynamic([TraceEntry(0.0, 300, 100)], rate=1.0)

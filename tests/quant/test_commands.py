@@ -380,6 +380,42 @@ def test_throughput_of_a_tiny_model(place, quantized):
     assert json.loads(done.stdout)["rows"][0]["tok_per_s"] > 0
 
 
+def test_throughput_of_a_trace_with_both_caches(place, quantized, tmp_path):
+    (tmp_path / "trace.jsonl").write_text('{"arrival_s": 0.1, "prompt_tokens": 6, "output_tokens": 4}\n' * 3)
+    shape = quantized / "config.json"
+    done = run(
+        *("evaluate", "throughput", quantized, "--batch", "2", "--input-len", 8, "--output-len", 4, "--kv-bits", "16,8"),
+        *("--trace", tmp_path / "trace.jsonl", "--rate", 50, "--random-weights", shape, "--weights", "fp16"),
+        *("--device", "cpu", "--context-len", 64, "-o", tmp_path / "speed.json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "speed.json").read_text())
+    assert [(row["mode"], row["kv"]) for row in document["rows"]] == 2 * [
+        ("static", "fp32"),
+        ("dynamic", "fp32"),
+        ("static", "int8"),
+        ("dynamic", "int8"),
+    ]
+    assert sum("(random)" in row["shape"] for row in document["rows"]) == 4
+    assert document["requests"] == 3 and document["copy_bandwidth_gb_per_s"] > 0
+    assert "tok/s" in done.stdout and "random numbers" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--batch", "x"],
+        ["--batch", "none"],
+        ["--kv-bits", "4"],
+        ["--device", "cpu", "--memory-cap", "24"],
+        [],
+    ],
+)
+def test_throughput_with_wrong_flags_is_a_usage_error(flags):
+    paths = ["/m"] if flags else []
+    assert run("evaluate", "throughput", *paths, *flags).returncode == 2
+
+
 def test_self_written_text_is_kept_for_the_next_run(place, tmp_path):
     cache = tmp_path / "cache"
 
