@@ -46,7 +46,7 @@ def measure_sensitivity(
     tokens: Tensor,
     device: torch.device | str,
     seed: int,
-    plain: float = PLAIN,
+    plain: float | None = None,
 ) -> list[Tensor]:
     """A metric (H, H) float32 for each block: errors d @ metric, squared and summed, cost what the model pays for them.
 
@@ -54,7 +54,7 @@ def measure_sensitivity(
 
     Args:
         embedding, head: (V, H). final_norm: (H,). tokens: (S, L) int64.
-        plain: share of the identity in each metric; the rest is the Fisher matrix, scaled to a mean diagonal of 1.
+        plain: share of the identity in each metric (None: PLAIN); the rest is the Fisher matrix, scaled to a mean diagonal of 1.
     """
     device = torch.device(device)
     hidden, length = config.hidden_size, tokens.shape[1]
@@ -79,7 +79,7 @@ def measure_sensitivity(
             grads = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), states)
             for total, grad in zip(fisher, grads, strict=True):
                 total += grad.t() @ grad
-    return [_metric(matrix, plain) for matrix in fisher]
+    return [_metric(matrix, PLAIN if plain is None else plain) for matrix in fisher]
 
 
 def _metric(fisher: Tensor, plain: float) -> Tensor:

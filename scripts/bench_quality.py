@@ -1,263 +1,340 @@
-"""Perplexity of the presets on one model, in one process and on the same text: writes rows for benchmarks/quality.json.
+"""Perplexity of the presets on one or several models, in one process and on the same text: rows for benchmarks/quality.json.
 
-usage: python scripts/bench_quality.py MODEL_DIR --calib C4.txt --test wiki.test.raw --arms rtn,fast,default,best --out rows.json
-An arm is PRESET[:bits=3][:group=64][:seed=0][:distill=1][:name=value], any other name being a field of QuantConfig.
-The protocol: tokens of the whole calibration text, blocks at torch.randint starts of the seed; test text as it stands, tokenized
-once, no BOS, windows of 2048, tail dropped; KL to the float model and top-1 agreement on the first --kl-windows of them.
+usage: python scripts/bench_quality.py MODEL... --calib C4.txt --test wiki.test.raw --arms rtn,fast,default,best --out rows.json
+MODEL and arms: see quality_arms.py. `best:distill=1` gives two rows, before and after the end-to-end pass.
+The protocol: tokens of the whole calibration text, blocks at torch.randint starts of the seed; a test text as it stands, or FILE:rows for
+its rows joined with blank lines; tokenized once, no BOS, windows of 2048, tail dropped; KL to the float model and top-1 agreement on the
+first --kl-windows of them. The text of --valid is measured too, to choose settings by. Rows are written as soon as they are measured.
 """
 
 import argparse
 import datetime
 import json
-import math
+import statistics
 import subprocess
 import sys
 import time
-from dataclasses import fields
+import traceback
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.nn.functional as F
+from quality_arms import Arm, ModelSpec, in_force, parse_arm, parse_model
 from torch import Tensor
 
 from convert.checkpoint import BlockWeights, Checkpoint
+from convert.config import QuantFormat
+from convert.pad import pad_checkpoint
 from convert.readers import open_checkpoint
-from engine.attention import causal_attend
-from engine.block import Block
+from convert.tokenizer import load_tokenizer
 from engine.model import Model, compute_dtype
-from quant.blocks import quantize_block
+from engine.perplexity import EvalTokens, PerplexityResult, Reference, paired_difference
 from quant.config import QuantConfig
-from quant.records import LinearReport, Streams
-from quant.walk import error_metrics
+from quant.evaluation import Judgement, join_rows, judge, release
+from quant.held import WithFinalNorm
+from quant.table import QuantizedInMemory, cache_of
+from quant.walk import HeadRanges, distill_blocks, first_streams, measure_ranges, walk
 
 
-def tokenize(folder: Path, text: Path, cache: Path | None) -> Tensor:
-    """Tokens (T,) int64 of a whole file, no BOS; read from `cache`/NAME.tokens.safetensors where that exists."""
-    from safetensors.torch import load_file
+@dataclass(frozen=True)
+class Judge:
+    """The texts that models are judged by, and what the float model made of them."""
 
-    if cache is not None and (found := cache / f"{text.name}.tokens.safetensors").is_file():
-        return load_file(found)["tokens"].long()
-    from convert.tokenizer import load_tokenizer
+    texts: dict[str, tuple[EvalTokens, Judgement]]
+    first: dict[str, tuple[PerplexityResult, Reference]]
 
-    ids = load_tokenizer(folder).encode_plain(text.read_bytes().decode("utf-8"))
-    return torch.tensor(list(ids), dtype=torch.int64)
+    def rows(
+        self, model: Model, kv: tuple[int, str], ranges: list[HeadRanges] | None
+    ) -> list[dict[str, Any]]:
+        """A row for each text."""
+        out = []
+        for name, (tokens, how) in self.texts.items():
+            known = self.first.get(name)
+            simulated = cache_of(*kv, ranges)
+            result, kept = judge(model, tokens, how, simulated, known[1] if known else None)
+            if known is None:
+                self.first[name] = known = (result, kept)
+            interval = None
+            if result is not known[0] and result.windows > 1:
+                difference = paired_difference(known[0], result)
+                interval = [difference.low, difference.high]
+            row = {"text": name, "tokens": result.tokens, "windows": result.windows, "kv_bits": kv[0]}
+            row |= {"kv_mode": kv[1] if kv[0] < 16 else "", "ppl": result.ppl, "ppl_diff_ci95": interval}
+            row |= {"kl": result.kl, "top1": result.top1, "kl_windows": len(result.kl_windows)}
+            out.append(row)
+        return out
 
 
-def calibration(ids: Tensor, samples: int, seqlen: int, seed: int) -> Tensor:
+def read_tokens(folder: Path, text: Path, rows: bool, cache: Path | None) -> EvalTokens:
+    """A text in the model's tokens, no BOS; from `cache`/NAME.tokens.safetensors where that exists."""
+    name = text.name + (" rows" if rows else "")
+    if not rows and cache is not None and (found := cache / f"{text.name}.tokens.safetensors").is_file():
+        from safetensors.torch import load_file
+
+        return EvalTokens(load_file(found)["tokens"].long(), False, name, "", "")
+    raw = text.read_bytes().decode("utf-8")
+    ids = load_tokenizer(folder).encode_plain(join_rows(raw) if rows else raw)
+    return EvalTokens(torch.tensor(list(ids), dtype=torch.int64), False, name, "", "")
+
+
+def calibration(ids: Tensor, quant: QuantConfig) -> Tensor:
     """Token blocks (S, L) at random starts."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, len(ids) - seqlen - 1, (samples,), generator=generator)
-    return torch.stack([ids[start : start + seqlen] for start in starts.tolist()])
+    generator = torch.Generator().manual_seed(quant.seed)
+    starts = torch.randint(0, len(ids) - quant.seqlen - 1, (quant.samples,), generator=generator)
+    return torch.stack([ids[start : start + quant.seqlen] for start in starts.tolist()])
 
 
-def build(
-    ckpt: Checkpoint, blocks: list[BlockWeights], norm: Tensor, device: str, dtype: torch.dtype
-) -> Model:
-    """A model of these blocks with the checkpoint's embedding and head."""
-    embedding = ckpt.embedding().to(device=device, dtype=dtype)
-    head = embedding if ckpt.config.tie_embeddings else ckpt.lm_head().to(device=device, dtype=dtype)
-    made = [Block(ckpt.config, block, dtype, device) for block in blocks]
-    return Model(ckpt.config, embedding, made, norm.to(device=device, dtype=dtype), head)
+class Bench:
+    """One model: the arms run on it, and the rows that they give."""
+
+    def __init__(self, spec: ModelSpec, args: argparse.Namespace, say: Any) -> None:
+        self.spec, self.args, self.say = spec, args, say
+        ckpt = open_checkpoint(str(spec.path))
+        if spec.pad:
+            ckpt = pad_checkpoint(ckpt, 128)
+        self.device = torch.device(args.device)
+        self.dtype = compute_dtype(ckpt.config, self.device, args.dtype)
+        self.ckpt: Checkpoint = Held(ckpt)
+        self.calib = read_tokens(
+            spec.path, spec.calib or args.calib, False, None if spec.calib else args.tokens
+        ).ids
+        texts = {}
+        for entry in args.test:
+            path, _, form = entry.partition(":")
+            tokens = read_tokens(spec.path, Path(path), form == "rows", args.tokens)
+            texts[tokens.text] = (tokens, Judgement(args.window, args.windows or None, args.kl_windows))
+        if args.valid:
+            tokens = read_tokens(spec.path, args.valid, False, args.tokens)
+            texts[tokens.text] = (tokens, Judgement(args.window, args.valid_windows, args.valid_windows))
+        self.judge = Judge(texts, {})
+        model = Model.from_checkpoint(self.ckpt, self.device, self.dtype)
+        self.put("fp", None, self.judge.rows(model, (16, ""), None), 0.0, 0.0, [])
+        for kv in args.kv:
+            if kv[1] == "dynamic":
+                self.put("fp", None, self.judge.rows(model, kv, None), 0.0, 0.0, [])
+
+    def put(
+        self,
+        name: str,
+        arm: Arm | None,
+        rows: list[dict[str, Any]],
+        seconds: float,
+        peak: float,
+        notes: list[str],
+    ) -> None:
+        """Complete the rows of one result and hand them on."""
+        quant = None if arm is None else arm.quant
+        for row in rows:
+            whole = {"model": self.spec.name, "method": name, "arm": "" if arm is None else arm.text}
+            if quant is not None:
+                whole |= {"bits": quant.bits, "group_size": quant.group_size, "seed": quant.seed}
+                whole |= {"samples": quant.samples, "seqlen": quant.seqlen}
+            whole |= row | {"seconds": round(seconds, 2), "peak_gib": round(peak, 2), "notes": notes}
+            self.say(whole)
+
+    def run(self, arm: Arm) -> None:
+        """One arm: quantize, judge; with `distill`, before and after the end-to-end pass."""
+        with in_force(arm):
+            self._run(arm)
+        release(self.device)
+
+    @torch.no_grad()
+    def _run(self, arm: Arm) -> None:
+        quant, device = arm.quant, self.device
+        tokens = calibration(self.calib, quant)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        started = time.time()
+        streams = first_streams(self.ckpt, tokens, quant, device, self.dtype) if quant.needs_text else None
+        blocks: list[BlockWeights] = []
+        ranges: list[HeadRanges] = []
+        above: list[str] = []
+        warned: set[str] = set()
+        for step in walk(self.ckpt, quant, streams, device, self.dtype, tokens=tokens):
+            blocks.append(step.result.weights)
+            if step.ranges is not None:
+                ranges.append(step.ranges)
+            for report in step.result.reports:
+                warned |= set(report.warnings)
+                if report.loss_after > report.loss_rtn * (1 + 1e-6) + 1e-20:
+                    above.append(f"{step.index}.{report.role}")
+        seconds = self._elapsed(started)
+        notes = [f"above plain rounding: {', '.join(above[:6])} ({len(above)})"] if above else []
+        self._judge(arm, quant.preset, blocks, None, ranges, seconds, notes + sorted(warned)[:4])
+        if quant.distill:
+            again = time.time()
+            done, norm, report = distill_blocks(self.ckpt, blocks, quant, tokens, device)
+            seconds += self._elapsed(again)
+            found = measure_ranges(self.ckpt, done, tokens, device, self.dtype) if self.args.kv else []
+            notes = [f"calibration KL {report['kl_first']:.4f} -> {report['kl_last']:.4f}"]
+            self._judge(arm, quant.preset + "+distill", done, norm, found, seconds, notes)
+
+    def _elapsed(self, started: float) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.time() - started
+
+    def _judge(
+        self,
+        arm: Arm,
+        name: str,
+        blocks: list[BlockWeights],
+        norm: Tensor | None,
+        ranges: list[HeadRanges],
+        seconds: float,
+        notes: list[str],
+    ) -> None:
+        peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
+        origin = self.ckpt if norm is None else WithFinalNorm(self.ckpt, norm)
+        made = QuantizedInMemory(origin, blocks, QuantFormat(arm.quant.bits, arm.quant.group_size))
+        model = Model.from_checkpoint(made, self.device, self.dtype)
+        self.put(name, arm, self.judge.rows(model, (16, ""), None), seconds, peak, notes)
+        for kv in self.args.kv if arm.quant.preset in self.args.kv_presets else []:
+            found = ranges if len(ranges) == len(blocks) else None
+            if kv[1] == "dynamic" or found is not None:
+                self.put(name, arm, self.judge.rows(model, kv, found), seconds, peak, notes)
+
+    def run_peer(self, name: str, quant: QuantConfig) -> None:
+        """A peer on the same calibration blocks, judged by the same engine."""
+        import tempfile
+
+        from quant.peers import quantize_with
+
+        tokens = calibration(self.calib, quant)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        with tempfile.TemporaryDirectory() as folder:
+            seconds = quantize_with(name, self.spec.path, Path(folder), tokens, quant, self.device)
+            peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
+            model = Model.from_checkpoint(open_checkpoint(folder), self.device, self.dtype)
+            arm = Arm(name, quant, {})
+            self.put(name, arm, self.judge.rows(model, (16, ""), None), seconds, peak, [])
+        release(self.device)
 
 
-@torch.no_grad()
-def evaluate(
-    model: Model, reference: Model | None, ids: Tensor, windows: int, kl_windows: int
-) -> dict[str, object]:
-    """NLL of each window, perplexity, KL to the reference and top-1 agreement on the first windows."""
-    length, device = 2048, model.device
-    batch = 4 if device.type == "cuda" else 1
-    nll, kl, top, seen = [], 0.0, 0.0, 0
-    for start in range(0, windows, batch):
-        count = min(batch, windows - start)
-        ids_of = ids[start * length : (start + count) * length].to(device)
-        positions = torch.arange(length, device=device).repeat(count)
-        attend = causal_attend(count, length, model.config)
-        logits = model(ids_of, positions, attend).view(count, length, -1)
-        wanted = None
-        if reference is not None and start < kl_windows:
-            wanted = reference(ids_of, positions, attend).view(count, length, -1)
-        for k, window in enumerate(ids_of.view(count, length)):
-            given = logits[k, :-1]
-            nll.append(F.cross_entropy(given, window[1:]))
-            if wanted is not None and start + k < kl_windows:
-                target = wanted[k, :-1]
-                kl += float(
-                    F.kl_div(given.log_softmax(-1), target.log_softmax(-1), reduction="sum", log_target=True)
-                )
-                top += float((given.argmax(-1) == target.argmax(-1)).sum())
-                seen += length - 1
-    values = torch.stack(nll).double().cpu()
-    return {
-        "nll": values.tolist(),
-        "ppl": math.exp(float(values.mean())),
-        "kl": kl / max(seen, 1),
-        "top1": top / max(seen, 1),
-    }
+class Held(WithFinalNorm):
+    """A checkpoint that was read once, so that no arm is charged for the disk."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        super().__init__(source, source.final_norm())
+        self.blocks = [source.block(i) for i in range(source.config.num_layers)]
+        self.table = source.embedding()
+
+    def block(self, index: int) -> BlockWeights:
+        return self.blocks[index]
+
+    def embedding(self) -> Tensor:
+        return self.table
 
 
-def parse_arm(text: str, base: dict[str, object]) -> QuantConfig:
-    """An arm as a configuration."""
-    preset, *options = text.split(":")
-    values: dict[str, object] = {**base, "preset": preset}
-    types = {field.name: field.type for field in fields(QuantConfig)}
-    for option in options:
-        name, value = option.split("=")
-        name = {"group": "group_size"}.get(name, name)
-        kind = types[name]
-        values[name] = (
-            value not in ("0", "false") if kind is bool else kind(value) if kind in (int, float) else value
-        )
-    return QuantConfig(**values)  # type: ignore[arg-type]
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """Medians over seeds, by model, text, cache and arm."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        arm = ":".join(part for part in row["arm"].split(":") if not part.startswith("seed="))
+        key = (row["model"], row["text"], row["method"], arm, f"kv{row['kv_bits']} {row['kv_mode']}")
+        groups.setdefault(key, []).append(row)
+    lines = []
+    for key, found in groups.items():
+        ppl = statistics.median(row["ppl"] for row in found)
+        kls = [row["kl"] for row in found if row["kl"] is not None]
+        tops = [row["top1"] for row in found if row["top1"] is not None]
+        text = f"MEDIAN of {len(found)}  {' | '.join(key)}: ppl {ppl:.4f}"
+        if kls:
+            text += f" kl {statistics.median(kls):.4f} top1 {statistics.median(tops):.4f}"
+        lines.append(text + f" seconds {statistics.median(row['seconds'] for row in found):.1f}")
+    return lines
 
 
-@torch.no_grad()
-def quantize_model(
-    ckpt: Checkpoint,
-    source: list[BlockWeights],
-    quant: QuantConfig,
-    tokens: Tensor,
-    device: str,
-    dtype: torch.dtype,
-) -> tuple[list[BlockWeights], Tensor, list[LinearReport]]:
-    """All blocks, and the final norm."""
-    norm = ckpt.final_norm().half()
-    streams = None
-    if quant.needs_text:
-        x = F.embedding(tokens.to(device), ckpt.embedding().to(device=device, dtype=dtype))
-        streams = Streams(x, x if quant.preset in ("fast", "gptq", "gptq-r") else x.clone())
-    blocks, reports = [], []
-    metrics = error_metrics(ckpt, quant, tokens, torch.device(device))
-    for index, weights in enumerate(source):
-        metric = metrics[index] if metrics else None
-        result = quantize_block(weights, ckpt.config, quant, streams, device, dtype, metric=metric)
-        streams = result.streams
-        blocks.append(result.weights)
-        reports += result.reports
-    if quant.distill:
-        from quant.distill import distill
-
-        embedding = ckpt.embedding().to(device)
-        head = embedding if ckpt.config.tie_embeddings else ckpt.lm_head().to(device)
-        blocks, norm, _ = distill(
-            source, blocks, ckpt.config, quant, tokens, embedding, ckpt.final_norm(), head, device
-        )
-    return blocks, norm, reports
-
-
-def interval(nll: list[float], other: list[float]) -> float:
-    """Half-width of the 95 % interval of the paired difference of mean NLL."""
-    delta = torch.tensor(nll, dtype=torch.float64) - torch.tensor(other, dtype=torch.float64)
-    return 1.96 * float(delta.std()) / math.sqrt(len(delta)) if len(delta) > 1 else float("nan")
-
-
-def main() -> None:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path)
+    parser.add_argument("models", nargs="+")
     parser.add_argument("--calib", type=Path, required=True)
-    parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--tokens", type=Path, help="folder with tokenized texts")
+    parser.add_argument(
+        "--test", action="append", required=True, help="FILE or FILE:rows; again for more texts"
+    )
+    parser.add_argument("--valid", type=Path)
+    parser.add_argument("--valid-windows", type=int, default=24)
+    parser.add_argument("--tokens", type=Path, help="folder with tokenized texts of these models")
     parser.add_argument("--arms", default="rtn,gptq-r,awq,fast,default,best")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--peers", default="", help="names of quant/peers.py, joined by commas")
+    parser.add_argument(
+        "--kv", default="", help="caches to simulate beside the float one: 8,8:static,4,4:static"
+    )
+    parser.add_argument("--kv-presets", default="default,best", help="arms that have rows of these caches")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--window", type=int, default=2048, help="tokens a window")
     parser.add_argument("--windows", type=int, default=0, help="0: all")
     parser.add_argument("--kl-windows", type=int, default=32)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no arm is started")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    pairs = (entry.partition(":") for entry in args.kv.split(",") if entry)
+    args.kv = [(int(bits), mode or "dynamic") for bits, _, mode in pairs]
+    args.kv_presets = args.kv_presets.split(",")
+    args.seeds = [int(seed) for seed in args.seeds.split(",")]
+    args.peers = [name for name in args.peers.split(",") if name]
+    return args
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     begun = time.time()
-    ckpt = open_checkpoint(args.model)
-    device = args.device
-    dtype = {
-        "auto": compute_dtype(ckpt.config, device),
-        "float32": torch.float32,
-        "float16": torch.float16,
-        "bfloat16": torch.bfloat16,
-    }[args.dtype]
-    test = tokenize(args.model, args.test, args.tokens)
-    calib = tokenize(args.model, args.calib, args.tokens)
-    windows = min(len(test) // 2048, args.windows or 1 << 30)
-    source = [ckpt.block(i) for i in range(ckpt.config.num_layers)]
-    torch.backends.cuda.matmul.allow_tf32 = True  # evaluation and streams; Cholesky is float32 in any case
-    float_model = build(ckpt, source, ckpt.final_norm(), device, dtype)
-    started = time.time()
-    fp = evaluate(float_model, None, test, windows, 0)
-    print(
-        f"tokens {len(test)} windows {windows}  fp ppl {fp['ppl']:.4f}  ({time.time() - started:.1f} s)",
-        flush=True,
-    )
-    rows: list[dict[str, object]] = []
-    base = {"group_size": args.group_size, "samples": args.samples, "seqlen": args.seqlen}
-    device_name = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
+    specs = [parse_model(text) for text in args.models]
+    torch.backends.cuda.matmul.allow_tf32 = True  # streams and judging; Cholesky is float32 in any case
+    rows: list[dict[str, Any]] = []
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     document = {
-        "command": "python " + " ".join(sys.argv),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "command": "python scripts/bench_quality.py " + " ".join(arguments or sys.argv[1:]),
+        "commit": commit,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "device": device_name,
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
         "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
         "rows": rows,
     }
-    common = {
-        "model": args.model.name,
-        "text": args.test.name,
-        "windows": windows,
-        "kv_bits": 16,
-        "kv_mode": "",
-    }
-    rows.append({**common, "method": "fp", "ppl": fp["ppl"]})
-    for arm in args.arms.split(","):
-        if time.time() - begun > args.budget:
-            print(f"SKIP {arm}: the time is used up", flush=True)
-            continue
-        quant = parse_arm(arm, base)
-        tokens = calibration(calib, quant.samples, quant.seqlen, quant.seed)
-        if device.startswith("cuda"):
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-        started = time.time()
-        blocks, norm, reports = quantize_model(ckpt, source, quant, tokens, device, dtype)
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        seconds = time.time() - started
-        peak = torch.cuda.max_memory_allocated() / 2**30 if device.startswith("cuda") else 0.0
-        result = evaluate(
-            build(ckpt, blocks, norm, device, dtype), float_model, test, windows, args.kl_windows
-        )
-        above = sum(report.loss_after > report.loss_rtn * (1 + 1e-6) for report in reports)
-        warnings = sorted({w for report in reports for w in report.warnings})
-        row = {
-            **common,
-            "method": quant.preset,
-            "arm": arm,
-            "bits": quant.bits,
-            "group_size": quant.group_size,
-            "distill": quant.distill,
-            "seed": quant.seed,
-            "ppl": result["ppl"],
-            "ppl_diff_ci95": interval(result["nll"], fp["nll"]) * result["ppl"],
-            "kl": result["kl"],
-            "top1": result["top1"],
-            "kl_windows": min(args.kl_windows, windows),
-            "seconds": seconds,
-            "peak_gib": peak,
-            "linears_above_rtn": above,
-        }
+
+    def say(row: dict[str, Any]) -> None:
         rows.append(row)
+        args.out.write_text(json.dumps(document, indent=1))
+        kl = "" if row["kl"] is None else f" kl {row['kl']:.4f} top1 {row['top1']:.4f}"
+        kv = "" if row["kv_bits"] == 16 else f" kv{row['kv_bits']} {row['kv_mode']}"
         print(
-            f"RESULT {arm:40s} ppl {result['ppl']:.4f} kl {result['kl']:.4f} top1 {result['top1']:.4f} "
-            f"seconds {seconds:.1f} peak {peak:.1f} GiB above-rtn {above} {warnings[:3]}",
+            f"ROW {row['model']} | {row['text']} | {row['arm'] or row['method']} | {row['method']}{kv}: "
+            f"ppl {row['ppl']:.4f}{kl} seconds {row['seconds']:.1f} peak {row['peak_gib']:.1f} {row['notes'] or ''}",
             flush=True,
         )
-        args.out.write_text(json.dumps(document, indent=1))
-    args.out.write_text(json.dumps(document, indent=1))
+
+    for spec in specs:
+        bench = Bench(spec, args, say)
+        base = QuantConfig(
+            group_size=spec.group_size or args.group_size, samples=args.samples, seqlen=args.seqlen
+        )
+        tasks: list[tuple[str, Any]] = []
+        for seed in args.seeds:
+            arms = [parse_arm(text, replace(base, seed=seed)) for text in args.arms.split(",") if text]
+            tasks += [(f"{arm.text}:seed={seed}", (bench.run, arm)) for arm in arms]
+        tasks += [(name, (bench.run_peer, name, base)) for name in args.peers]
+        for name, (act, *what) in tasks:
+            if time.time() - begun > args.budget:
+                print(f"SKIP {spec.name} {name}: the time is used up", flush=True)
+                continue
+            try:
+                act(*what)
+            except Exception:  # one arm that fails leaves the others
+                traceback.print_exc()
+                print(f"FAILED {spec.name} {name}", flush=True)
+    print("\n".join(summary(rows)), flush=True)
     print(f"done in {time.time() - begun:.0f} s", flush=True)
 
 

@@ -1,0 +1,57 @@
+"""The quality benchmark: arms and their settings, rows for several models and texts, written as they are measured."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from quant import block_search, distill, presets, rounding, targets
+from quant.config import QuantConfig
+from scripts import bench_quality
+from tests.tiny_runs import write_runnable
+
+quality_arms = sys.modules["quality_arms"]
+
+
+def test_an_arm_sets_what_it_names_while_it_runs() -> None:
+    arm = quality_arms.parse_arm(
+        "best:bits=3:group=32:plan.toward_float=0.5:learn.drop=0.25:distill.swap=0:effort.rounds=1:ridges=0.1+1",
+        QuantConfig(seed=2),
+    )
+    assert (arm.quant.preset, arm.quant.bits, arm.quant.group_size, arm.quant.seed) == ("best", 3, 32, 2)
+    before = dict(presets.PLANS)
+    with quality_arms.in_force(arm):
+        assert presets.PLANS["best"].toward_float == 0.5 and rounding.LEARNING.drop == 0.25
+        assert distill.DISTILLING.swap == 0.0 and targets.RIDGES == (0.1, 1.0)
+        assert block_search.effort_on(__import__("torch").device("cpu")).rounds == 1
+    assert before == presets.PLANS and rounding.LEARNING.drop == rounding.Learning().drop
+    with pytest.raises(ValueError, match="speed is no setting"):
+        quality_arms.parse_arm("fast:speed=1", QuantConfig())
+
+
+def test_a_model_may_be_padded_and_have_its_own_text() -> None:
+    spec = quality_arms.parse_model("a/b:pad:group=128:calib=c.txt")
+    assert spec.pad and spec.group_size == 128 and spec.calib == Path("c.txt") and spec.name == "b padded"
+
+
+def test_rows_of_several_models_texts_and_caches(tmp_path: Path) -> None:
+    first, second = write_runnable(tmp_path / "one"), write_runnable(tmp_path / "two", seed=9)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"row {i} of a text\n\n" for i in range(700)))
+    out = tmp_path / "rows.json"
+    options = "--group-size 32 --samples 8 --seqlen 32 --windows 2 --kl-windows 1 --window 128 --device cpu"
+    arms = "rtn,fast:bits=3,best:distill=1:distill_steps=2:rounding_steps=2"
+    texts = f"--calib {text} --test {text} --test {text}:rows --kv 8:static,4 --kv-presets best"
+    run = f"{first} {second}:pad {texts} --arms {arms} {options} --out {out}"
+    bench_quality.main(run.split())
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["model"] for row in rows} == {"one", "two padded"}
+    assert {row["text"] for row in rows} == {"text.txt", "text.txt rows"}
+    for model in ("one", "two padded"):
+        found = [row for row in rows if row["model"] == model and row["text"] == "text.txt"]
+        names = [(row["method"], row["kv_bits"], row["kv_mode"]) for row in found]
+        assert names[:2] == [("fp", 16, ""), ("fp", 4, "dynamic")]
+        assert ("best+distill", 8, "static") in names and ("best", 4, "dynamic") in names
+        assert all(row["kl"] is not None and row["ppl_diff_ci95"] is not None for row in found[1:])
+        assert all(row["kl_windows"] == 1 and row["windows"] == 2 for row in found[1:])
