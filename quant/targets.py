@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.products import linear
 from quant.gram import InputStats, damped
 
 RIDGES = (0.003, 0.03, 0.3, 3.0)  # of the mean of G's diagonal
@@ -39,10 +40,12 @@ def move_targets(
         lower, info = torch.linalg.cholesky_ex(damped(stats.gram, ridge))
         if int(info):
             continue
-        step = torch.cholesky_solve(mean.t(), lower).t()
-        step_first = torch.cholesky_solve(first.t(), lower).t()
+        # the inverse once: products with it are far quicker than solving for every row
+        inverse = torch.cholesky_inverse(lower)
+        step, step_first = linear(mean, inverse), linear(first, inverse)
         agreement = (step_first * second).sum(1)  # (N,)
-        power = (torch.matmul(step, stats.gram) * step).sum(1)
+        damping = ridge * stats.gram.diagonal().mean()
+        power = ((mean - damping * step) * step).sum(1)  # D G = C - lambda D
         parts = zip(
             weight.split(list(rows)),
             step.split(list(rows)),
