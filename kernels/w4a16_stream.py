@@ -23,7 +23,7 @@ def w4_stream(
     x, words, scale_zero, out, bias, residual,
     N, K, KB,
     GROUP: tl.constexpr,
-    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
+    EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, EVEN_TURNS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PAIRED: tl.constexpr, BF16: tl.constexpr,
     BN: tl.constexpr, BLOCKS: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
     ASM: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -50,11 +50,11 @@ def w4_stream(
     acc = tl.zeros([BN, BLOCKS, 16], tl.float32)
     for start in tl.range(0, KB, BLOCKS, num_stages=STAGES):
         b = start + block
+        inside = b < KB
+        if not EVEN_TURNS:  # read the last block again, with scales of zero: no mask, so that loads stay 16 bytes wide
+            b = tl.minimum(b, KB - 1)
         pair = b * 64 + c
-        if EVEN_K:
-            w = tl.load(words + (b * N + n) * 16 + c, eviction_policy="evict_first")
-        else:
-            w = tl.load(words + (b * N + n) * 16 + c, mask=b < KB, other=0, eviction_policy="evict_first")
+        w = tl.load(words + (b * N + n) * 16 + c, eviction_policy="evict_first")
         x0 = load_x(x + pair, pair < K // 2, not EVEN_K, ASM)
         x1 = load_x(x + pair + 16, pair + 16 < K // 2, not EVEN_K, ASM)
         x2 = load_x(x + pair + 32, pair + 32 < K // 2, not EVEN_K, ASM)
@@ -65,10 +65,9 @@ def w4_stream(
         for plane in tl.static_range(4):
             if plane * 32 % GROUP == 0:
                 params = scale_zero + (b * (128 // GROUP) + plane * 32 // GROUP) * N + n
-                if EVEN_K:
-                    packed = tl.load(params, eviction_policy="evict_first")
-                else:
-                    packed = tl.load(params, mask=b < KB, other=0, eviction_policy="evict_first")
+                packed = tl.load(params, eviction_policy="evict_first")
+                if not EVEN_TURNS:
+                    packed = tl.where(inside, packed, 0)
                 packed, _ = tl.broadcast(packed, w)
             tokens, _ = tl.broadcast(slices[plane], w)
             if BF16:
@@ -122,7 +121,7 @@ def launch_stream(
         x.view(torch.int32), weight.words.view(torch.int32), weight.params, out, weight.bias, residual,
         weight.rows, weight.in_features, weight.blocks,
         GROUP=weight.group_size,
-        EVEN_N=weight.rows % tile.bn == 0, EVEN_K=weight.in_features % (tile.blocks * BLOCK) == 0,
+        EVEN_N=weight.rows % tile.bn == 0, EVEN_K=weight.in_features % BLOCK == 0, EVEN_TURNS=weight.blocks % tile.blocks == 0,
         HAS_BIAS=weight.bias is not None, HAS_RESIDUAL=residual is not None, PAIRED=weight.is_paired,
         BF16=x.dtype == torch.bfloat16, BN=tile.bn, BLOCKS=tile.blocks, STAGES=tile.stages, AHEAD=tile.ahead,
         ASM=not triton.knobs.runtime.interpret, DEPENDENT=dependent, **options,
