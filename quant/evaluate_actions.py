@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from calib_data.sources import TextRequest, load_blocks
+from convert.checkpoint import Checkpoint
 from convert.errors import UsageError
 from convert.files import write_json
 from convert.readers import open_checkpoint
@@ -29,6 +30,7 @@ from quant.evaluation import (
 )
 from quant.jobs import cache_folder, fit_seqlen, open_source, tokenizer_of
 from quant.outcome import Outcome
+from quant.peers import check_peers
 from quant.plan import refuse_ragged
 from quant.progress import Progress
 from quant.table import DISTILLED, METHODS, NAMES, Row, TableRequest, evaluate_table, needs_ranges
@@ -100,6 +102,7 @@ def run_table(model: str, flags: Flags) -> Outcome:
         bits=numbers(flags["bits"], "--bits", BITS),
         group_sizes=groups,
         kv=caches(flags["kv_bits"]),
+        peers=chosen_peers(flags["peers"], flags["pad"], ckpt),
         how=Judgement(flags["window"], flags["windows"], flags["kl_windows"]),
     )
     for arm in request.arms():
@@ -111,7 +114,11 @@ def run_table(model: str, flags: Flags) -> Outcome:
     eval_tokens = tokens_of(load_eval_text(flags["dataset"], flags["text"]), tokenizer, ckpt)
     with Progress("evaluate table") as progress:
         text = None
-        if needs_ranges(request) or any(arm is not None and arm.needs_text for arm in request.arms()):
+        if (
+            request.peers
+            or needs_ranges(request)
+            or any(arm is not None and arm.needs_text for arm in request.arms())
+        ):
             from quant.text import vocabulary_of, write_text
 
             source = TextRequest(
@@ -196,6 +203,19 @@ def chosen(text: str, flag: str, known: Sequence[str]) -> list[str]:
     if wrong or not names:
         raise UsageError(f"{flag} {text!r}: expected names of {', '.join(known)}, separated by commas.")
     return list(dict.fromkeys(names))
+
+
+def chosen_peers(names: str | None, is_padded: bool, ckpt: Checkpoint) -> tuple[str, ...]:
+    """The peers asked for. Raises UsageError for one that is unknown, not installed, or cannot read this model."""
+    if not names:
+        return ()
+    found = tuple(name.strip() for name in names.split(",") if name.strip())
+    check_peers(found)
+    if is_padded or ckpt.kind != "hf":
+        raise UsageError(
+            "--peers read the model's own folder of safetensors: leave --pad out, and give such a folder."
+        )
+    return found
 
 
 def numbers(text: str, flag: str, known: Sequence[int]) -> tuple[int, ...]:

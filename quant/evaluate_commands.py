@@ -116,6 +116,12 @@ def ppl(paths: tuple[str, ...], **flags: Any) -> None:
 )
 @click.option("--pad", is_flag=True, help="Zero-pad the model so that the group fits every linear.")
 @click.option(
+    "--peers",
+    metavar="NAMES",
+    help="Other quantizers, where installed, on the same blocks: llm-compressor (AWQ then GPTQ), llm-compressor-awq, "
+    "llm-compressor-gptq, auto-round.",
+)
+@click.option(
     "-o", "--output", metavar="FILE", help="Also write the rows to this JSON file, for `evaluate report`."
 )
 @together(eval_text_options)

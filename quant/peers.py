@@ -7,6 +7,7 @@ S samples, L tokens a sample. Names: llm-compressor-awq, llm-compressor-gptq, ll
 import importlib.util
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ COPIED = (
 )
 
 
-def check_peers(names: list[str]) -> None:
+def check_peers(names: Sequence[str]) -> None:
     """Raises UsageError for a peer that is unknown or not installed."""
     for name in names:
         if name not in MODULES:

@@ -1,8 +1,11 @@
 """`evaluate table`: one model, many methods, one text: each is quantized in memory and judged on the same windows."""
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from torch import Tensor
 from calib_data.blocks import CalibrationSet
 from convert.checkpoint import BlockWeights, Checkpoint
 from convert.config import QuantFormat
+from convert.readers import open_checkpoint
 from engine.kv_simulation import KVSimulation
 from engine.model import Model
 from engine.perplexity import EvalTokens, PerplexityResult, Reference, paired_difference
@@ -19,6 +23,7 @@ from quant.config import QuantConfig
 from quant.evaluation import Judgement, judge, release
 from quant.held import WithFinalNorm
 from quant.kv import kv_parameters
+from quant.peers import quantize_with
 from quant.progress import gpu_peak_gib, peak_rss_gib
 from quant.walk import HeadRanges, distill_blocks, first_streams, measure_ranges, walk
 
@@ -93,6 +98,7 @@ class TableRequest:
     bits: tuple[int, ...] = (4, 3)
     group_sizes: tuple[int, ...] = (128,)
     kv: tuple[tuple[int, str], ...] = ((16, "dynamic"),)  # (bits, mode); 16 is the float cache
+    peers: tuple[str, ...] = ()  # of `quant.peers`, after our own rows
     how: Judgement = field(default_factory=lambda: Judgement(kl_windows=32))
 
     def arms(self) -> Iterator[QuantConfig | None]:
@@ -150,7 +156,32 @@ def evaluate_table(
             say(f"{number}/{len(arms)}  {row.key}: ppl {row.ppl:.3f}, {seconds:.0f} s")
         del model
         release(device)
+    if request.peers and text is not None and first is not None and reference is not None:
+        for bits, group_size in product(request.bits, request.group_sizes):
+            quant = replace(request.base, bits=bits, group_size=group_size)
+            for peer in request.peers:
+                model, seconds = peer_model(peer, ckpt, quant, text, device, dtype)
+                result, _ = judge(model, tokens, request.how, None, reference)
+                row = make_row(name, quant, request.base.seed, result, first, seconds, device)
+                rows.append(replace(row, method=peer))
+                say(f"{peer} int{bits} g{group_size}: ppl {row.ppl:.3f}, {seconds:.0f} s")
+                del model
+                release(device)
     return rows
+
+
+def peer_model(
+    peer: str,
+    ckpt: Checkpoint,
+    quant: QuantConfig,
+    text: CalibrationSet,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Model, float]:
+    """What a peer makes of the model on this text, in our engine, and the seconds of its search."""
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = quantize_with(peer, ckpt.path, Path(folder), text.tokens, quant, device)
+        return Model.from_checkpoint(open_checkpoint(folder), device, dtype), seconds
 
 
 def needs_ranges(request: TableRequest) -> bool:
