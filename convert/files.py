@@ -158,8 +158,8 @@ def sha256_file(path: Path) -> str:
 
 
 def worker_count() -> int:
-    """Threads for work on many files: the cores this process may use, at most 8, which keep a fast disk busy."""
-    return min(8, len(os.sched_getaffinity(0)))
+    """Threads for work on many files: the cores this process may use and two that wait for the disk, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)) + 2)
 
 
 def combined_digest(paths: Iterable[Path]) -> str:

@@ -123,7 +123,7 @@ def write_workspace(
 
     Args:
         chat_template: LMDeploy's name of the chat format; None finds it in the checkpoint's own template.
-        workers: threads, each of which holds one linear or the embedding at a time; None: a thread a core, at most 8.
+        workers: threads, each of which holds one linear or the embedding at a time; None: two more than cores, at most 8.
         progress: called with (blocks done, blocks in all).
 
     Raises InputError when the model cannot be packed so or the folder is occupied, ResourceError on a full disk.

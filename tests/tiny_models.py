@@ -69,75 +69,88 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def shapes(family: str) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of the tiny model."""
-    config = CONFIGS[family]
-    dim = config.get("head_dim", DIM)
-    queries, keys = HEADS * dim, config.get("num_key_value_heads", HEADS) * dim
+def shapes(family: str, **sizes: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of the tiny model; `sizes` are entries of config.json that differ from the table's."""
+    config = CONFIGS[family] | sizes
+    hidden, heads, vocab = config["hidden_size"], config["num_attention_heads"], config["vocab_size"]
+    inner = config["intermediate_size"] // (
+        2 if family == "qwen" else 1
+    )  # Qwen-1 counts gate and up together
+    dim = config.get("head_dim", config.get("kv_channels", hidden // heads))
+    queries, keys = heads * dim, config.get("num_key_value_heads", heads) * dim
     table: dict[str, tuple[int, ...]] = {}
-    for i in range(LAYERS):
+    for i in range(config["num_hidden_layers"]):
         if family == "internlm2":
             p = f"model.layers.{i}."
             table |= {
-                p + "attention.wqkv.weight": (queries + 2 * keys, H),
-                p + "attention.wo.weight": (H, queries),
+                p + "attention.wqkv.weight": (queries + 2 * keys, hidden),
+                p + "attention.wo.weight": (hidden, queries),
             }
-            table |= {p + "feed_forward.w1.weight": (INNER, H), p + "feed_forward.w3.weight": (INNER, H)}
-            table |= {p + "feed_forward.w2.weight": (H, INNER)}
-            table |= {p + "attention_norm.weight": (H,), p + "ffn_norm.weight": (H,)}
+            table |= {
+                p + "feed_forward.w1.weight": (inner, hidden),
+                p + "feed_forward.w3.weight": (inner, hidden),
+            }
+            table |= {p + "feed_forward.w2.weight": (hidden, inner)}
+            table |= {p + "attention_norm.weight": (hidden,), p + "ffn_norm.weight": (hidden,)}
             continue
         if family == "qwen":
             p = f"transformer.h.{i}."
             table |= {
-                p + "attn.c_attn.weight": (3 * H, H),
-                p + "attn.c_attn.bias": (3 * H,),
-                p + "attn.c_proj.weight": (H, H),
+                p + "attn.c_attn.weight": (3 * hidden, hidden),
+                p + "attn.c_attn.bias": (3 * hidden,),
+                p + "attn.c_proj.weight": (hidden, hidden),
             }
             table |= {
-                p + "mlp.w1.weight": (INNER, H),
-                p + "mlp.w2.weight": (INNER, H),
-                p + "mlp.c_proj.weight": (H, INNER),
+                p + "mlp.w1.weight": (inner, hidden),
+                p + "mlp.w2.weight": (inner, hidden),
+                p + "mlp.c_proj.weight": (hidden, inner),
             }
-            table |= {p + "ln_1.weight": (H,), p + "ln_2.weight": (H,)}
+            table |= {p + "ln_1.weight": (hidden,), p + "ln_2.weight": (hidden,)}
             continue
         p = f"model.layers.{i}."
-        table |= {p + "self_attn.q_proj.weight": (queries, H), p + "self_attn.k_proj.weight": (keys, H)}
-        table |= {p + "self_attn.v_proj.weight": (keys, H), p + "self_attn.o_proj.weight": (H, queries)}
-        table |= {p + "input_layernorm.weight": (H,), p + "post_attention_layernorm.weight": (H,)}
+        table |= {
+            p + "self_attn.q_proj.weight": (queries, hidden),
+            p + "self_attn.k_proj.weight": (keys, hidden),
+        }
+        table |= {
+            p + "self_attn.v_proj.weight": (keys, hidden),
+            p + "self_attn.o_proj.weight": (hidden, queries),
+        }
+        table |= {p + "input_layernorm.weight": (hidden,), p + "post_attention_layernorm.weight": (hidden,)}
         if family in ("qwen2", "internlm"):
             for part, rows in (("q", queries), ("k", keys), ("v", keys)):
                 table[f"{p}self_attn.{part}_proj.bias"] = (rows,)
         if family == "internlm":
-            table[p + "self_attn.o_proj.bias"] = (H,)
+            table[p + "self_attn.o_proj.bias"] = (hidden,)
         if family == "qwen3":
             table |= {p + "self_attn.q_norm.weight": (dim,), p + "self_attn.k_norm.weight": (dim,)}
         if family == "mixtral":
-            table[p + "block_sparse_moe.gate.weight"] = (3, H)
+            table[p + "block_sparse_moe.gate.weight"] = (3, hidden)
             for e in range(3):
                 q = f"{p}block_sparse_moe.experts.{e}."
                 table |= {
-                    q + "w1.weight": (INNER, H),
-                    q + "w3.weight": (INNER, H),
-                    q + "w2.weight": (H, INNER),
+                    q + "w1.weight": (inner, hidden),
+                    q + "w3.weight": (inner, hidden),
+                    q + "w2.weight": (hidden, inner),
                 }
         else:
-            table |= {p + "mlp.gate_proj.weight": (INNER, H), p + "mlp.up_proj.weight": (INNER, H)}
-            table[p + "mlp.down_proj.weight"] = (H, INNER)
+            table |= {p + "mlp.gate_proj.weight": (inner, hidden), p + "mlp.up_proj.weight": (inner, hidden)}
+            table[p + "mlp.down_proj.weight"] = (hidden, inner)
     outer = {
         "qwen": ("transformer.wte", "transformer.ln_f", "lm_head"),
         "internlm2": ("model.tok_embeddings", "model.norm", "output"),
     }.get(family, ("model.embed_tokens", "model.norm", "lm_head"))
-    table |= {outer[0] + ".weight": (VOCAB, H), outer[1] + ".weight": (H,)}
+    table |= {outer[0] + ".weight": (vocab, hidden), outer[1] + ".weight": (hidden,)}
     if not config.get("tie_word_embeddings"):
-        table[outer[2] + ".weight"] = (VOCAB, H)
+        table[outer[2] + ".weight"] = (vocab, hidden)
     return table
 
 
-def random_tensors(family: str, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+def random_tensors(family: str, dtype: torch.dtype = torch.float16, **sizes: int) -> dict[str, Tensor]:
     """Random weights of the tiny model; norms around 1."""
     generator = torch.Generator().manual_seed(7)
     tensors = {}
-    for name, shape in shapes(family).items():
+    for name, shape in shapes(family, **sizes).items():
         value = torch.randn(shape, generator=generator) * 0.1
         norm = len(shape) == 1 and not name.endswith("bias")
         tensors[name] = (value + 1.0 if norm else value).to(dtype)
