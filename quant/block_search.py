@@ -16,7 +16,8 @@ from quant.gram import InputStats, observe
 from quant.parts import Parts
 from quant.presets import PLANS, Plan, effort_on
 from quant.records import LinearReport
-from quant.solve import Solution, Stack, free_codes, solve
+from quant.solution import Solution, Stack, free_codes
+from quant.solve import solve
 from quant.stored import is_quantized
 from quant.targets import CrossSums
 

@@ -14,7 +14,7 @@ from quant.block_search import BlockSearch
 from quant.folding import Fold, fold_norm, norm_fold, row_fold
 from quant.gram import InputStats, observe
 from quant.parts import Parts
-from quant.solve import choose_scale
+from quant.scaling import choose_scale
 
 MIN_TOKENS = 64  # an expert that fewer tokens reach is searched on all of them
 

@@ -8,14 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_runs import FAST, files_of, run, write_runnable, write_text
 
-import quant.solve as solve_module
+import quant.scaling as scaling_module
 from convert.readers import open_checkpoint
 from kernels.int4 import Quantized
 from quant.config import QuantConfig
 from quant.folding import kv_fold, norm_fold
 from quant.gram import observe
 from quant.presets import PLANS, effort_on
-from quant.solve import Stack
+from quant.solution import Stack
+from quant.solve import solve
 from tests.quant.toy_blocks import config_of
 
 
@@ -246,11 +247,11 @@ def test_a_grid_without_a_finite_loss_keeps_scale_one_and_says_so(case, monkeypa
     stack = Stack(weight, ("up", "gate"), (8, 8))
     stats = observe([torch.randn(8, 160, 64, generator=torch.Generator().manual_seed(3))], "up, gate")
     monkeypatch.setattr(
-        solve_module,
+        scaling_module,
         "score_candidates",
         lambda weight, scales, *_: torch.full((len(scales), 2), float("nan")),
     )
-    solution, reports = solve_module.solve(
+    solution, reports = solve(
         stack, stats, norm_fold(torch.ones(64)), PLANS["fast"], effort_on(torch.device("cpu")), config
     )
     assert torch.equal(solution.channel_scale, torch.ones(64))
