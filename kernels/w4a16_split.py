@@ -190,16 +190,15 @@ def launch_split(
 ) -> None:
     """Write the product of x (M, K) and `weight` to out (M, out_features). Operands as `w4a16_linear` has checked them.
 
-    Raises ValueError on more than 32 tokens and where partial sums would not fit the workspace.
+    Fewer pieces than the tile says where their sums would not fit the workspace. Raises ValueError on more than 32 tokens.
     """
     tokens = x.shape[0]
-    tiles = -(-weight.rows // tile.bn)
-    split, run = pieces(weight.blocks, tile.split)
-    eighths = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
     if tokens > MAX_TOKENS:
         raise ValueError(f"{tokens} tokens: w4_split takes at most {MAX_TOKENS}.")
-    if split > 1 and (tiles > MAX_TILES or tiles * split * eighths * 8 * tile.bn > PARTIAL_FLOATS):
-        raise ValueError(f"{tiles} tiles in {split} pieces do not fit the workspace: use fewer pieces.")
+    eighths = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
+    tiles = -(-weight.rows // tile.bn)
+    room = PARTIAL_FLOATS // (tiles * eighths * 8 * tile.bn) if tiles <= MAX_TILES else 1
+    split, run = pieces(weight.blocks, max(1, min(tile.split, room)))
     dependent = tile.dependent if is_dependent else "never"
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if dependent != "never":

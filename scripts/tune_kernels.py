@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from kernel_timing import copies_for, measure_peaks, quiet_capture, time_graph
+from tile_candidates import binary_key, candidates, kind_of, modes_of
 from torch import Tensor
+from triton.errors import TritonError
 
 from kernels.int4 import Quantized
 from kernels.w4a16 import TILE_KINDS, Tile, multiprocessors, run_tile
-from kernels.w4a16_gemm import GemmTile, schedule
-from kernels.w4a16_gemv import GemvTile
 from kernels.w4a16_layout import W4Weight, prepare
 from kernels.w4a16_prefill import PrefillTile
 from kernels.w4a16_unpack import DEPENDENT_MODES
@@ -36,10 +36,6 @@ TOKENS = [1, 8, 16, 32, 64, 128, 256, 512, 1024]
 START = time.time()
 
 
-def kind_of(tile: Tile) -> str:
-    return next(name for name, kind in TILE_KINDS.items() if isinstance(tile, kind))
-
-
 def random_weight(rows: int, cols: int, group_size: int = 128, device: str = "cuda") -> Quantized:
     """Random codes and zeros, scales such that outputs of normal inputs are of size 1 to 10."""
     groups = cols // group_size
@@ -51,127 +47,47 @@ def random_weight(rows: int, cols: int, group_size: int = 128, device: str = "cu
     )
 
 
-def candidates(tokens: int) -> list[Tile]:
-    """Tiles worth timing: each is first in some cell of a wider search, or differs from one that is by one step."""
-    if tokens == 1:
-        shapes = [(4, 8, 2), (8, 8, 4), (4, 16, 4), (8, 16, 4), (16, 8, 8), (8, 16, 8), (4, 32, 4), (8, 8, 2)]
-        return [GemvTile(*shape, scales_ahead=ahead) for shape in shapes for ahead in (False, True)]
-    tiles: list[Tile] = []
-
-    def add(bm: int, bn: int, warps: int, stages: int, order: str, *per_sm: int) -> None:
-        """order: "left" has the weights as left operand, "stacked" also as one dot, "right" and "late" (scaled last) not."""
-        swap, first, stacked = order in ("left", "stacked"), order != "late", order == "stacked"
-        tiles.extend(GemmTile(bm, bn, warps, stages, swap, first, count, stacked) for count in per_sm)
-
-    if tokens <= 8:
-        add(8, 64, 4, 5, "left", 2, 4)
-        add(8, 128, 4, 4, "left", 1, 2, 3)
-    if tokens <= 16:
-        add(16, 64, 4, 4, "right", 4)
-        add(16, 64, 2, 6, "right", 2, 4)
-        add(16, 64, 2, 5, "late", 2, 3, 4, 6)
-        add(16, 128, 4, 4, "right", 1, 2, 3)
-        add(16, 128, 4, 4, "late", 2, 3)
-        add(16, 128, 4, 4, "stacked", 2)
-        add(16, 64, 4, 5, "stacked", 2, 4)
-        add(16, 128, 8, 4, "stacked", 1, 2)
-        add(16, 256, 8, 3, "stacked", 1)
-    elif tokens <= 32:
-        add(32, 64, 4, 4, "right", 2, 3)
-        add(32, 64, 4, 5, "left", 0)
-        add(32, 128, 4, 4, "left", 2)
-        add(32, 128, 4, 4, "stacked", 2)
-        add(32, 64, 4, 5, "stacked", 2, 0)
-        add(32, 128, 8, 4, "stacked", 1, 0)
-        add(32, 256, 8, 4, "stacked", 1, 0)
-    elif tokens <= 64:
-        add(64, 64, 4, 4, "left", 1, 0)
-        add(64, 128, 4, 4, "left", 1, 2, 0)
-        add(64, 64, 4, 4, "stacked", 2, 1, 0)
-        add(64, 128, 4, 4, "stacked", 1, 0)
-        add(64, 128, 8, 4, "stacked", 1, 0)
-        add(64, 256, 8, 4, "stacked", 1, 0)
-    elif tokens <= 128:
-        add(128, 64, 4, 3, "left", 1, 2)
-        add(128, 128, 4, 3, "left", 0)
-        add(128, 128, 8, 3, "left", 0)
-        add(64, 128, 8, 4, "stacked", 1)
-        add(64, 256, 8, 4, "stacked", 1)
-        add(128, 64, 4, 3, "stacked", 2, 1, 0)
-        add(128, 128, 8, 4, "stacked", 1, 0)
-        add(128, 256, 8, 4, "stacked", 1, 0)
-    else:
-        add(128, 256, 8, 4, "stacked", 1, 0)
-        add(256, 128, 8, 3, "stacked", 1, 0)
-        add(128, 128, 8, 4, "stacked", 1, 0)
-        add(128, 256, 8, 4, "left", 0)
-        tiles.append(PrefillTile(8192))
-    return tiles
+Job = tuple[Tile, str, int, int, int, int]  # tile, way of starting, tokens, rows, cols, group size
 
 
-def is_worth_trying(tile: Tile, tokens: int, rows: int, cols: int, sms: int) -> bool:
-    """Leave out schedules that give less than 2 blocks to a program, and whole tiles that fill less than half of the card."""
-    if not isinstance(tile, GemmTile):
-        return True
-    blocks = cols // 128
-    plan = schedule(tokens, rows, blocks, tile, sms)
-    if tile.programs_per_sm == 0:
-        return plan.programs >= sms // 2
-    return plan.run >= 2
-
-
-def binary_key(tile: Tile, tokens: int, rows: int, cols: int, group_size: int, sms: int) -> tuple[Any, ...]:
-    """What decides which binary a launch compiles."""
-    if isinstance(tile, GemmTile):
-        plan = schedule(tokens, rows, cols // 128, tile, sms)
-        fields: tuple[Any, ...] = (
-            tile.bm,
-            tile.bn,
-            tile.warps,
-            tile.stages,
-            tile.swap,
-            tile.scale_first,
-            tile.stacked,
-            plan.segments,
-        )
-    elif isinstance(tile, GemvTile):
-        fields = (tile.bn, tile.blocks, tile.warps, tile.scales_ahead, cols % (tile.blocks * 128) == 0)
-    else:
-        fields = ()
-    return (kind_of(tile), group_size, *fields)
+def started(tile: Tile, mode: str) -> Tile:
+    """The tile with its way of starting the kernel behind it."""
+    return tile if isinstance(tile, PrefillTile) else replace(tile, dependent=mode)
 
 
 def compile_worker(path: str) -> None:
     """Fill Triton's cache on disk: launch each job once."""
-    for kind, fields, tokens, rows, cols, group_size in json.loads(Path(path).read_text()):
-        tile = TILE_KINDS[kind](**fields)
-        weight = prepare(random_weight(rows, cols, group_size))
-        x = torch.zeros(tokens, cols, dtype=torch.float16, device="cuda")
-        out = torch.empty(tokens, rows, dtype=torch.float16, device="cuda")
-        for mode in ("never",) if isinstance(tile, PrefillTile) else DEPENDENT_MODES:
-            try:
-                variant = tile if isinstance(tile, PrefillTile) else replace(tile, dependent=mode)
-                run_tile(variant, x, weight, out, is_dependent=True)
-            except Exception as error:
-                print(f"{kind} {fields}: {type(error).__name__} {str(error)[:300]}", flush=True)
-        torch.cuda.synchronize()
+    weights: dict[tuple[int, int, int], W4Weight] = {}
+    for kind, fields, mode, tokens, rows, cols, group_size in json.loads(Path(path).read_text()):
+        tile = started(TILE_KINDS[kind](**fields), mode)
+        try:
+            if (rows, cols, group_size) not in weights:
+                weights = {(rows, cols, group_size): prepare(random_weight(rows, cols, group_size))}
+            x = torch.zeros(tokens, cols, dtype=torch.float16, device="cuda")
+            out = torch.empty(tokens, rows, dtype=torch.float16, device="cuda")
+            run_tile(tile, x, weights[rows, cols, group_size], out, is_dependent=True)
+            torch.cuda.synchronize()
+        except Exception as error:
+            print(f"{kind} {fields}: {type(error).__name__} {str(error)[:300]}", flush=True)
 
 
-def precompile(jobs: list[tuple[Tile, int, int, int, int]], limit_s: float) -> None:
-    """Compile all binaries of the jobs (tile, tokens, rows, cols, group size), one process for each core."""
+def precompile(jobs: list[Job], limit_s: float) -> None:
+    """Compile all binaries of the jobs, one process for each core."""
     sms = multiprocessors(torch.device("cuda"))
     distinct = {binary_key(*job, sms): job for job in jobs}
     rows: list[tuple[Any, ...]] = [(kind_of(tile), asdict(tile), *rest) for tile, *rest in distinct.values()]
     rows.sort(
         key=lambda row: -row[1].get("bm", 0) * row[1].get("bn", 0)
-    )  # the slow ones first, spread over all processes
+    )  # the slow ones first, over all processes
     count = max(1, (os.cpu_count() or 2) - 1)
     folder = Path(os.environ.get("TRITON_CACHE_DIR", "/tmp/triton-jobs"))
     folder.mkdir(parents=True, exist_ok=True)
     processes = []
     for i in range(count):
         path = folder / f"jobs{i}.json"
-        path.write_text(json.dumps(rows[i::count]))
+        path.write_text(
+            json.dumps(sorted(rows[i::count], key=lambda row: row[4:6]))
+        )  # a weight is made once for its jobs
         processes.append(
             subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("tune_kernels.py")), "--worker", str(path)]
@@ -179,9 +95,10 @@ def precompile(jobs: list[tuple[Tile, int, int, int, int]], limit_s: float) -> N
         )
     while time.time() - START < limit_s and any(p.poll() is None for p in processes):
         time.sleep(0.2)
+    late = sum(process.poll() is None for process in processes)
     for process in processes:
         process.terminate()
-    log(f"compiled {len(distinct)} binaries in {count} processes")
+    log(f"compiled {len(distinct)} binaries in {count} processes, {late} of them stopped at the limit")
 
 
 def log(message: str) -> None:
@@ -199,18 +116,43 @@ class Cell:
     roof_us: float
 
 
-def measure(tile: Tile, cell: Cell) -> dict[str, float]:
-    """Error and time of a tile, by way of launching it. Raises ValueError where the product is wrong."""
-    result: dict[str, float] = {}
-    for mode in ("never",) if isinstance(tile, PrefillTile) else DEPENDENT_MODES:
-        variant = tile if isinstance(tile, PrefillTile) else replace(tile, dependent=mode)
-        cell.out.fill_(float("nan"))
-        run_tile(variant, cell.x, cell.copies[0], cell.out, is_dependent=True)
-        error = float((cell.out.float() - cell.expected).norm() / cell.expected.norm())
-        if not error < 1.5e-3:
-            raise ValueError(f"relative error {error:.2e} launched {mode}")
-        result |= {f"{mode}_us": time_tile(variant, cell), "error": error}
-    return result
+def measure(tile: Tile, mode: str, cell: Cell) -> dict[str, float]:
+    """Error and time of a tile, started in one way. Raises ValueError where the product is wrong."""
+    variant = started(tile, mode)
+    cell.out.fill_(float("nan"))
+    run_tile(variant, cell.x, cell.copies[0], cell.out, is_dependent=True)
+    error = float((cell.out.float() - cell.expected).norm() / cell.expected.norm())
+    if not error < 1.5e-3:
+        raise ValueError(f"relative error {error:.2e} launched {mode}")
+    return {f"{mode}_us": time_tile(variant, cell), "error": error}
+
+
+def measure_cell(tiles: list[Tile], cell: Cell, head: dict[str, Any], limit_s: float) -> list[dict[str, Any]]:
+    """All tiles started in two ways, then the fastest three also in the others."""
+    rows: list[dict[str, Any]] = []
+
+    def time_modes(row: dict[str, Any], tile: Tile, modes: tuple[str, ...]) -> None:
+        for mode in modes:
+            if "failure" not in row and f"{mode}_us" not in row and time.time() - START < limit_s:
+                try:
+                    row |= measure(tile, mode, cell)
+                except (ValueError, RuntimeError, TritonError) as failure:
+                    row["failure"] = str(failure)[:200]
+                    log(f"{row}")
+
+    for tile in tiles:
+        rows.append({**head, "kernel": kind_of(tile), **asdict(tile), "roof_us": cell.roof_us})
+        time_modes(rows[-1], tile, modes_of(tile, head["tokens"])[0])
+    timed = [(fastest_us(row), i) for i, row in enumerate(rows) if times_of(row) and "failure" not in row]
+    for _, i in sorted(timed)[:3]:
+        time_modes(rows[i], tiles[i], modes_of(tiles[i], head["tokens"])[1])
+    found = [(fastest_us(rows[i]), i) for _, i in timed if "failure" not in rows[i]]
+    lines = []
+    for _, i in sorted(found)[:4]:
+        label = " ".join(str(value) for value in [kind_of(tiles[i]), *asdict(tiles[i]).values()])
+        lines.append(f"{label}: " + " ".join(f"{mode} {us:.2f}" for mode, us in times_of(rows[i]).items()))
+    log(f"K {head['k']} N {head['n']} M {head['tokens']} roof {cell.roof_us:.2f} us | " + " | ".join(lines))
+    return rows
 
 
 def time_tile(tile: Tile, cell: Cell) -> float:
@@ -226,11 +168,15 @@ def tune(
     quiet_capture()
     sms = multiprocessors(torch.device("cuda"))
 
-    def tiles_of(m: int, k: int, n: int) -> list[Tile]:
-        return [tile for tile in candidates(m) if is_worth_trying(tile, m, n, k, sms)]
-
     precompile(
-        [(tile, m, n, k, 128) for k, n in shapes for m in tokens for tile in tiles_of(m, k, n)], compile_s
+        [
+            (tile, mode, m, n, k, 128)
+            for k, n in shapes
+            for m in tokens
+            for tile in candidates(m, n, k, sms)
+            for mode in sum(modes_of(tile, m), ())
+        ],
+        compile_s,
     )
     peaks = measure_peaks()
     log(f"{peaks.name} torch {torch.__version__} copy {peaks.copy_bytes_per_us / 1e3:.0f} GB/s")
@@ -246,23 +192,8 @@ def tune(
             cell = Cell(
                 x, copies, torch.empty(m, n, dtype=x.dtype, device="cuda"), x.float() @ dense.t(), roof
             )
-            found: list[tuple[float, str]] = []
-            for tile in tiles_of(m, k, n):
-                if time.time() - START > limit_s:
-                    break
-                row: dict[str, Any] = {"k": k, "n": n, "tokens": m, "kernel": kind_of(tile), **asdict(tile)}
-                try:
-                    row |= measure(tile, cell) | {"roof_us": roof}
-                    label = " ".join(str(value) for value in asdict(tile).values())
-                    shown = " ".join(f"{mode} {us:.2f}" for mode, us in times_of(row).items())
-                    found.append((fastest_us(row), f"{label}: {shown}"))
-                except (ValueError, RuntimeError) as failure:
-                    row["failure"] = str(failure)[:200]
-                    log(f"{row}")
-                rows.append(row)
-            log(
-                f"K {k} N {n} M {m} roof {roof:.2f} us | " + " | ".join(text for _, text in sorted(found)[:4])
-            )
+            head = {"k": k, "n": n, "tokens": m}
+            rows += measure_cell(candidates(m, n, k, sms), cell, head, limit_s)
             output.write_text(
                 json.dumps({"gpu": peaks.name, "copy_gbps": peaks.copy_bytes_per_us / 1e3, "rows": rows})
             )
@@ -284,7 +215,11 @@ def make_table(measured: dict[str, Any]) -> dict[str, Any]:
     best: dict[tuple[int, int, int], dict[str, Any]] = {}
     for row in measured["rows"]:
         cell = (row["k"], row["n"], row["tokens"])
-        if "never_us" in row and (cell not in best or fastest_us(row) < fastest_us(best[cell])):
+        if (
+            "failure" not in row
+            and times_of(row)
+            and (cell not in best or fastest_us(row) < fastest_us(best[cell]))
+        ):
             best[cell] = row
     entries = []
     for cell in sorted(best):
