@@ -1,7 +1,7 @@
 """Perplexity of the presets on one or several models, in one process and on the same text: rows for benchmarks/quality.json.
 
 usage: python scripts/bench_quality.py MODEL... --calib C4.txt --test wiki.test.raw --arms rtn,fast,default,best --out rows.json
-MODEL and arms: see quality_arms.py. `best:distill=1` gives two rows, before and after the end-to-end pass.
+MODEL and arms: see quality_arms.py. `best/` gives two rows, before and after an end-to-end pass.
 The protocol: tokens of the whole calibration text, blocks at torch.randint starts of the seed; a test text as it stands, or FILE:rows for
 its rows joined with blank lines; tokenized once, no BOS, windows of 2048, tail dropped; KL to the float model and top-1 agreement on the
 first --kl-windows of them. The text of --valid is measured too, to choose settings by. Rows are written as soon as they are measured.
@@ -165,13 +165,18 @@ class Bench:
         seconds = self._elapsed(started)
         notes = [f"above plain rounding: {', '.join(above[:6])} ({len(above)})"] if above else []
         self._judge(arm, quant.preset, blocks, None, ranges, seconds, notes + sorted(warned)[:4])
-        if quant.distill:
-            again = time.time()
-            done, norm, report = distill_blocks(self.ckpt, blocks, quant, tokens, device)
-            seconds += self._elapsed(again)
-            found = measure_ranges(self.ckpt, done, tokens, device, self.dtype) if self.args.kv else []
-            notes = [f"calibration KL {report['kl_first']:.4f} -> {report['kl_last']:.4f}"]
-            self._judge(arm, quant.preset + "+distill", done, norm, found, seconds, notes)
+        for following in arm.passes:
+            with in_force(following):
+                self._distill(following, blocks, tokens, seconds)
+
+    def _distill(self, arm: Arm, blocks: list[BlockWeights], tokens: Tensor, before: float) -> None:
+        """An end-to-end pass from these blocks, which took `before` seconds."""
+        started = time.time()
+        done, norm, report = distill_blocks(self.ckpt, blocks, arm.quant, tokens, self.device)
+        seconds = before + self._elapsed(started)
+        found = measure_ranges(self.ckpt, done, tokens, self.device, self.dtype) if self.args.kv else []
+        notes = [f"calibration KL {report['kl_first']:.4f} -> {report['kl_last']:.4f}"]
+        self._judge(arm, arm.quant.preset + "+distill", done, norm, found, seconds, notes)
 
     def _elapsed(self, started: float) -> float:
         if self.device.type == "cuda":

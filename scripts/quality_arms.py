@@ -1,7 +1,8 @@
 """Arms and models of `bench_quality.py`: how they are written on the command line, and settings that hold for one arm alone.
 
 An arm is PRESET[:name=value]..., a name being a field of QuantConfig, `group` (group_size), or a setting of a step: plan.NAME, learn.NAME,
-distill.NAME, effort.NAME, `metric` (share of the identity), `ridges` (numbers joined by +). A model is PATH[:pad][:group=N][:calib=FILE].
+distill.NAME, effort.NAME, `metric` (share of the identity), `ridges` (numbers joined by +). ARM/settings/settings adds end-to-end passes,
+each from the blocks of ARM, with these settings. A model is PATH[:pad][:group=N][:calib=FILE].
 """
 
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ class Arm:
     text: str
     quant: QuantConfig
     settings: dict[str, str]
+    passes: tuple["Arm", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ def parse_model(text: str) -> ModelSpec:
 
 def parse_arm(text: str, base: QuantConfig) -> Arm:
     """An arm over the settings of `base`. Raises ValueError for a name that is none."""
-    preset, *options = text.split(":")
+    first, *others = text.split("/")
+    preset, *options = first.split(":")
     values: dict[str, Any] = {"preset": preset}
     settings = {}
     for option in options:
@@ -68,7 +71,9 @@ def parse_arm(text: str, base: QuantConfig) -> Arm:
             settings[name] = value
         else:
             raise ValueError(f"{text}: {name} is no setting.")
-    return Arm(text, replace(base, **values), settings)
+    arm = Arm(first, replace(base, **values), settings)
+    passes = [parse_arm(f"{first}:distill=1{':' if other else ''}{other}", base) for other in others]
+    return replace(arm, passes=(arm,) * arm.quant.distill + tuple(passes))
 
 
 @contextmanager

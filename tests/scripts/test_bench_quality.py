@@ -30,6 +30,16 @@ def test_an_arm_sets_what_it_names_while_it_runs() -> None:
         quality_arms.parse_arm("fast:speed=1", QuantConfig())
 
 
+def test_passes_follow_an_arm_with_its_settings_and_their_own() -> None:
+    arm = quality_arms.parse_arm("best:bits=3/distill_steps=7/", QuantConfig())
+    assert not arm.quant.distill and [one.quant.distill_steps for one in arm.passes] == [
+        7,
+        QuantConfig().distill_steps,
+    ]
+    assert all(one.quant.bits == 3 and one.quant.distill for one in arm.passes)
+    assert quality_arms.parse_arm("best:distill=1", QuantConfig()).passes[0].text == "best:distill=1"
+
+
 def test_a_model_may_be_padded_and_have_its_own_text() -> None:
     spec = quality_arms.parse_model("a/b:pad:group=128:calib=c.txt")
     assert spec.pad and spec.group_size == 128 and spec.calib == Path("c.txt") and spec.name == "b padded"
@@ -41,7 +51,7 @@ def test_rows_of_several_models_texts_and_caches(tmp_path: Path) -> None:
     text.write_text("".join(f"row {i} of a text\n\n" for i in range(700)))
     out = tmp_path / "rows.json"
     options = "--group-size 32 --samples 8 --seqlen 32 --windows 2 --kl-windows 1 --window 128 --device cpu"
-    arms = "rtn,fast:bits=3,best:distill=1:distill_steps=2:rounding_steps=2"
+    arms = "rtn,fast:bits=3,best:rounding_steps=2/distill_steps=2/distill_steps=3:distill.swap=0"
     texts = f"--calib {text} --test {text} --test {text}:rows --kv 8:static,4 --kv-presets best"
     run = f"{first} {second}:pad {texts} --arms {arms} {options} --out {out}"
     bench_quality.main(run.split())
@@ -52,6 +62,10 @@ def test_rows_of_several_models_texts_and_caches(tmp_path: Path) -> None:
         found = [row for row in rows if row["model"] == model and row["text"] == "text.txt"]
         names = [(row["method"], row["kv_bits"], row["kv_mode"]) for row in found]
         assert names[:2] == [("fp", 16, ""), ("fp", 4, "dynamic")]
-        assert ("best+distill", 8, "static") in names and ("best", 4, "dynamic") in names
+        assert (
+            names.count(("best+distill", 16, "")) == 2
+            and ("best+distill", 8, "static") in names
+            and ("best", 4, "dynamic") in names
+        )
         assert all(row["kl"] is not None and row["ppl_diff_ci95"] is not None for row in found[1:])
         assert all(row["kl_windows"] == 1 and row["windows"] == 2 for row in found[1:])
