@@ -26,6 +26,7 @@ import torch
 from quality_arms import Arm, ModelSpec, in_force, parse_arm, parse_model
 from torch import Tensor
 
+from calib_data.sources import TextRequest, load_blocks
 from convert.checkpoint import BlockWeights, Checkpoint
 from convert.config import QuantFormat
 from convert.pad import pad_checkpoint
@@ -35,8 +36,10 @@ from engine.model import Model, compute_dtype
 from engine.perplexity import EvalTokens, PerplexityResult, Reference, paired_difference
 from quant.config import QuantConfig
 from quant.evaluation import Judgement, join_rows, judge, release
+from quant.generate import SelfGenerator
 from quant.held import WithFinalNorm
 from quant.table import QuantizedInMemory, cache_of
+from quant.text import vocabulary_of
 from quant.walk import HeadRanges, distill_blocks, first_streams, measure_ranges, walk
 
 
@@ -88,6 +91,14 @@ def calibration(ids: Tensor, quant: QuantConfig) -> Tensor:
     return torch.stack([ids[start : start + quant.seqlen] for start in starts.tolist()])
 
 
+def self_written(ckpt: Checkpoint, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """512 samples of 512 tokens that the model writes itself, end to end."""
+    tokenizer = load_tokenizer(ckpt.tokenizer_dir)
+    request = TextRequest(None, 512, 512, 0)
+    writer = SelfGenerator(ckpt, device, dtype)
+    return load_blocks(request, tokenizer, vocabulary_of(ckpt, tokenizer), writer).tokens.flatten()
+
+
 class Bench:
     """One model: the arms run on it, and the rows that they give."""
 
@@ -99,9 +110,11 @@ class Bench:
         self.device = torch.device(args.device)
         self.dtype = compute_dtype(ckpt.config, self.device, args.dtype)
         self.ckpt: Checkpoint = Held(ckpt)
-        self.calib = read_tokens(
-            spec.path, spec.calib or args.calib, False, None if spec.calib else args.tokens
-        ).ids
+        if spec.calib == Path("self"):
+            self.calib = self_written(ckpt, self.device, self.dtype)
+        else:
+            cache = None if spec.calib else args.tokens
+            self.calib = read_tokens(spec.path, spec.calib or args.calib, False, cache).ids
         texts = {}
         for entry in args.test:
             path, _, form = entry.partition(":")
@@ -133,6 +146,7 @@ class Bench:
             if quant is not None:
                 whole |= {"bits": quant.bits, "group_size": quant.group_size, "seed": quant.seed}
                 whole |= {"samples": quant.samples, "seqlen": quant.seqlen}
+                whole |= {"calibration": (self.spec.calib or self.args.calib).name}
             whole |= row | {"seconds": round(seconds, 2), "peak_gib": round(peak, 2), "notes": notes}
             self.say(whole)
 

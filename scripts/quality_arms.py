@@ -2,7 +2,8 @@
 
 An arm is PRESET[:name=value]..., a name being a field of QuantConfig, `group` (group_size), or a setting of a step: plan.NAME, learn.NAME,
 distill.NAME, effort.NAME, `metric` (share of the identity), `ridges` (numbers joined by +). ARM/settings/settings adds end-to-end passes,
-each from the blocks of ARM, with these settings. A model is PATH[:pad][:group=N][:calib=FILE].
+each from the blocks of ARM, with these settings. A model is PATH[:pad][:group=N][:calib=FILE],
+FILE `self` being text that the model writes.
 """
 
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """Learned rounding and distillation: what they may change, what they must lower, gradients through the grid."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -77,6 +79,39 @@ def test_learned_rounding_lowers_the_error_of_the_block_and_says_so(monkeypatch:
     values = result.reports[0].values
     assert values["block_after"] < 0.97 * values["block_before"]
     assert all("rounding" in report.steps for report in result.reports)
+
+
+def changed_codes(how: rounding.Learning, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float, bytes]:
+    """Share of codes that learned rounding moved, the loss that it ended at, and the codes of q."""
+    monkeypatch.setattr(rounding, "LEARNING", how)
+    config = config_of("llama")
+    x = stream_of(config)
+    off = x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
+    codes = []
+    for preset in ("default", "best"):
+        quant = QuantConfig(preset=preset, group_size=32, bits=3, rounding_steps=30)  # type: ignore[arg-type]
+        with torch.no_grad():
+            result = quantize_block(block_of(config), config, quant, Streams(x, off), "cpu", torch.float32)
+        weights = [part.weight for part in result.weights.linears.values()]
+        codes.append(torch.cat([w.codes.flatten() for w in weights if isinstance(w, Quantized)]))
+    moved = float((codes[0] != codes[1]).float().mean())
+    return moved, result.reports[0].values["block_after"], codes[1].numpy().tobytes()
+
+
+def test_a_pull_keeps_codes_and_dropped_tokens_and_nearer_targets_change_what_is_learned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual = rounding.Learning(
+        optimizer="adam", code_rate=0.3, scale_rate=0.03, norm_rate=0.03, toward_float=1.0
+    )
+    moved, loss, codes = changed_codes(usual, monkeypatch)
+    held, _, _ = changed_codes(replace(usual, pull=30.0), monkeypatch)
+    assert 0 < held < 0.8 * moved
+    _, nearer, other = changed_codes(replace(usual, toward_float=0.0), monkeypatch)
+    assert nearer < loss and other != codes  # the block's own output is easier to meet than the float stream
+    dropped = replace(usual, drop=0.5)
+    assert changed_codes(dropped, monkeypatch)[2] != codes
+    assert changed_codes(dropped, monkeypatch) == changed_codes(dropped, monkeypatch)
 
 
 def test_the_metric_says_what_errors_cost_the_model() -> None:
