@@ -14,7 +14,8 @@ from torch import Tensor
 from convert.config import ModelConfig
 from engine.rope import Rotary
 from kernels.attention import prefill_attention
-from kernels.kv8 import BLOCK_SIZE, KVCache, StaticKV, allocate_cache, store_kv
+from kernels.kv8 import store_kv
+from kernels.kv_cache import BLOCK_SIZE, KVCache, StaticKV, allocate_cache
 
 # layer, q (T, Hq, D), k (T, Hkv, D), v (T, Hkv, D), q and k after RoPE -> (T, Hq * D)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]

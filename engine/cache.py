@@ -24,7 +24,8 @@ from kernels.attention import (
 )
 from kernels.attention_cpu import PagedDecode
 from kernels.fused import rope_store
-from kernels.kv8 import StaticKV, allocate_cache, cache_block_bytes, store_kv
+from kernels.kv8 import store_kv
+from kernels.kv_cache import StaticKV, allocate_cache, cache_block_bytes
 
 DEPENDENT_ROWS = (
     32  # up to here decode attention starts while the product ahead drains; above that gains nothing

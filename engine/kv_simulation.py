@@ -14,7 +14,8 @@ from torch import Tensor
 
 from convert.config import ModelConfig
 from convert.errors import InputError
-from kernels.kv8 import StaticKV, dequantize_kv, kv_qparams, quantize_kv
+from kernels.kv8 import dequantize_kv, kv_qparams, quantize_kv
+from kernels.kv_cache import StaticKV
 
 KVMode = Literal["dynamic", "static"]
 KV_PARAMS = "tmq/kv_params.safetensors"  # inside a checkpoint; at the root of a workspace

@@ -25,7 +25,7 @@ from engine.random_weights import random_checkpoint
 from engine.runner import ModelRunner
 from engine.scheduler import Join, Segment, StepPlan
 from engine.source import ModelSource
-from kernels.kv8 import StaticKV
+from kernels.kv_cache import StaticKV
 
 # Bytes for each logit while tokens are drawn: float32 logits, scaled and sorted, float64 probabilities and their sums.
 SAMPLING_BYTES = 40

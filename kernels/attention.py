@@ -7,26 +7,15 @@ reference, CUDA tensors the Triton kernels of `attention_triton.py`. Knows nothi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .attention_operands import DecodeWorkspace, NewTokens
 from .fused import check_rope_store, rope_store_reference
-from .kv8 import KVCache, gather_kv, gather_kv_reference
-
-
-@dataclass(frozen=True)
-class DecodeWorkspace:
-    """Scratch of `decode_attention`, kept by the caller so that no step allocates or clears memory.
-
-    partial (units, Hq, D) fp32, lse (units, Hq) fp32, arrivals (B * Hkv,) int32: zero before and after every call.
-    """
-
-    partial: Tensor
-    lse: Tensor
-    arrivals: Tensor
+from .kv8 import gather_kv, gather_kv_reference
+from .kv_cache import KVCache
 
 
 def decode_attention(
@@ -91,7 +80,7 @@ def rope_decode_attention(
     heads = qkv.view(qkv.shape[0], -1, cache.head_dim)  # (B, Hq + 2 Hkv, D)
     check_decode(heads[:, :num_heads], cache, block_tables, context_lens, window, out)
     if qkv.is_cuda:
-        from .attention_triton import NewTokens, launch_decode
+        from .attention_triton import launch_decode
 
         new = NewTokens(cos.contiguous(), sin.contiguous(), q_norm, k_norm, eps, q_scale)
         return launch_decode(
@@ -110,7 +99,7 @@ def allocate_workspace(
 ) -> DecodeWorkspace:
     """Scratch for any batch up to max_batch; one serves all layers, since they run one after another."""
     if torch.device(device).type == "cuda":
-        from .attention_triton import max_units
+        from .attention_units import max_units
 
         units = max_units(max_batch, num_kv_heads, device)
     else:

@@ -9,7 +9,8 @@ not depend on who shares its batch.
 import torch
 from torch import Tensor
 
-from .kv8 import KVCache, dequantize_kv, unpack_halves
+from .kv8 import dequantize_kv, unpack_halves
+from .kv_cache import KVCache
 
 
 class PagedDecode:

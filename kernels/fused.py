@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kv8 import KVCache, store_kv_reference
+from .kv8 import store_kv_reference
+from .kv_cache import KVCache
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, pdl: bool = False) -> Tensor:

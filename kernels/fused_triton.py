@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kv8 import KVCache
 from .kv8_triton import cache_mode, cache_pointers, store_heads
+from .kv_cache import KVCache
 
 ONE_HEAD_PROGRAMS = (
     2048  # heads of all tokens up to which a program takes one head: decode wants many small programs

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kv8 import KVCache
+from .kv_cache import KVCache
 
 MODE_FLOAT, MODE_DYNAMIC, MODE_STATIC = 0, 1, 2
 

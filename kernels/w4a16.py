@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.w4a16_gemm import GemmTile, Workspace, launch_gemm
+from kernels.w4a16_gemm import launch_gemm
 from kernels.w4a16_gemv import GemvTile, launch_gemv
 from kernels.w4a16_layout import W4Weight, concat, pair, prepare, restore
 from kernels.w4a16_prefill import PrefillTile, dequantize_then_matmul, launch_silu_pairs
+from kernels.w4a16_schedule import GemmTile, Workspace
 from kernels.w4a16_split import SplitTile, launch_split
 from kernels.w4a16_stream import StreamTile, launch_stream
 

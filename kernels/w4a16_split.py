@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.w4a16_gemm import MAX_TILES, PARTIAL_FLOATS, Workspace
 from kernels.w4a16_layout import BLOCK, W4Weight
+from kernels.w4a16_schedule import MAX_TILES, PARTIAL_FLOATS, Workspace
 from kernels.w4a16_unpack import ask_ahead, centred, check_dependent, scale_of, store_tile, zero_of
 
 MAX_TOKENS = 32

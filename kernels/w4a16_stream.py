@@ -51,7 +51,9 @@ def w4_stream(
     for start in tl.range(0, KB, BLOCKS, num_stages=STAGES):
         b = start + block
         inside = b < KB
-        if not EVEN_TURNS:  # read the last block again, with scales of zero: no mask, so that loads stay 16 bytes wide
+        if (
+            not EVEN_TURNS
+        ):  # read the last block again, with scales of zero: no mask, so that loads stay 16 bytes wide
             b = tl.minimum(b, KB - 1)
         pair = b * 64 + c
         w = tl.load(words + (b * N + n) * 16 + c, eviction_policy="evict_first")

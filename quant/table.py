@@ -18,7 +18,7 @@ from convert.readers import open_checkpoint
 from engine.kv_simulation import KVSimulation
 from engine.model import Model
 from engine.perplexity import EvalTokens, PerplexityResult, Reference, paired_difference
-from kernels.kv8 import StaticKV
+from kernels.kv_cache import StaticKV
 from quant.config import QuantConfig
 from quant.evaluation import Judgement, judge, release
 from quant.held import WithFinalNorm

@@ -7,9 +7,9 @@ has a predicted gain in benchmarks/NOTES.md; the rest was deleted.
 from typing import Any
 
 from kernels.w4a16 import TILE_KINDS, Tile
-from kernels.w4a16_gemm import GemmTile, schedule
 from kernels.w4a16_gemv import GemvTile
 from kernels.w4a16_prefill import PrefillTile
+from kernels.w4a16_schedule import GemmTile, schedule
 from kernels.w4a16_split import MAX_TOKENS, SplitTile, pieces
 from kernels.w4a16_stream import StreamTile
 

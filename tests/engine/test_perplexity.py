@@ -28,7 +28,7 @@ from engine.perplexity import (
     student_t_975,
     tokenize,
 )
-from kernels.kv8 import StaticKV
+from kernels.kv_cache import StaticKV
 
 CONFIG = ModelConfig(
     family="llama",

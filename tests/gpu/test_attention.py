@@ -21,15 +21,8 @@ from kernels.fused import (
     silu_mul,
     silu_mul_reference,
 )
-from kernels.kv8 import (
-    KVCache,
-    StaticKV,
-    allocate_cache,
-    gather_kv,
-    gather_kv_reference,
-    store_kv,
-    store_kv_reference,
-)
+from kernels.kv8 import gather_kv, gather_kv_reference, store_kv, store_kv_reference
+from kernels.kv_cache import KVCache, StaticKV, allocate_cache
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from kernels.int4 import Quantized
 from kernels.w4a16 import Tile, run_tile, table_of, w4a16_linear, w4a16_reference
-from kernels.w4a16_gemm import GemmTile
 from kernels.w4a16_gemv import GemvTile
 from kernels.w4a16_layout import W4Weight, pair, prepare, restore
 from kernels.w4a16_prefill import PrefillTile
+from kernels.w4a16_schedule import GemmTile
 from kernels.w4a16_split import SplitTile
 from kernels.w4a16_stream import StreamTile
 

@@ -16,8 +16,11 @@ from kernels.attention import (
     prefill_attention,
     rope_decode_attention,
 )
-from kernels.attention_triton import DecodeConfig, NewTokens, _share, launch_decode, max_units, share_tiles
-from kernels.kv8 import KVCache, StaticKV, allocate_cache, store_kv
+from kernels.attention_operands import NewTokens
+from kernels.attention_triton import launch_decode
+from kernels.attention_units import DecodeConfig, max_units, share, share_tiles
+from kernels.kv8 import store_kv
+from kernels.kv_cache import KVCache, StaticKV, allocate_cache
 
 PAGE = 16
 CONFIG = DecodeConfig(tile=16, num_warps=4, num_stages=2, per_sm=2)
@@ -136,7 +139,7 @@ def units_kernel(lens_ptr, units_ptr, most_ptr, batch, aim, WINDOW: tl.constexpr
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=16), st.integers(1, 40), st.sampled_from([0, 100]))
 @settings(max_examples=60, deadline=None)
 def test_units_keep_to_their_bound_and_share_evenly(lens: list[int], wave: int, window: int):
-    aim, bound, even = _share(wave, len(lens))
+    aim, bound, even = share(wave, len(lens))
     units, most = torch.empty(16, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
     units_kernel[(1,)](torch.tensor(lens, dtype=torch.int32), units, most, len(lens), aim, window, even)
     assert units[: len(lens)].ge(1).all() and units[len(lens) :].eq(0).all()
@@ -155,7 +158,7 @@ def test_units_keep_to_their_bound_and_share_evenly(lens: list[int], wave: int, 
 def test_equal_lengths_fill_whole_waves():
     """Sequences of 128 tiles, 16 units a wave: 8 are cut in two, 24 too (three waves, not one and a half), 32 not at all."""
     for batch, expected in ((1, 16), (8, 2), (24, 2), (32, 1)):
-        aim, _, even = _share(16, batch)
+        aim, _, even = share(16, batch)
         units, most = torch.empty(64, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
         lens = torch.full((batch,), 128 * 16, dtype=torch.int32)
         wide_units_kernel[(1,)](lens, units, most, batch, aim, even)

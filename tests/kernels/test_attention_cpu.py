@@ -5,7 +5,8 @@ import torch
 
 from kernels.attention import decode_attention_reference
 from kernels.attention_cpu import PagedDecode
-from kernels.kv8 import StaticKV, allocate_cache, store_kv
+from kernels.kv8 import store_kv
+from kernels.kv_cache import StaticKV, allocate_cache
 
 LENGTHS = [1, 16, 17, 63, 40]
 

@@ -13,7 +13,7 @@ import itertools, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels import attention_triton, fused_triton, kv8_triton, w4a16_prefill
+from kernels import attention_decode, attention_merge, fused_triton, kv8_triton, w4a16_prefill
 
 FLOATS = {"cos_ptr", "sin_ptr", "q_scale_ptr", "static_ptr", "partial_ptr", "lse_ptr"}
 INTS = {"params_ptr", "tables_ptr", "table_ptr", "lens_ptr", "arrivals_ptr"}
@@ -39,13 +39,13 @@ def build(kernel, mode=None, pages=None, warps=4, stages=2, **constants):
     assert built.metadata.shared < 227 * 1024, (kernel, built.metadata.shared)
 
 for mode in (0, 1, 2):
-    build(attention_triton.decode_kernel, mode, mode, ROWS=4, ROW_PAD=16, HEAD_DIM=64, PAGE=64, WINDOW=100 * (mode == 2),
+    build(attention_decode.decode_kernel, mode, mode, ROWS=4, ROW_PAD=16, HEAD_DIM=64, PAGE=64, WINDOW=100 * (mode == 2),
           ROPE=True, NORM=True, SCALE=mode == 1, FUSED_MERGE=True, ASM=True, PDL=True, TILE=32, EVEN=mode > 0,
           BATCH_PAD=16 if mode else 1, MERGE_ROWS=4, MERGE_STEP=8)
     build(fused_triton.rope_store_kernel, mode, NORM=True, SCALE=True, HEADS=2, HALF=32, PAGE=64, PDL=True, warps=1)
     build(kv8_triton.store_kernel, mode, HEADS=2, HALF=32, PAGE=64, warps=1)
     build(kv8_triton.gather_kernel, mode, HALF=32, PAGE=64)
-build(attention_triton.merge_kernel, HEAD_DIM=64, WINDOW=0, ASM=True, TILE=32, EVEN=True, BATCH_PAD=16, STEP=8)
+build(attention_merge.merge_kernel, HEAD_DIM=64, WINDOW=0, ASM=True, TILE=32, EVEN=True, BATCH_PAD=16, STEP=8)
 build(fused_triton.rms_norm_kernel, ADD=True, BLOCK=1024, PDL=True)
 build(fused_triton.silu_mul_kernel, BLOCK=512, PDL=True)
 source = ASTSource(w4a16_prefill.silu_pairs, {"pairs": "*fp16", "out": "*fp16", "size": "i32", "BLOCK": "constexpr"}, {(3,): 1024}, {})

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from kernels import fused, fused_triton
 from kernels.fused_triton import launch_rms_norm, launch_rope_store, launch_silu_mul
-from kernels.kv8 import KVCache, StaticKV, allocate_cache, dequantize_kv, unpack_halves
+from kernels.kv8 import dequantize_kv, unpack_halves
+from kernels.kv_cache import KVCache, StaticKV, allocate_cache
 from kernels.w4a16_prefill import launch_silu_pairs
 
 HALF_ULP = 2**-10  # one unit in the last place of fp16: the two may round a sum to neighbours

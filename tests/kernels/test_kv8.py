@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import kv8
-from kernels.kv8 import KVCache, StaticKV, allocate_cache
+from kernels import kv8, kv_cache
 from kernels.kv8_triton import launch_gather, launch_store
+from kernels.kv_cache import KVCache, StaticKV, allocate_cache
 
 
 def random_static(heads: int) -> StaticKV:
@@ -121,7 +121,7 @@ def test_bytes_of_a_page_are_those_allocated():
     for kind, is_static in (("float", False), ("dynamic", False), ("static", True)):
         cache = make_cache(kind, blocks=1)
         held = cache.k.nbytes + cache.v.nbytes + (0 if cache.params is None else cache.params.nbytes)
-        size = kv8.cache_block_bytes(3, 32, cache.bits, block_size=16, is_static=is_static)
+        size = kv_cache.cache_block_bytes(3, 32, cache.bits, block_size=16, is_static=is_static)
         assert held == size
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from kernels import w4a16
 from kernels.int4 import Quantized, quantize
-from kernels.w4a16_gemm import GemmTile, Schedule, Workspace, launch_gemm, schedule
+from kernels.w4a16_gemm import launch_gemm
 from kernels.w4a16_gemv import GemvTile, launch_gemv
 from kernels.w4a16_layout import W4Weight, concat, pair, prepare, restore
 from kernels.w4a16_prefill import PrefillTile, launch_dequantize
+from kernels.w4a16_schedule import GemmTile, Schedule, Workspace, schedule
 from kernels.w4a16_split import SplitTile, launch_split, pieces
 from kernels.w4a16_stream import StreamTile, launch_stream
 
