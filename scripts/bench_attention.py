@@ -41,7 +41,7 @@ from kernels.attention_units import CONFIGS, DecodeConfig, max_units  # noqa: E4
 from kernels.fused import add_rms_norm, rope_store, silu_mul  # noqa: E402
 from kernels.kv_cache import BLOCK_SIZE, KVCache  # noqa: E402
 
-LAYOUTS = {"7b": (32, 32, 128), "70b": (64, 8, 128)}
+LAYOUTS = {"70b": (64, 8, 128), "7b": (32, 32, 128)}
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)
 BATCHES = (1, 8, 16, 32, 64)
 CHAINS = list(itertools.product((512, 2048), (False, True), (False, True)))  # context, pdl, joined
@@ -50,9 +50,9 @@ CANDIDATES = {
     16: [
         DecodeConfig(64, 4, 4, 1),
         DecodeConfig(64, 4, 4, 2),
+        DecodeConfig(64, 4, 3, 2),
+        DecodeConfig(64, 4, 6, 1),
         DecodeConfig(64, 8, 3, 2),
-        DecodeConfig(64, 8, 3, 3),
-        DecodeConfig(32, 2, 4, 4),
     ],
     8: [
         DecodeConfig(64, 2, 3, 4),
@@ -400,7 +400,7 @@ def run(args: argparse.Namespace) -> None:
             for layout, batch, bits in itertools.product(LAYOUTS, (1, 8, 32), CANDIDATES)
             for c in CANDIDATES[bits]
         ]  # fmt: skip
-        precompile(jobs)
+        precompile(jobs + [job for layout in LAYOUTS for job in final_jobs(layout)])
     for layout in LAYOUTS:
         memory = torch.cuda.mem_get_info()[0] * 0.85
         largest = max(BATCHES) * max(CONTEXTS)
@@ -408,10 +408,12 @@ def run(args: argparse.Namespace) -> None:
         tokens = min(largest, int(memory / (heads * 128 * 6)) // BLOCK_SIZE * BLOCK_SIZE)
         pools = {bits: make_pool(layout, bits, tokens) for bits in (16, 8)}
         log(f"{layout}: pools of {tokens} tokens")
+        before = dict(CONFIGS)
         if args.tune:
             tune(pools, layout, bandwidth, tuning)
             save()
-        precompile(final_jobs(layout))
+        if CONFIGS != before or not args.tune:
+            precompile(final_jobs(layout))
         for context in args.contexts:
             for batch in args.batches:
                 if batch * context > tokens:
