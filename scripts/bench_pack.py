@@ -39,7 +39,7 @@ GROUP_SIZE = 128
 CHUNK = 2**24  # bytes of one write
 
 
-def write_source(folder: Path, sizes: dict[str, int]) -> int:
+def write_packed_source(folder: Path, sizes: dict[str, int]) -> int:
     """An AWQ checkpoint of random words, one shard a block; returns its bytes."""
     raw = document("llama", "float16", dict(sizes))
     table, random, layers = shapes("llama", raw), np.random.default_rng(0), sizes["num_hidden_layers"]
@@ -68,7 +68,8 @@ def random_tensors(
     for part, height in (("qweight", cols), ("qzeros", cols // GROUP_SIZE)):
         words = np.frombuffer(bytearray(random.bytes(height * rows // 2)), dtype=np.int32)
         yield f"{module}.{part}", torch.from_numpy(words).view(height, rows // 8)
-    scales = random.random((cols // GROUP_SIZE, rows), dtype=np.float32) * 0.01 + 0.001
+    spread = 6.5 * cols**0.5  # 6.5: of a code less a zero point; activations keep their size
+    scales = (random.random((cols // GROUP_SIZE, rows), dtype=np.float32) + 0.5) / spread
     yield f"{module}.scales", torch.from_numpy(scales).half()
 
 
@@ -116,7 +117,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     if args.blocks:
         sizes["num_hidden_layers"] = args.blocks
     begin = time.perf_counter()
-    source_bytes = write_source(work / "awq", sizes)
+    source_bytes = write_packed_source(work / "awq", sizes)
     print(f"source of {source_bytes / 1e9:.2f} GB made in {time.perf_counter() - begin:.1f} s", flush=True)
     os.sync()
     disk = [plain_write(work / "plain", source_bytes)]

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,37 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from bench_pack import SHAPES, write_packed_source  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_checkpoints import quantize_source, write_source  # noqa: E402
 from torch import Tensor  # noqa: E402
-from turbomind_rows import command_line, merge_rows  # noqa: E402
+from turbomind_rows import merge_rows, provenance  # noqa: E402
 
 from convert.readers import open_checkpoint  # noqa: E402
 from convert.workspace_write import write_workspace  # noqa: E402
 
 LIMITS = {"float16": 5e-3, "int4": 5e-3, "bfloat16": 2e-2}  # relative error of the logits
 ARGMAX = 0.99
-PADDED_DEMO = {
-    "hidden_size": 640,
+PADDED_DEMO = {  # `quantize awq --pad` of the demo model
+    "hidden_size": 768,
     "num_attention_heads": 12,
     "num_key_value_heads": 4,
     "head_dim": 64,
     "intermediate_size": 1536,
 }
+LLAMA3 = {
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 4096,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 512,
+    },
+}
+SPEED_TOKENS = 128  # the oracle's: it times 136 new tokens less 8
 
 
 @dataclass(frozen=True)
@@ -56,15 +70,18 @@ class Case:
     judged: bool = True
     truncated: bool = False
 
+    @property
+    def emulated(self) -> bool:
+        """Whether the oracle's reading of the workspace itself knows such a model."""
+        return self.family != "mixtral" and "rope_scaling" not in self.changes
+
 
 def cases() -> list[Case]:
     found = []
     for kind in ("float16", "int4"):
         for family in ("llama", "mistral", "qwen2", "internlm", "internlm2", "qwen"):
             found.append(Case(family, family, kind))
-        found.append(
-            Case("llama3 rope", "llama", kind, changes={"rope_theta": 500000.0, "tie_word_embeddings": True})
-        )
+        found.append(Case("llama3 rope", "llama", kind, changes=LLAMA3))
         found.append(Case("padded demo", "llama", kind, changes=PADDED_DEMO))
         found.append(Case("mixtral, equal experts", "mixtral", kind))
         found.append(Case("mixtral", "mixtral", kind, judged=False))
@@ -203,7 +220,7 @@ def judge(case: Case, folder: Path, oracle: list[str]) -> list[dict[str, Any]]:
                 "--argmax",
                 str(ARGMAX),
             ]
-            if "mixtral" not in case.family:
+            if case.emulated:
                 arguments.append("--emulate")
     begin = time.perf_counter()
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
@@ -211,31 +228,31 @@ def judge(case: Case, folder: Path, oracle: list[str]) -> list[dict[str, Any]]:
         f"== {name}: {time.perf_counter() - begin:.0f} s, exit {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-800:]}",
         flush=True,
     )
-    found = json.loads(result.read_text()) if result.is_file() else {"verdicts": []}
+    found = json.loads(result.read_text()) if result.is_file() else {"verdicts": [], "stage": "no result"}
+    return rows_of(case, found, done.returncode, "--load-only" in arguments)
+
+
+def rows_of(case: Case, found: dict[str, Any], status: int, load_only: bool) -> list[dict[str, Any]]:
+    """The verdicts of one run as rows; a check that was not reached has failed, and `note` says where the engine stopped."""
     row = {"name": case.name, "format": case.format, "tp": case.tp}
     if case.truncated:
-        return [
-            {**row, "check": "truncated", "passed": done.returncode == 0, "rel_error": None, "argmax": None}
-        ]
+        return [{**row, "check": "truncated", "passed": status == 0, "rel_error": None, "argmax": None}]
     verdicts = dict(found["verdicts"])
-    verdicts["names"] = verdicts.get("names", False)
-    silent = verdicts.pop(
-        "load", False
-    )  # the engine says so where it pads a vocabulary, which is no complaint
-    verdicts["bytes"] = verdicts.get("bytes", False) and (silent or "odd vocabulary" in case.name)
+    silent = verdicts.get("load", False) or "odd vocabulary" in case.name  # the engine says that it pads one
+    verdicts["bytes"] = verdicts.get("bytes", False) and silent
+    checks = ["names", "bytes"]
+    if not load_only and case.judged:
+        checks += [*(["emulate"] if case.emulated else []), "logits", "greedy"]
     rows = []
-    for check in ("names", "bytes", "emulate", "logits", "greedy"):
-        if check in verdicts:
-            numbers = found.get(check, {})
-            rows.append(
-                {
-                    **row,
-                    "check": check,
-                    "passed": bool(verdicts[check]),
-                    "rel_error": numbers.get("rel_fro"),
-                    "argmax": numbers.get("argmax"),
-                }
-            )
+    for check in checks:
+        numbers = found.get(check, {})
+        argmax = numbers.get("argmax")
+        if numbers.get("total"):
+            argmax = numbers["same"] / numbers["total"]
+        figures = {"rel_error": numbers.get("rel_fro"), "argmax": argmax}
+        rows.append({**row, "check": check, "passed": bool(verdicts.get(check)), **figures})
+        if not load_only and found.get("stage") != "done":
+            rows[-1]["note"] = f"the engine stopped at {found.get('stage')!r}"
     return rows
 
 
@@ -244,6 +261,7 @@ def run_cases(args: argparse.Namespace, oracle: list[str]) -> None:
     chosen = [case for case in cases() if args.only is None or args.only in f"{case.name} {case.format}"]
     if args.judged:
         chosen = [case for case in chosen if case.judged or case.truncated]
+    chosen.sort(key=lambda case: not case.judged)  # stable: what needs the GPU comes first
     folders = [work / str(number) for number in range(len(chosen))]
     begin = time.perf_counter()
     for case, folder in zip(chosen, folders, strict=True):
@@ -254,11 +272,22 @@ def run_cases(args: argparse.Namespace, oracle: list[str]) -> None:
         if "--load-only" in oracle
         else "the engine with its kernels"
     )
+
+    def in_time(case: Case, folder: Path) -> list[dict[str, Any]]:
+        if time.perf_counter() - begin > args.seconds:
+            print(
+                f"== {case.name} {case.format} tp {case.tp}: not started, {args.seconds} s are over",
+                flush=True,
+            )
+            return []
+        return judge(case, folder, oracle)
+
     rows = judge(chosen[0], folders[0], oracle)  # alone: the engine is unpacked at its first use
     merge_rows(args.out, rows, device(), how)
     with ThreadPoolExecutor(args.workers) as pool:
-        for found in pool.map(judge, chosen[1:], folders[1:], [oracle] * (len(chosen) - 1)):
-            rows += found
+        jobs = [pool.submit(in_time, *pair) for pair in zip(chosen[1:], folders[1:], strict=True)]
+        for job in as_completed(jobs):
+            rows += job.result()
             merge_rows(
                 args.out, rows, device(), how
             )  # after each: a run that is cut short keeps what it found
@@ -266,6 +295,8 @@ def run_cases(args: argparse.Namespace, oracle: list[str]) -> None:
     print((args.out / "turbomind.md").read_text())
     failed = [row for row in rows if not row["passed"]]
     print(f"{len(rows)} checks, {len(failed)} fail, {time.perf_counter() - begin:.0f} s")
+    for row in failed:
+        print("FAILS", json.dumps(row))
 
 
 def device() -> str:
@@ -273,39 +304,34 @@ def device() -> str:
 
 
 def run_speed(args: argparse.Namespace, oracle: list[str]) -> None:
-    """Decode tokens/s of the engine on a 7B-shape int4 workspace of random weights, batch 1, 8, 16."""
-    from engine.random_weights import random_checkpoint
-
+    """Decode tokens/s of the engine on a 7B-shape int4 workspace of random words, batch 1, 8 and 16, for each kind of KV cache."""
     work = Path(tempfile.mkdtemp(prefix="turbomind-speed-", dir=args.work))
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     begin = time.perf_counter()
-    write_workspace(random_checkpoint("7b", place, weights="int4"), work / "workspace", workers=8)
-    packed_s = time.perf_counter() - begin
-    print(f"packed in {packed_s:.1f} s", flush=True)
-    result = work / "result.json"
-    command = [*oracle, str(work / "workspace"), "--speed", "--tokens", "0", "--json", str(result)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    print(done.stdout[-3000:], done.stderr[-500:], flush=True)
-    found = json.loads(result.read_text())
-    rows = [
-        {
-            "impl": "turbomind",
-            "shape": "7b",
-            "weights": "int4",
-            "kv": "fp16",
-            "batch": int(batch),
-            "prompt": 16,
-            "tok_per_s": speed,
-        }
-        for batch, speed in found.get("speed", {}).items()
-    ]
-    head = {
-        "command": command_line(),
-        "device": device(),
-        "pack_s": packed_s,
-    }
-    (args.out / "turbomind_speed.json").write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+    write_packed_source(work / "awq", SHAPES[args.shape])
+    made_s = time.perf_counter() - begin
+    packed = write_workspace(open_checkpoint(work / "awq"), work / "workspace")
+    print(f"made in {made_s:.1f} s, packed in {packed.elapsed_s:.1f} s", flush=True)
+    shutil.rmtree(work / "awq")
+    rows: list[dict[str, Any]] = []
+    for kv, policy in (("fp16", 0), ("int8", 8)):
+        left = int(args.seconds - (time.perf_counter() - begin))
+        if left < 60:
+            print(f"KV cache {kv}: not started, {args.seconds} s are nearly over", flush=True)
+            break
+        result = work / f"{kv}.json"
+        command = [*oracle, str(work / "workspace"), "--speed", "--tokens", "0", "--json", str(result)]
+        command += ["--quant-policy", str(policy), "--timeout", str(left - 20)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        print(done.stdout[-3000:], done.stderr[-500:], flush=True)
+        found = json.loads(result.read_text()) if result.is_file() else {}
+        for batch, speed in found.get("speed", {}).items():
+            row = {"impl": "turbomind", "shape": args.shape, "tp": 1, "mode": "static", "weights": "int4"}
+            row |= {"kv": kv, "kv_mode": "dynamic" if policy else None, "batch": int(batch)}
+            rows.append({**row, "input_len": 16, "output_len": SPEED_TOKENS, "tok_per_s": speed})
+        document = provenance(device()) | {"pack_s": packed.elapsed_s, "rows": rows}
+        (args.out / "turbomind_speed.json").write_text(json.dumps(document, indent=1) + "\n")
     shutil.rmtree(work)
+    print(json.dumps(rows, indent=1))
 
 
 def main() -> None:
@@ -321,6 +347,8 @@ def main() -> None:
     parser.add_argument(
         "--speed", action="store_true", help="decode speed of the engine instead of the cases"
     )
+    parser.add_argument("--shape", choices=SHAPES, default="7b", help="of --speed")
+    parser.add_argument("--seconds", type=int, default=540, help="after which no further workspace is judged")
     parser.add_argument("--workers", type=int, default=4, help="workspaces judged at a time")
     parser.add_argument("--work", type=Path, help="folder for the models; the system's by default")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the results")

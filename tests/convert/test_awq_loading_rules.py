@@ -216,3 +216,22 @@ def test_another_reader_of_awq_files_finds_our_model(family: str, tmp_path: Path
     found = our_logits(folder, ids)
     assert float((found - wanted).norm() / wanted.norm()) < 1e-4
     assert bool((found.argmax(-1) == wanted.argmax(-1)).all())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_gptqmodel_computes_our_model(family: str, tmp_path: Path) -> None:
+    """transformers with GPT-QModel's torch kernel on a CPU; the folder is loaded as it is. The kernel computes in float16."""
+    pytest.importorskip("gptqmodel", reason="gptqmodel is not installed (docs/FORMATS.md says how)")
+    from transformers import AutoModelForCausalLM, AwqConfig
+
+    folder = write_awq(tmp_path / "q", family, 32)
+    other = AutoModelForCausalLM.from_pretrained(
+        folder, device_map="cpu", dtype=torch.float16, quantization_config=AwqConfig(backend="torch_awq")
+    )
+    assert {type(m).__name__ for m in other.modules() if hasattr(m, "qweight")} == {"AwqTorchLinear"}
+    ids = torch.randint(0, 128, (24,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = other(ids[None]).logits[0].float()
+    found = our_logits(folder, ids)
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-2
+    assert float((found.argmax(-1) == wanted.argmax(-1)).float().mean()) > 0.95  # near-ties in float16
