@@ -48,6 +48,24 @@ class NoText:
         return ""
 
 
+class NumberText:
+    """Text of a model of random weights: each token is its number, so that streams have something to carry."""
+
+    eos_token_ids: tuple[int, ...] = ()
+
+    def decoder(self) -> "NumberText":
+        return self
+
+    def push(self, token_id: int) -> str:
+        return f" {token_id}"
+
+    def flush(self) -> str:
+        return ""
+
+    def token_text(self, token_id: int) -> str:
+        return self.push(token_id)
+
+
 class TextStream:
     """The text of one sequence. Text that may be the beginning of a stop string is held back until it is decided."""
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from convert.tokenizer import load_tokenizer
 from engine.config import EngineConfig
 from engine.core import EngineCore
+from engine.detokenize import NumberText, TextTools
 from engine.loading import make_core, open_source
 from engine.ranks import start_group
 from engine.source import ModelSource
@@ -13,13 +14,13 @@ from engine.source import ModelSource
 def load_source(source: ModelSource, config: EngineConfig) -> EngineCore:
     """An engine on what `source` names, with its tokenizer; with config.tp > 1 on a group of ranks. Raises `convert.errors`."""
     ckpt = open_source(source, config)
-    text = (
-        None
-        if source.random_weights is not None
-        else load_tokenizer(ckpt.tokenizer_dir, source.trust_remote_code)
-    )
-    if text is not None:
-        text.check_fits(ckpt.config.vocab_size)
+    text: TextTools
+    if source.random_weights is not None:
+        text = NumberText()
+    else:
+        tokenizer = load_tokenizer(ckpt.tokenizer_dir, source.trust_remote_code)
+        tokenizer.check_fits(ckpt.config.vocab_size)
+        text = tokenizer
     name = Path(source.path).name if source.random_weights is None else ckpt.path.name
     if config.tp == 1:
         return make_core(ckpt, config, text, name=name)
