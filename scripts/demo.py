@@ -22,7 +22,7 @@ from pathlib import Path
 from demo_model import fetch
 
 ROOT = Path(__file__).resolve().parents[1]
-SEARCH = ["--pad", "--samples", "32", "--seqlen", "256", "--seed", "0", "--device", "cpu"]
+SEARCH = ["--pad", "--samples", "32", "--seqlen", "256", "--device", "cpu"]
 PRESETS = ("rtn", "fast", "default")
 
 
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument(
         "--record", type=Path, help="also write times, memory and perplexity to this JSON file"
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the text that the model writes")
     options = parser.parse_args()
     out: Path = options.out
     if (out / "demo.json").exists():
@@ -79,6 +80,7 @@ def main() -> None:
     run_step("inspect", ["quantize", "inspect", model], rows)
     for preset in PRESETS:
         command = ["quantize", "awq", model, "-o", str(out / preset), "--preset", preset, *SEARCH]
+        command += ["--seed", str(options.seed)]
         run_step(f"awq {preset}", [*command, "--kv-bits", "8"] if preset == "default" else command, rows)
     workspace = str(out / "workspace")
     run_step("pack", ["quantize", "pack", str(out / "default"), "-o", workspace], rows)
@@ -91,6 +93,8 @@ def main() -> None:
     rows.append({"step": "total", "seconds": round(total, 2), "peak_rss_gib": peak_of(rows)})
     document = {
         **provenance(),
+        "seed": options.seed,
+        "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
         "rows": rows,
         "perplexity": json.loads(table)["rows"] + json.loads(kv8)["rows"],
     }
