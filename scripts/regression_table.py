@@ -1,7 +1,10 @@
-"""Recompute the regression table on the demo model and compare it with benchmarks/regression.json; exit 1 where a row is worse.
+"""Recompute the regression table and compare it with benchmarks/regression.json; exit 1 where a row is worse.
 
-usage: python scripts/regression_table.py MODEL             check, some minutes on two cores
-       python scripts/regression_table.py MODEL --record    write the record anew: all seeds and thread counts, much longer
+usage: python scripts/regression_table.py MODEL --demo DEMO.json
+           check what the demo wrote, and the small model: about a minute on two cores
+       python scripts/regression_table.py MODEL --record --demo A.json B.json C.json
+           write the record anew, all seeds and thread counts. A, B, C: records of `scripts/demo.py` made by
+           OMP_NUM_THREADS=2 --seed 0, OMP_NUM_THREADS=1 --seed 0 and OMP_NUM_THREADS=1 --seed 1
 """
 
 import argparse
@@ -17,7 +20,7 @@ import torch
 
 from convert.readers import open_checkpoint
 from convert.tokenizer import load_tokenizer
-from quant.regression import compare, compute, record_rows
+from quant.regression import DEMO, compare, compute, demo_figures, record_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "regression.json"
@@ -36,20 +39,35 @@ def main() -> int:
     parser.add_argument("model", help="the demo model: scripts/demo_model.py prints its path")
     parser.add_argument("--record", action="store_true", help="write benchmarks/regression.json")
     parser.add_argument("--against", type=Path, default=RECORD, help="the record to compare with")
+    parser.add_argument(
+        "--demo",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="what the demo wrote; left out, its rows are not looked at",
+    )
     options = parser.parse_args()
+    if options.record and len(options.demo) != len(ARMS):
+        parser.error(f"--record takes {len(ARMS)} files of --demo, one for each arm")
+    demos = [json.loads(path.read_text(encoding="utf8")) for path in options.demo]
     ckpt = open_checkpoint(options.model)
     tokenizer = load_tokenizer(ckpt.tokenizer_dir)
     runs = []
-    for seed, threads in ARMS if options.record else ARMS[:1]:
+    for number, (seed, threads) in enumerate(ARMS if options.record else ARMS[:1]):
         torch.set_num_threads(threads)
         say(f"seed {seed}, {threads} threads")
-        runs.append(compute(ckpt, tokenizer, CALIBRATION, seed, say))
+        found = compute(ckpt, tokenizer, CALIBRATION, seed, say)
+        if demos:
+            if options.record and (demos[number]["seed"], demos[number]["threads"]) != (seed, threads):
+                parser.error(f"{options.demo[number]} was made with another seed or thread count")
+            found = demo_figures(demos[number]) | found
+        runs.append(found)
     if options.record:
         commit = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
         )
         document = {
-            "command": "python scripts/regression_table.py MODEL --record",
+            "command": "python scripts/regression_table.py MODEL --record --demo A.json B.json C.json",
             "commit": commit.stdout.strip() or "unknown",
             "date": datetime.now(timezone.utc).date().isoformat(),
             "device": f"CPU, {platform.machine()}",
@@ -61,6 +79,8 @@ def main() -> int:
         say(f"written: {RECORD}")
         return 0
     rows = json.loads(options.against.read_text(encoding="utf8"))["rows"]
+    if not demos:
+        rows = [row for row in rows if not row["row"].startswith(DEMO)]
     for row in rows:
         print(
             f"{row['row']:32} {runs[0].get(row['row'], float('nan')):10.4f}   on record {row['value']:.4f} + {row['tolerance']:.4f}"

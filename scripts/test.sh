@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sets up, then checks style and types, runs the tests, the demo once, and the tests that look at what the demo made.
+# Sets up, then checks style and types, runs the tests, the demo once, the regression table and the tests on what
+# the demo made.
 . "$(dirname "$0")/setup.sh"
 setup "dev,report,serve,web"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -12,4 +13,5 @@ export TMQ_DEMO_MODEL="$(python scripts/demo_model.py)"
 export TMQ_DEMO_OUT="$ROOT/build/demo"
 rm -rf "$TMQ_DEMO_OUT"
 python scripts/demo.py -o "$TMQ_DEMO_OUT" --record "$TMQ_DEMO_OUT/demo.json"
+python scripts/regression_table.py "$TMQ_DEMO_MODEL" --demo "$TMQ_DEMO_OUT/demo.json"
 pytest -m e2e "$@"
