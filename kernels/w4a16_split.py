@@ -83,7 +83,7 @@ def w4_split(
     param_ptr = scale_zero + b0 * (128 // GROUP) * N + n
     x_ptr = x + b0 * 128 + m[None, :] * stride_x + k
     sums = ()
-    for _ in tl.static_range(EIGHTS):
+    for _eighth in tl.static_range(EIGHTS):
         sums = sums + (tl.zeros([BN, 8], tl.float32),)
     for b in range(b0, b1):
         w = tl.load(word_ptr, eviction_policy="evict_first")
@@ -169,6 +169,8 @@ class SplitTile:
 
     def __post_init__(self) -> None:
         check_dependent(self.dependent)
+        if self.ahead < 1 or self.ahead & (self.ahead - 1):
+            raise ValueError(f"ahead is {self.ahead}: a number of blocks that is a power of two.")
         if self.bn < 32 * self.warps:
             raise ValueError(f"bn {self.bn} with {self.warps} warps: a warp takes 32 rows or more.")
 

@@ -104,6 +104,8 @@ class StreamTile:
 
     def __post_init__(self) -> None:
         check_dependent(self.dependent)
+        if self.ahead < 1 or self.ahead & (self.ahead - 1):
+            raise ValueError(f"ahead is {self.ahead}: a number of blocks that is a power of two.")
 
 
 def launch_stream(

@@ -412,7 +412,7 @@ def run(args: argparse.Namespace) -> None:
         if args.tune:
             tune(pools, layout, bandwidth, tuning)
             save()
-        if CONFIGS != before or not args.tune:
+        if before != CONFIGS or not args.tune:
             precompile(final_jobs(layout))
         for context in args.contexts:
             for batch in args.batches:

@@ -15,7 +15,7 @@ from kernels.w4a16_stream import StreamTile
 
 GEMV = [(4, 8, 2), (8, 8, 2), (8, 16, 4), (4, 16, 4)]
 STREAM = [(8, 8, 4, 4), (4, 8, 2, 4), (16, 8, 8, 4), (8, 16, 8, 3)]
-SPLIT = [(128, 4, 4, 8), (64, 2, 5, 8), (128, 4, 4, 3)]  # bn, warps, stages, ahead
+SPLIT = [(128, 4, 4, 8), (64, 2, 5, 8), (128, 4, 4, 2)]  # bn, warps, stages, ahead
 
 
 def kind_of(tile: Tile) -> str:

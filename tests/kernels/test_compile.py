@@ -1,4 +1,4 @@
-"""Each kernel of the attention path compiles for sm_90 without a GPU: the interpreter does not see what the compiler refuses."""
+"""Each kernel of the attention path, and the W4A16 kernels for few tokens, compile for sm_90 without a GPU: the interpreter does not see what the compiler refuses."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ import itertools, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels import attention_decode, attention_merge, fused_triton, kv8_triton, w4a16_prefill
+from kernels import attention_decode, attention_merge, fused_triton, kv8_triton, w4a16_gemm, w4a16_prefill, w4a16_split, w4a16_stream
 
 FLOATS = {"cos_ptr", "sin_ptr", "q_scale_ptr", "static_ptr", "partial_ptr", "lse_ptr"}
 INTS = {"params_ptr", "tables_ptr", "table_ptr", "lens_ptr", "arrivals_ptr"}
@@ -50,6 +50,23 @@ build(fused_triton.rms_norm_kernel, ADD=True, BLOCK=1024, PDL=True)
 build(fused_triton.silu_mul_kernel, BLOCK=512, PDL=True)
 source = ASTSource(w4a16_prefill.silu_pairs, {"pairs": "*fp16", "out": "*fp16", "size": "i32", "BLOCK": "constexpr"}, {(3,): 1024}, {})
 assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["cubin"]
+
+def product(kernel, half, warps, stages, words="*i16", **constants):
+    kinds = {"x": half if words == "*i16" else "*i32", "words": words, "scale_zero": "*i32", "out": half, "partial": "*fp32", "arrived": "*i32"}
+    given = dict(bias=None, residual=None, EVEN_N=True, EVEN_K=True, HAS_BIAS=False, HAS_RESIDUAL=False, PAIRED=False, ASM=True) | constants
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in given else kinds.get(n, "i32") for n in names}
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in (*kinds, "N", "K") if n in names}
+    source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in given.items()}, aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
+    assert built.metadata.shared < 227 * 1024, (kernel, built.metadata.shared)
+
+for half, group, mode in (("*fp16", 128, "waited"), ("*bf16", 64, "late")):
+    product(w4a16_split.w4_split, half, 4, 4, GROUP=group, EIGHTS=2, BN=128, SPLIT=3, AHEAD=8, DEPENDENT=mode)
+    product(w4a16_stream.w4_stream, half, 4, 3, "*i32", GROUP=group, EVEN_TURNS=group == 128, BF16=half == "*bf16", BN=8, BLOCKS=8,
+            STAGES=4, AHEAD=8, DEPENDENT=mode)
+    product(w4a16_gemm.w4_matmul, half, 8, 4, GROUP=group, BM=64, BN=128, SWAP=True, SCALE_FIRST=True, STACKED=True, SEGMENTS=4, WHOLE=1,
+            DEPENDENT=mode)
 print("compiled")
 """
 

@@ -329,6 +329,8 @@ def test_shipped_tables_are_complete(name: str) -> None:
         (lambda w: GemmTile(16, 64, 4, 3, False, True, 1, stacked=True), "left operand"),
         (lambda w: GemvTile(16, 8, 4, dependent="soon"), "'soon'"),
         (lambda w: SplitTile(64, 2, 4, 3), "32 rows"),
+        (lambda w: SplitTile(64, 2, 2, 3, ahead=3), "power of two"),
+        (lambda w: StreamTile(8, 8, 4, 3, ahead=0), "power of two"),
         (
             lambda w: launch_split(
                 torch.ones(33, 256).half(), w, SplitTile(64, 2, 2, 3), scratch(), torch.ones(33, 64)
