@@ -72,7 +72,7 @@ def perplexity_section(name: str, document: Mapping[str, Any], rows: list[Row]) 
     """Perplexity by method and width, or by path."""
     columns = [
         "model",
-        "method",
+        "method" if "method" in rows[0] else "format",
         "bits",
         "group",
         "KV",
@@ -101,7 +101,16 @@ def perplexity_section(name: str, document: Mapping[str, Any], rows: list[Row]) 
     plot = bars(labels, [float(row["ppl"]) for row in rows], "perplexity (lower is better)")
     first = rows[0]
     note = str(document.get("protocol") or f"{first.get('windows', '?')} windows of {first.get('text', '?')}")
-    return Section(f"Perplexity: {name}", note, columns, cells, plot)
+    kept = [
+        k for k in range(len(columns)) if any(line[k] for line in cells)
+    ]  # paths have no bits of their own
+    return Section(
+        f"Perplexity: {name}",
+        note,
+        [columns[k] for k in kept],
+        [[line[k] for k in kept] for line in cells],
+        plot,
+    )
 
 
 def throughput_section(name: str, rows: list[Row]) -> Section:
