@@ -14,6 +14,7 @@ from torch import Tensor
 from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
 from engine.attention import causal_attend
+from quant.chunks import chunks
 from quant.config import QuantConfig
 from quant.gram import fast_products
 from quant.parts import Parts
@@ -45,12 +46,11 @@ class Learning:
     batch_tokens: int = 4096
     checks: int = 4  # measurements of the whole loss
     toward_float: float = (
-        1.0  # share of the way of the target, from the float block on these inputs to the float stream
+        0.5  # of the aim: 0 is the float block on these inputs, 1 the float model's own stream
     )
     drop: float = 0.0  # share of tokens whose inputs are those of the float stream (Wei et al., QDrop, 2022)
-    pull: float = (
-        0.0  # of codes back to their start, in parts of a step's rate for each step of the grid away
-    )
+    hold: int = 0  # every so many samples one is not trained on, and those alone judge; 0: all do both
+    pull: float = 0.0  # of codes to their start: share of a step's rate for each step of the grid away
 
 
 LEARNING = Learning()
@@ -91,7 +91,14 @@ def learn_block(
     norm_moves = {role: torch.zeros_like(norm) for role, norm in norms.items()}
     max_code = quant.max_code
     parts = Parts(config, x)
-    size = min(max(1, learning.batch_tokens // x.shape[1]), len(x))
+    numbers = torch.arange(len(x))
+    held = (
+        numbers % learning.hold == learning.hold - 1
+        if learning.hold
+        else torch.zeros(len(x), dtype=torch.bool)
+    )
+    fit, judges = numbers[~held], numbers[held] if bool(held.any()) else numbers
+    size = min(max(1, learning.batch_tokens // x.shape[1]), len(fit))
     metric = None if metric is None else metric.to(device)
 
     def current() -> BlockWeights:
@@ -100,7 +107,7 @@ def learn_block(
         moved = {role: fp16_norm(norm * (1 + norm_moves[role])) for role, norm in norms.items()}
         return flat.dense(dense, [moved], device)[0]
 
-    def error(part: Tensor | slice, weights: BlockWeights, dropped: Tensor | None = None) -> Tensor:
+    def error(part: Tensor, weights: BlockWeights, dropped: Tensor | None = None) -> Tensor:
         inputs = x[part].float()
         if dropped is not None and float_x is not None:
             inputs = torch.where(dropped, float_x[part].float(), inputs)
@@ -110,15 +117,17 @@ def learn_block(
 
     def whole() -> float:
         weights = current()
-        total = sum(error(part, weights) * (part.stop - part.start) for part in parts.slices())
-        return float(total) / len(x)
+        asked = judges.to(device)
+        pieces = [asked[part] for part in chunks(len(judges), x.shape[1], device)]
+        total = sum(error(piece, weights) * len(piece) for piece in pieces)
+        return float(total) / len(judges)
 
     params = [latent, scale_move, *norm_moves.values()]
     rates = [learning.code_rate, learning.scale_rate] + [learning.norm_rate] * len(norm_moves)
     trained = [p for p, rate in zip(params, rates, strict=True) if rate]
     rates = [rate / max(steps, _STEADY_STEPS) for rate in rates if rate]
     optimizer = (Adam if learning.optimizer == "adam" else SignDescent)(trained, rates)
-    order = batches(len(x), size, steps, quant.seed + 1).to(device)
+    order = fit[batches(len(fit), size, steps, quant.seed + 1)].to(device)
     schedule = 1 - torch.arange(steps, device=device, dtype=torch.float32) / steps
     counter = torch.zeros(1, dtype=torch.int64, device=device)
     drops = None

@@ -109,6 +109,8 @@ def test_a_pull_keeps_codes_and_dropped_tokens_and_nearer_targets_change_what_is
     assert 0 < held < 0.8 * moved
     _, nearer, other = changed_codes(replace(usual, toward_float=0.0), monkeypatch)
     assert nearer < loss and other != codes  # the block's own output is easier to meet than the float stream
+    judged, own, _ = changed_codes(replace(usual, hold=4), monkeypatch)
+    assert judged != moved and own != loss  # another text is trained on, and another one judges
     dropped = replace(usual, drop=0.5)
     assert changed_codes(dropped, monkeypatch)[2] != codes
     assert changed_codes(dropped, monkeypatch) == changed_codes(dropped, monkeypatch)
