@@ -200,6 +200,8 @@ class Model:
 
         A tied head is held a second time: the embedding is read by rows.
         """
+        if self._packed_head is not None:
+            return True
         head = prepacked(self.lm_head)
         if head is self.lm_head:
             return False

@@ -46,12 +46,8 @@ def prepacked(weight: Tensor) -> Tensor:
 
     Reads of few rows are then in order: half the time at M = 1 to 8. From M = 2 on, a row's bits do not depend on M.
     """
-    if (
-        weight.device.type != "cpu"
-        or weight.dtype != torch.float32
-        or not weight.numel()
-        or _onednn() is None
-    ):
+    is_float = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel()
+    if weight.is_mkldnn or not is_float or _onednn() is None:
         return weight
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
     return packed

@@ -19,6 +19,7 @@ from engine.throughput import Bench
 from engine.throughput_rows import ThroughputRow
 from engine.trace import read_trace
 from kernels import w4a16
+from kernels.w4a16_unpack import DEPENDENT_MODES
 
 # tok/s and ratio that decode must reach, by batch: (fp16 tok/s, int4 + KV8 over fp16)
 BARS = {1: (0.8 * 227, 2.7), 8: (1180, 2.5), 16: (2070, 2.3), 64: (4900, 1.7)}
@@ -79,7 +80,7 @@ def run_chain(report: Report) -> None:
     The table's choice was timed on products alone; in a step most of them stand behind a norm, which leaves the memory idle.
     """
     table = w4a16.table_for
-    for mode in ("table", "early", "late", "never"):
+    for mode in ("table", *DEPENDENT_MODES):
 
         def forced(name: str, mode: str = mode) -> tuple[w4a16.Entry, ...]:
             entries = table(name)
