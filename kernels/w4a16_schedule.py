@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.w4a16_unpack import check_dependent
 
 MAX_SEGMENTS = 16
+UNROLLED = 4096  # elements of a tile up to which its partial sums are added unrolled
 LEAST_RUN = 4  # blocks of a program's share in tiles that others work on too
 MAX_TILES = 1 << 16
 PARTIAL_FLOATS = 1 << 24  # 64 MiB: two tiles of at most BM x BN for each program
@@ -95,3 +96,8 @@ def schedule(tokens: int, rows: int, blocks: int, tile: GemmTile, multiprocessor
     if whole:
         return Schedule(programs, run, segments, whole, shared)
     return Schedule(-(-total // run), run, segments)
+
+
+def compiled_segments(tile: GemmTile, plan: Schedule) -> int:
+    """The SEGMENTS that the kernel is compiled for: few values, since only small tiles unroll their sums."""
+    return plan.segments if tile.bm * tile.bn <= UNROLLED else min(plan.segments, 2)

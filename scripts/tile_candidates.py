@@ -9,7 +9,7 @@ from typing import Any
 from kernels.w4a16 import TILE_KINDS, Tile
 from kernels.w4a16_gemv import GemvTile
 from kernels.w4a16_prefill import PrefillTile
-from kernels.w4a16_schedule import GemmTile, schedule
+from kernels.w4a16_schedule import GemmTile, compiled_segments, schedule
 from kernels.w4a16_split import MAX_TOKENS, SplitTile, pieces
 from kernels.w4a16_stream import StreamTile
 
@@ -97,7 +97,6 @@ def gemm_tiles(tokens: int) -> list[Tile]:
         add(64, 128, 8, 4, "left", 0)
         add(64, 128, 8, 4, "left", 1, hybrid=True)
         add(64, 256, 8, 4, "left", 1)
-        add(64, 64, 4, 4, "stacked", 2)
         add(64, 128, 4, 4, "stacked", 1)
         add(64, 128, 8, 4, "stacked", 0, 2)
         add(64, 128, 8, 4, "stacked", 1, hybrid=True)
@@ -114,7 +113,6 @@ def gemm_tiles(tokens: int) -> list[Tile]:
         add(64, 256, 8, 4, "stacked", 1, hybrid=True)
     else:
         add(256, 128, 8, 3, "stacked", 0)
-        add(256, 128, 8, 3, "stacked", 1, hybrid=True)
         add(128, 128, 8, 4, "stacked", 0)
         add(128, 128, 8, 4, "stacked", 1, hybrid=True)
         add(128, 256, 8, 4, "left", 0)
@@ -146,8 +144,8 @@ def binary_key(
             tile.swap,
             tile.scale_first,
             tile.stacked,
-            plan.segments,
-            plan.whole,
+            compiled_segments(tile, plan),
+            plan.whole > 0,
         )
     elif isinstance(tile, GemvTile):
         fields = (tile.bn, tile.blocks, tile.warps, tile.scales_ahead, cols % (tile.blocks * 128) == 0)

@@ -65,7 +65,7 @@ for half, group, mode in (("*fp16", 128, "waited"), ("*bf16", 64, "late")):
     product(w4a16_split.w4_split, half, 4, 4, GROUP=group, EIGHTS=2, BN=128, SPLIT=3, AHEAD=8, DEPENDENT=mode)
     product(w4a16_stream.w4_stream, half, 4, 3, "*i32", GROUP=group, EVEN_TURNS=group == 128, BF16=half == "*bf16", BN=8, BLOCKS=8,
             STAGES=4, AHEAD=8, DEPENDENT=mode)
-    product(w4a16_gemm.w4_matmul, half, 8, 4, GROUP=group, BM=64, BN=128, SWAP=True, SCALE_FIRST=True, STACKED=True, SEGMENTS=4, WHOLE=1,
+    product(w4a16_gemm.w4_matmul, half, 8, 4, GROUP=group, BM=64, BN=128, SWAP=True, SCALE_FIRST=True, STACKED=True, SEGMENTS=2, HYBRID=True,
             DEPENDENT=mode)
 print("compiled")
 """
