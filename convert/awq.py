@@ -188,8 +188,9 @@ def _half(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             halved[name] = tensor
             continue
         half = tensor.half()
-        count = 0 if half.numel() == 0 else int((~torch.isfinite(half)).sum())
-        if count:
+        bounds = torch.stack(torch.aminmax(half)) if half.numel() else half
+        if not bool(torch.isfinite(bounds).all()):
+            count = int((~torch.isfinite(half)).sum())
             beyond.append(f"{show(name)} ({count:,} of {tensor.numel():,})")
         halved[name] = half
     if beyond:

@@ -12,7 +12,8 @@ from typing import Literal
 from torch import Tensor
 
 from convert.config import ModelConfig
-from convert.files import combined_digest
+from convert.files import combined_digest, file_digests
+from convert.folder_state import FolderState, folder_state, read_manifest
 from kernels.int4 import Quantized
 from kernels.packing import SEQUENTIAL_ORDER, pack_columns, unpack_columns
 
@@ -102,7 +103,13 @@ class Checkpoint(ABC):
         """Raises InputError naming a weight file that changed since the checkpoint was opened."""
 
     def digest(self) -> str:
-        """sha256 over the names and sha256 of the weight files; computed once."""
+        """sha256 over the names and sha256 of the weight files; computed once.
+
+        Raises InputError naming the files that are not as a manifest of ours lists them.
+        """
         if self._digest is None:
-            self._digest = combined_digest(self.weight_files())
+            digests = file_digests(self.weight_files())
+            if digests and folder_state(self.path) is FolderState.FINISHED:
+                read_manifest(self.path).compare(self.path, digests)
+            self._digest = combined_digest(digests)
         return self._digest

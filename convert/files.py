@@ -162,11 +162,16 @@ def worker_count() -> int:
     return min(8, len(os.sched_getaffinity(0)) + 2)
 
 
-def combined_digest(paths: Iterable[Path]) -> str:
-    """sha256 over the lines "sha256  name" of the files, sorted by name: the same wherever the folder lies."""
+def file_digests(paths: Iterable[Path]) -> dict[Path, str]:
+    """Path -> hex sha256, by several threads. Raises InputError or ResourceError when one cannot be read."""
     listed = list(paths)
     with ThreadPoolExecutor(worker_count()) as pool:
-        lines = sorted(zip((path.name for path in listed), pool.map(sha256_file, listed), strict=True))
+        return dict(zip(listed, pool.map(sha256_file, listed), strict=True))
+
+
+def combined_digest(digests: Mapping[Path, str]) -> str:
+    """sha256 over the lines "sha256  name" of the files, sorted by name: the same wherever the folder lies."""
+    lines = sorted((path.name, digest) for path, digest in digests.items())
     return sha256_bytes("".join(f"{digest}  {name}\n" for name, digest in lines).encode())
 
 

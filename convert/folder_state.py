@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from convert.errors import InputError
-from convert.files import json_bytes, sha256_bytes, sha256_file, temp_path
+from convert.files import file_digests, json_bytes, sha256_bytes, temp_path
 from convert.json_files import INDEX_LIMIT, read_object, show
 
 FORMAT = 1
@@ -80,17 +80,23 @@ class Manifest:
         if wrong:
             raise InputError(
                 f"{show(str(folder))} does not match its manifest: {'; '.join(wrong[:5])}{'; ...' if len(wrong) > 5 else ''}. "
-                "Copy it again or quantize again."
+                "Copy it again, or give the command that made it again."
             )
 
     def check_digests(self, folder: Path) -> None:
         """Raises InputError naming every listed file whose content is not what was written."""
         self.check_sizes(folder)
-        wrong = [n for n, entry in self.files.items() if sha256_file(folder / n) != entry["sha256"]]
+        self.compare(folder, file_digests(folder / name for name in self.files))
+
+    def compare(self, folder: Path, digests: Mapping[Path, str]) -> None:
+        """Raises InputError naming every file whose sha256 is not the listed one; files that are not listed pass."""
+        listed = {folder / name: entry["sha256"] for name, entry in self.files.items()}
+        wrong = [path for path, digest in digests.items() if listed.get(path, digest) != digest]
         if wrong:
+            names = ", ".join(show(str(path.relative_to(folder))) for path in wrong[:5])
             raise InputError(
-                f"{show(str(folder))}: the content of {', '.join(map(show, wrong[:5]))} is not what the manifest lists (sha256). "
-                "Copy it again or quantize again."
+                f"{show(str(folder))}: the content of {names} is not what the manifest lists (sha256). Copy it again, or give the "
+                "command that made it again."
             )
 
 

@@ -207,6 +207,7 @@ class HfCheckpoint(Checkpoint):
                 f"of this config.json needs: {listed}{', ...' if len(missing) > 4 else ''}. Copy the checkpoint again, or "
                 "name the right --family."
             )
+        self._check_group_size()
         for name, shape in expected.items():
             _check_shape(present[name], shape)
         self._check_dtypes(expected)
@@ -222,6 +223,19 @@ class HfCheckpoint(Checkpoint):
             )
         if extra:
             self.notes.append(f"{len(extra)} tensors are not used, the first is {show(extra[0])!r}")
+
+    def _check_group_size(self) -> None:
+        """The first packed linear shows the true group size: rows of its words to rows of its scales."""
+        name = next((n.removesuffix(".qweight") for n in self.files.tensors if n.endswith(".qweight")), None)
+        if name is None or self.config.quantization is None or f"{name}.scales" not in self.files.tensors:
+            return
+        rows, groups = (self.files.tensors[f"{name}.{part}"].shape[:1] for part in ("qweight", "scales"))
+        stated = self.config.quantization.group_size
+        if rows and groups and groups[0] and rows[0] // groups[0] != stated:
+            raise InputError(
+                f"config.json states a group_size of {stated}, but the tensors of {show(name)!r} have groups of "
+                f"{rows[0] // groups[0]}: correct quantization_config, or copy config.json and weights again."
+            )
 
     def _check_dtypes(self, expected: dict[str, tuple[int, ...]]) -> None:
         kinds: Counter[torch.dtype] = Counter()

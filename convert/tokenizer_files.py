@@ -131,6 +131,11 @@ def _eos_ids(folder: Path) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template of a model folder, None without one. Raises InputError where it is no text or no template."""
+    return _chat_template(folder, _optional(folder / "tokenizer_config.json"))
+
+
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():

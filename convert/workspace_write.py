@@ -18,8 +18,9 @@ from convert.config import ModelConfig
 from convert.errors import InputError
 from convert.families import BY_NAME, linear_modules, linear_shapes
 from convert.files import check_free_space, check_output_place, worker_count
-from convert.json_files import read_object, show
+from convert.json_files import show
 from convert.manifest import OutputFolder
+from convert.tokenizer_files import read_chat_template
 from convert.turbomind_config import CHAT_TEMPLATES, Shape, chat_template_name, config_yaml
 from convert.workspace_packing import GROUP_SIZE, Dialect, Packing, WeightType, legal_tp, misfits
 from convert.workspace_shapes import block_shapes, embedding_shapes, norm_shape, output_shapes
@@ -131,7 +132,7 @@ def write_workspace(
     start = time.perf_counter()
     check_output_place(out, source.path)
     packing = plan_packing(source, tp, dialect, dtype)
-    chat = chat_template or chat_template_name(_chat_template(source.tokenizer_dir), source.config.family)
+    chat = chat_template or chat_template_name(read_chat_template(source.tokenizer_dir), source.config.family)
     if chat not in CHAT_TEMPLATES:
         raise InputError(
             f"LMDeploy 0.6.5 has no chat template named {show(chat)}: expected one of {', '.join(sorted(CHAT_TEMPLATES))}."
@@ -228,15 +229,6 @@ def _write_config(source: Checkpoint, packing: Packing, folder: OutputFolder, ch
     else:
         text, name = config_yaml(packing.config, shape, packing.config.family, chat), "config.yaml"
     folder.write(f"{WEIGHTS}/{name}", text.encode())
-
-
-def _chat_template(tokenizer_dir: Path) -> str | None:
-    file = tokenizer_dir / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf8")
-    settings = tokenizer_dir / "tokenizer_config.json"
-    template = read_object(settings).get("chat_template") if settings.is_file() else None
-    return template if isinstance(template, str) else None
 
 
 def _copy_tokenizer(source: Path, folder: OutputFolder) -> None:

@@ -313,6 +313,45 @@ def test_of_another_program_is_read_with_a_note(case: str, packed: Path, tmp_pat
     assert done.returncode == 0 and "no manifest" in done.stdout
 
 
+@pytest.mark.parametrize("case", ["G66-bit-before-pack", "G66-bit-before-unpack"])
+def test_a_flipped_bit_is_not_handed_on(case: str, packed: Path, workspace: Path, tmp_path: Path) -> None:
+    """The digest that names the source of a run is compared with the source's own manifest."""
+    source, victim = workspace, workspace / WO
+    if case.endswith("before-pack"):
+        source = Path(shutil.copytree(packed / "awq", tmp_path / "awq"))
+        victim = source / "model-00001-of-00002.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-5] ^= 1
+    victim.write_bytes(data)
+    command = "pack" if case.endswith("before-pack") else "unpack"
+    done = run("quantize", command, source, "-o", tmp_path / "out")
+    assert done.returncode == 3 and victim.name in done.stderr and "sha256" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", ["G69-checkpoint"])
+def test_another_group_size_in_the_checkpoint(case: str, packed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(packed / "awq", tmp_path / "awq"))
+    shutil.rmtree(folder / "tmq")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["group_size"] = 64
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"states a group_size of 64, but .* have groups of 128"):
+        open_checkpoint(folder)
+
+
+def test_the_template_that_names_the_chat_format(packed: Path, tmp_path: Path) -> None:
+    """Several templates in tokenizer_config.json: the default one counts; one that is no text is refused."""
+    folder = Path(shutil.copytree(packed / "awq", tmp_path / "awq"))
+    named = [{"name": "tools", "template": "x"}, {"name": "default", "template": "<|start_header_id|>"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    write_workspace(open_checkpoint(folder), tmp_path / "ws")
+    assert "chat_template: llama3" in (tmp_path / "ws" / WEIGHTS / "config.yaml").read_text()
+    (folder / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"chat_template\.jinja.* is not UTF-8"):
+        write_workspace(open_checkpoint(folder), tmp_path / "ws2")
+
+
 def test_the_way_there_and_back_by_commands(packed: Path, tmp_path: Path) -> None:
     done = run("quantize", "pack", packed / "awq", "-o", tmp_path / "ws", "--chat-template", "llama2")
     assert done.returncode == 0, done.stderr
