@@ -59,6 +59,7 @@ def atomic_write_all(
             for path, data in files:
                 done[path] = 0, ""  # its temporary file is ours to remove from here on
                 done[path] = _write_synced(temp_path(path), data)
+                del data  # before the next file is made
             for path in done:
                 temp_path(path).replace(path)
             for folder in {path.parent for path in done}:

@@ -129,6 +129,7 @@ class OutputFolder:
             for name, data, tensors in files:
                 entries[name] = {"path": name} | ({} if tensors is None else {"tensors": dict(tensors)})
                 yield self.folder / name, data
+                del data  # before the next file is made
 
         for path, (size, digest) in atomic_write_all(contents()).items():
             entries[str(path.relative_to(self.folder))] |= {"bytes": size, "sha256": digest, "state": "done"}
@@ -143,7 +144,13 @@ class OutputFolder:
 
     def save_raw(self, names: Collection[str], files: Iterable[tuple[str, Tensor]]) -> None:
         """Write tensors as files of their bytes, little-endian and row-major, without a header; `names` are those that come."""
-        self._write_all(names, ((name, [_raw(tensor)], {"": _described(tensor)}) for name, tensor in files))
+
+        def described() -> Iterator[tuple[str, Any, dict[str, Any]]]:
+            for name, tensor in files:
+                yield name, [_raw(tensor)], {"": _described(tensor)}
+                del tensor  # before the next one is made
+
+        self._write_all(names, described())
 
     def copy(self, source: Path, name: str) -> None:
         """Copy a file into the output, byte for byte."""

@@ -20,17 +20,22 @@ Files = Iterator[tuple[str, Tensor]]  # (file name, contiguous tensor)
 
 def outer_files(source: Checkpoint, packing: Packing) -> Files:
     """Embedding, output matrix and final norm."""
-    for module, axis in (("tok_embeddings", 1), ("output", 0)):
-        matrix = source.embedding() if module == "tok_embeddings" else source.lm_head()
-        cast = as_float(matrix, packing.dtype, module)
-        missing = padded_vocabulary(packing) - cast.shape[0]
-        padded = cast if missing == 0 else torch.cat([cast, cast.new_zeros(missing, cast.shape[1])])
-        if packing.dialect == "0.1":
-            yield f"{module}.weight", padded
-            continue
-        for rank, part in enumerate(padded.chunk(packing.tp, dim=axis)):
-            yield f"{module}.{rank}.weight", part.contiguous()
+    yield from _matrix_files("tok_embeddings", source.embedding(), 1, packing)
+    yield from _matrix_files("output", source.lm_head(), 0, packing)
     yield "norm.weight", as_float(source.final_norm(), packing.dtype, "norm.weight")
+
+
+def _matrix_files(module: str, matrix: Tensor, axis: int, packing: Packing) -> Files:
+    """A (V, H) matrix padded to V', cut among the ranks along `axis` in dialect 0.6.5."""
+    matrix = as_float(matrix, packing.dtype, module)
+    missing = padded_vocabulary(packing) - matrix.shape[0]
+    if missing:
+        matrix = torch.cat([matrix, matrix.new_zeros(missing, matrix.shape[1])])
+    if packing.dialect == "0.1":
+        yield f"{module}.weight", matrix
+        return
+    for rank, part in enumerate(matrix.chunk(packing.tp, dim=axis)):
+        yield f"{module}.{rank}.weight", part.contiguous()
 
 
 def block_files(source: Checkpoint, index: int, packing: Packing) -> Files:
@@ -41,8 +46,7 @@ def block_files(source: Checkpoint, index: int, packing: Packing) -> Files:
     for role, name in (("attn_norm", "attention_norm"), ("mlp_norm", "ffn_norm")):
         yield f"{prefix}{name}.weight", as_float(norms[role], packing.dtype, f"{prefix}{name}")
     yield from _rank_files(prefix + "attention.w_qkv", _fused_qkv(source, index, packing), packing)
-    output = _read(source, index, ["o"], packing)["o"]
-    yield from _rank_files(prefix + "attention.wo", layout.split_inputs(output, packing.tp), packing)
+    yield from _rank_files(prefix + "attention.wo", _output(source, index, packing), packing)
     if not config.num_experts:
         yield from _mlp_files(source, index, "", prefix + "feed_forward.", packing)
         return
@@ -59,6 +63,10 @@ def _fused_qkv(source: Checkpoint, index: int, packing: Packing) -> list[Stored]
     q, k = (layout.interleave_rope(parts.pop(role), heads) for role in ("q", "k"))
     k, v = (layout.replicate_heads(part, heads, packing.replication) for part in (k, parts.pop("v")))
     return layout.fuse_qkv(q, k, v, packing.tp)
+
+
+def _output(source: Checkpoint, index: int, packing: Packing) -> list[Stored]:
+    return layout.split_inputs(_read(source, index, ["o"], packing)["o"], packing.tp)
 
 
 def _mlp_files(source: Checkpoint, index: int, roles: str, prefix: str, packing: Packing) -> Files:

@@ -193,9 +193,15 @@ def _write_weights(
     def write(names: Collection[str], make: Callable[[], Files]) -> None:
         torch.set_num_threads(1)  # of this worker: it shares the cores with the others
         missing = [f"{WEIGHTS}/{name}" for name in names if not folder.has(f"{WEIGHTS}/{name}")]
+
+        def files() -> Files:
+            for name, tensor in make():
+                if f"{WEIGHTS}/{name}" in missing:
+                    yield f"{WEIGHTS}/{name}", tensor
+                del tensor  # before the next one is made
+
         if missing:
-            files = ((f"{WEIGHTS}/{name}", tensor) for name, tensor in make())
-            folder.save_raw(missing, (file for file in files if file[0] in missing))
+            folder.save_raw(missing, files())
 
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(write, outer, partial(outer_files, source, packing))]

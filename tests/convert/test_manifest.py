@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -273,3 +275,39 @@ def test_D42_a_half_written_line_of_the_journal_counts_as_not_done(tmp_path) -> 
         folder.write("b.bin", b"2")
     with OutputFolder.begin(out, FINGERPRINT) as folder:
         assert folder.has("b.bin")
+
+
+class Memory(bytearray):
+    """Bytes that a weak reference can follow."""
+
+
+def test_raw_files_are_in_memory_one_at_a_time(tmp_path: Path) -> None:
+    made: list[weakref.ref[Memory]] = []
+
+    def files() -> Iterator[tuple[str, torch.Tensor]]:
+        for number in range(4):
+            assert not [memory for memory in made if memory() is not None]
+            memory = Memory(b"\x01" * 64)
+            made.append(weakref.ref(memory))
+            tensor = torch.frombuffer(memory, dtype=torch.uint8)
+            del memory
+            yield f"sub/{number}", tensor
+            del tensor
+
+    with OutputFolder.begin(tmp_path / "out", {}, layout="root") as out:
+        out.save_raw([f"sub/{number}" for number in range(4)], files())
+        assert all(out.has(f"sub/{number}") for number in range(4))
+        out.finish({})
+    assert sorted(read_manifest(tmp_path / "out").files) == [f"sub/{number}" for number in range(4)]
+
+
+def test_a_group_of_files_that_fails_leaves_no_temporary_file(tmp_path: Path) -> None:
+    def files() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "a", torch.zeros(3)
+        raise InputError("the source is damaged.")
+
+    with OutputFolder.begin(tmp_path / "out", {}, layout="root") as out:
+        with pytest.raises(InputError, match="damaged"):
+            out.save_raw(["a", "b"], files())
+        assert not out.has("a") and not out.has("b")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["run.json", "work"]
