@@ -1,6 +1,7 @@
-"""The byte-to-character table of byte-level BPE (GPT-2), and merges recovered from a vocabulary whose order is the priority."""
+"""Byte-level BPE (GPT-2): its table of characters, its part of tokenizer.json, and merges recovered from an ordered vocabulary."""
 
 from collections.abc import Mapping
+from typing import Any
 
 
 def _characters() -> dict[int, str]:
@@ -28,3 +29,27 @@ def merges_of(rank: Mapping[str, int]) -> list[list[str]]:
                 found.append((place, rank[left], rank[right], [left, right]))
     found.sort(key=lambda entry: entry[:3])
     return [pair for *_, pair in found]
+
+
+def bpe_document(vocab: Mapping[str, int], merges: list[Any], ignore_merges: bool = False) -> dict[str, Any]:
+    """The entries of tokenizer.json that turn characters of bytes into tokens and back; nothing is put in front or behind.
+
+    Args:
+        ignore_merges: a piece that is a token as a whole stays one, whatever the merges say.
+    """
+    return {
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": ignore_merges,
+            "vocab": dict(vocab),
+            "merges": merges,
+        },
+    }

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from convert.byte_level import bpe_document
 from convert.errors import InputError
 from convert.files import atomic_write, write_json
 from convert.json_files import show
@@ -163,20 +164,9 @@ def _bpe_document(
         "added_tokens": added,
         "normalizer": NORMALIZERS.get(pre),
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre]},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": pre in WHOLE_TOKENS_FIRST,
-            "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": merges,
-        },
+        **bpe_document(
+            {token: index for index, token in enumerate(tokens)}, merges, pre in WHOLE_TOKENS_FIRST
+        ),
     }
 
 

@@ -8,7 +8,6 @@ the journal of what is written, and is removed before the manifest is written. N
 import json
 import os
 import shutil
-import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +41,7 @@ from convert.folder_state import (
     read_manifest_file,
     self_digest,
 )
+from convert.journal import Journal
 from convert.json_files import INDEX_LIMIT, read_object, show
 
 __all__ = ["FolderState", "Layout", "Manifest", "OutputFolder", "base_of", "folder_state", "read_manifest"]
@@ -62,8 +62,7 @@ class OutputFolder:
         self.resumed = False
         self.finished = False
         self._lock = lock
-        self._journal: dict[str, dict[str, Any]] = {}
-        self._journal_lock = threading.Lock()  # files may be written by several threads
+        self._journal = Journal(self.work / "files.jsonl")
 
     @classmethod
     def begin(
@@ -96,7 +95,7 @@ class OutputFolder:
             self.resumed = True
             if self._complete_rename():
                 return
-            self._journal = self._read_journal()
+            self._journal.read()
         self._clean()
         if not self.resumed:
             run = {"tool": TOOL, "format": FORMAT, "fingerprint": fingerprint}
@@ -107,7 +106,11 @@ class OutputFolder:
             remove_temporaries(place)
 
     def _parents(self) -> set[Path]:
-        return {(self.folder / name).parent for name in self._journal if (self.folder / name).parent.is_dir()}
+        return {
+            (self.folder / name).parent
+            for name in self._journal.entries
+            if (self.folder / name).parent.is_dir()
+        }
 
     def write(self, name: str, data: bytes | list[bytes], tensors: Mapping[str, Any] | None = None) -> None:
         """Write a file of the output atomically and note it, with its digest, in the journal. `name` is relative, with /."""
@@ -122,7 +125,7 @@ class OutputFolder:
         """Write the files `names`: one note before them all, and one with their digests when all are on disk."""
         for parent in {(self.folder / name).parent for name in names}:
             make_folder(parent)
-        self._note([{"path": name, "state": "begun"} for name in names])
+        self._journal.note([{"path": name, "state": "begun"} for name in names])
         entries: dict[str, dict[str, Any]] = {}
 
         def contents() -> Iterator[tuple[Path, Any]]:
@@ -133,7 +136,7 @@ class OutputFolder:
 
         for path, (size, digest) in atomic_write_all(contents()).items():
             entries[str(path.relative_to(self.folder))] |= {"bytes": size, "sha256": digest, "state": "done"}
-        self._note(list(entries.values()))
+        self._journal.note(list(entries.values()))
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, json_bytes(value))
@@ -164,7 +167,7 @@ class OutputFolder:
 
     def has(self, name: str) -> bool:
         """Whether the file is done: written by this or an earlier run, with the size and digest of the journal."""
-        entry = self._journal.get(name)
+        entry = self._journal.entries.get(name)
         path = self.folder / name
         if entry is None or entry["state"] != "done" or not path.is_file():
             return False
@@ -172,7 +175,9 @@ class OutputFolder:
 
     def written(self) -> dict[str, dict[str, Any]]:
         """Path -> journal entry of every file that is done, by path."""
-        return {name: entry for name, entry in sorted(self._journal.items()) if entry["state"] == "done"}
+        return {
+            name: entry for name, entry in sorted(self._journal.entries.items()) if entry["state"] == "done"
+        }
 
     def finish(self, facts: Mapping[str, Any], report: Mapping[str, Any] | None = None) -> None:
         """Remove the working state and write the manifest: its `facts` plus the list of files. Ends with the lock released.
@@ -231,40 +236,13 @@ class OutputFolder:
     ) -> None:
         self.close()
 
-    def _note(self, entries: Iterable[dict[str, Any]]) -> None:
-        path = self.work / "files.jsonl"
-        listed = list(entries)
-        try:
-            with self._journal_lock, path.open("ab") as file:
-                file.write(b"".join(json.dumps(entry, sort_keys=True).encode() + b"\n" for entry in listed))
-                file.flush()
-                os.fsync(file.fileno())
-                self._journal |= {entry["path"]: entry for entry in listed}
-        except OSError as error:
-            raise write_failure(path, error) from error
-
-    def _read_journal(self) -> dict[str, dict[str, Any]]:
-        path = self.work / "files.jsonl"
-        journal: dict[str, dict[str, Any]] = {}
-        raw = path.read_bytes() if path.is_file() else b""
-        for line in raw.split(b"\n"):
-            try:
-                entry = json.loads(line)
-                journal[entry["path"]] = entry
-            except (ValueError, KeyError, TypeError):
-                continue  # the line that was being written when the run was killed: its file counts as not done
-        if raw and not raw.endswith(b"\n"):
-            with path.open("ab") as file:
-                file.write(b"\n")
-        return journal
-
     def _discard(self) -> None:
         """Remove what the unfinished run wrote, and nothing else."""
-        self._journal = self._read_journal()
+        self._journal.read()
         self._clean()
-        for name in self._journal:
+        for name in self._journal.entries:
             (self.folder / name).unlink(missing_ok=True)
-        self._journal = {}
+        self._journal.entries = {}
         for path in self.work.iterdir():
             if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

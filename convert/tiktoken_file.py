@@ -8,7 +8,7 @@ import base64
 import binascii
 from typing import Any
 
-from convert.byte_level import CHARACTER_OF_BYTE, merges_of
+from convert.byte_level import CHARACTER_OF_BYTE, bpe_document, merges_of
 from convert.errors import InputError
 
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205)))
@@ -51,18 +51,5 @@ def tiktoken_document(raw: bytes, name: str) -> dict[str, Any]:
         ],
         "normalizer": {"type": "NFC"},
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": ranks,
-            "merges": merges_of(ranks),
-        },
+        **bpe_document(ranks, merges_of(ranks)),
     }
