@@ -119,10 +119,10 @@ def test_200_streams(served: Served) -> None:
         texts = sorted((a["text"] for a in done if a["number"] == number), key=len)
         differing += sum(not texts[-1].startswith(text) for text in texts)
     assert differing <= STREAMS // 20
-    # Fair: first tokens come in the order of asking, but for what threads and batches shuffle (chance alone: a third of all).
+    # Fair: first tokens come in the order of asking, but for what threads and batches shuffle.
     order = sorted(range(STREAMS), key=lambda i: done[i]["first_s"])
     displaced = sum(abs(place - asked_at) for place, asked_at in enumerate(order)) / STREAMS
-    assert displaced < STREAMS / 6
+    assert displaced < STREAMS / 10
     firsts = sorted(answer["first_s"] for answer in done)
     after = served.stats()
     assert after["blocks_free"] == after["blocks_total"] == before["blocks_total"]

@@ -346,7 +346,7 @@ def test_health_and_metrics_answer_under_load(case: str) -> None:
                 start = time.monotonic()
                 assert httpx.get(server.url + path).status_code == 200
                 slowest = max(slowest, time.monotonic() - start)
-        assert slowest < 5, slowest  # the tokenizer takes 1 s for each of the 12
+        assert slowest < 0.9, slowest  # one tokenizer call takes 1 s
         for job in (*threads, *asking):
             job.join(30)
         server.wait_idle()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -98,6 +99,20 @@ print("heavy:", *({{"torch", "transformers", "datasets", "triton", "numpy", "fas
     )
     assert done.returncode == 0 and "Usage:" in done.stdout, done.stderr
     assert done.stdout.splitlines()[-1] == "heavy:", done.stdout.splitlines()[-1]
+
+
+def test_help_is_quick():
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-c", "from quant.commands import quantize; quantize()", "--help"],
+            capture_output=True,
+            check=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        times.append(time.perf_counter() - begin)
+    assert min(times) < 0.3  # of the quietest run: other processes share this machine
 
 
 WRONG = {
