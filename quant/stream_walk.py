@@ -115,50 +115,41 @@ def _cross(
 
 def _attention(search: BlockSearch, parts: Parts, x: Tensor, reference: _Float | None) -> Tensor:
     """q, k, v, then o; returns the stream after the attention part."""
-    norm = search.weights.norms["attn_norm"]
-    h = parts.map(lambda part: parts.norm(part, norm), x)
-    roles = ("q", "k", "v")
-    if all(search.fits(role) for role in roles):
-        stats = search.observe(parts, h, "q, k, v")
-        cross = _cross(search, parts, roles, h, reference.attn_in if reference else None, None)
-        solution = search.quantize(roles, stats, norm_fold(norm), cross)
-        search.put_norm("attn_norm", fold_norm(norm, solution.channel_scale))
-        h = parts.map(lambda part: parts.norm(part, search.weights.norms["attn_norm"]), x)
+    h = _behind_norm(search, parts, ("q", "k", "v"), "attn_norm", x, reference.attn_in if reference else None)
     dense = parts.dense(search.weights)
     mixed = parts.map(lambda part: parts.mixed(part, dense), h)
-    return x + _last(
-        search,
-        parts,
-        "o",
-        "v",
-        mixed,
-        kv_fold(search.weight("v"), search.config),
-        reference.mid - x if reference else None,
-    )
+    fold = kv_fold(search.weight("v"), search.config)
+    return x + _last(search, parts, "o", "v", mixed, fold, reference.mid - x if reference else None)
 
 
 def _mlp(search: BlockSearch, parts: Parts, mid: Tensor, reference: _Float | None) -> Tensor:
     """gate, up, then down; returns the stream after the block."""
-    norm = search.weights.norms["mlp_norm"]
-    h = parts.map(lambda part: parts.norm(part, norm), mid)
-    roles = ("gate", "up")
-    if all(search.fits(role) for role in roles):
-        stats = search.observe(parts, h, "gate, up")
-        cross = _cross(search, parts, roles, h, reference.mlp_in if reference else None, None)
-        solution = search.quantize(roles, stats, norm_fold(norm), cross)
-        search.put_norm("mlp_norm", fold_norm(norm, solution.channel_scale))
-        h = parts.map(lambda part: parts.norm(part, search.weights.norms["mlp_norm"]), mid)
+    h = _behind_norm(search, parts, ("gate", "up"), "mlp_norm", mid, reference.mlp_in if reference else None)
     dense = parts.dense(search.weights)
     inner = parts.map(lambda part: parts.gated(part, dense), h)
-    return mid + _last(
-        search,
-        parts,
-        "down",
-        "up",
-        inner,
-        row_fold(search.weight("up")),
-        reference.out - mid if reference else None,
-    )
+    fold = row_fold(search.weight("up"))
+    return mid + _last(search, parts, "down", "up", inner, fold, reference.out - mid if reference else None)
+
+
+def _behind_norm(
+    search: BlockSearch,
+    parts: Parts,
+    roles: tuple[str, ...],
+    norm_role: str,
+    x: Tensor,
+    wanted: Tensor | None,
+) -> Tensor:
+    """The linears that read a norm of the stream x: search them, fold their scales into it, return what they read then."""
+    norm = search.weights.norms[norm_role]
+    h = parts.map(lambda part: parts.norm(part, norm), x)
+    if not all(search.fits(role) for role in roles):
+        return h
+    stats = search.observe(parts, h, ", ".join(roles))
+    cross = _cross(search, parts, roles, h, wanted, None)
+    solution = search.quantize(roles, stats, norm_fold(norm), cross)
+    folded = fold_norm(norm, solution.channel_scale)
+    search.put_norm(norm_role, folded)
+    return parts.map(lambda part: parts.norm(part, folded), x)
 
 
 def _last(
