@@ -19,6 +19,7 @@ from engine.sampled import PendingSample
 from engine.sampling import Sampler
 from engine.scheduler import Segment, StepPlan
 from engine.transfer import upload
+from kernels.products import at_most_threads, threads_worth
 
 Ints = npt.NDArray[np.int64]
 
@@ -117,7 +118,8 @@ class ModelRunner:
             lengths[decodes:].tolist(),
             (starts + lengths)[decodes:].tolist(),
         )
-        hidden = self.model.hidden(ids, places, PagedAttend(self.cache, batch), prompt_lengths)
+        with at_most_threads(self._threads(tokens)):
+            hidden = self.model.hidden(ids, places, PagedAttend(self.cache, batch), prompt_lengths)
         drawing = np.array([i for i, segment in enumerate(plan.segments) if segment.samples], dtype=np.int64)
         if not len(drawing):
             return None
@@ -127,6 +129,15 @@ class ModelRunner:
         logits = self.model.head(hidden[chosen])[: len(last)]
         picked = rows[drawing]
         return self.sampler.sample(logits, tuple(picked.tolist()), upload(self.device, picked))
+
+    def _threads(self, rows: int) -> int:
+        """Threads for the blocks of a step on the CPU: packed products have the same bits on any number of them."""
+        model = self.model.config
+        if not self._is_packed:
+            return torch.get_num_threads()
+        heads = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+        block = model.hidden_size * (heads + 3 * model.intermediate_size)
+        return threads_worth(rows, block // 4)  # a block has four products
 
     def _keep_table(self, segment: Segment) -> None:
         if self._filled[segment.row] != len(segment.blocks):

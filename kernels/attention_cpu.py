@@ -27,7 +27,11 @@ class PagedDecode:
         if window is not None:
             kept &= (columns + 1) * block_size > (lengths - window)[:, None]
         self.owner, column = kept.nonzero(as_tuple=True)  # (N,) each, by sequence and then by page
-        self.pages = block_tables[kept].long()  # (N,)
+        pages = block_tables[kept].long()  # (N,)
+        first = int(pages[0])
+        is_run = torch.equal(pages, torch.arange(first, first + len(pages)))
+        # a run of pages is read in place, others are copied
+        self.pages = slice(first, first + len(pages)) if is_run else pages
         position = column[:, None] * block_size + torch.arange(block_size)  # (N, P)
         ends = lengths[self.owner, None]
         seen = position < ends
@@ -51,7 +55,7 @@ class PagedDecode:
         return out.div_(total[..., None]).view(batch, heads, size)
 
 
-def _read(cache: KVCache, pages: Tensor, index: int) -> Tensor:
+def _read(cache: KVCache, pages: Tensor | slice, index: int) -> Tensor:
     """Keys (index 0) or values (1) of these pages, float32 (N, Hkv, P, D)."""
     raw = (cache.k, cache.v)[index][pages]
     if cache.bits == 16:

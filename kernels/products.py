@@ -5,6 +5,8 @@ Intel's; oneDNN takes 512 bits wherever they are (one Zen 5 core: 220 instead of
 """
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch import Tensor
 
 _FEW_ROWS = 4  # below, and with a weight that stays in the cache, the call itself costs more than it spares
 _LARGE_WEIGHT = 1 << 22
+_CORE_BYTES_S, _CORE_FLOP_S = 25e9, 150e9  # what one core of a server reads and computes
+_THREAD_S = 2e-4  # of work for each thread: waking one takes a quarter of that, and each product wakes it
 
 
 @lru_cache(maxsize=1)
@@ -74,3 +78,23 @@ def times_symmetric(x: Tensor, square: Tensor) -> Tensor:
     if not _takes_onednn(x[0], square[0]):
         return torch.matmul(x, square)
     return torch.stack([linear(part, own) for part, own in zip(x, square, strict=True)])
+
+
+def threads_worth(rows: int, weight_elements: int) -> int:
+    """Threads that a float32 product of M = rows with a weight of this size keeps busy, at least 1."""
+    seconds = max(4 * weight_elements / _CORE_BYTES_S, 2 * rows * weight_elements / _CORE_FLOP_S)
+    return max(1, int(seconds / _THREAD_S))
+
+
+@contextmanager
+def at_most_threads(count: int) -> Iterator[None]:
+    """torch with no more than `count` threads on the CPU, and as many as before afterwards."""
+    before = torch.get_num_threads()
+    if count >= before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -126,7 +126,10 @@ def shapes(family: str, raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 def random_weights(
     table: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int = 11
 ) -> dict[str, Tensor]:
-    """Linears of a size that keeps activations near 1, with an offset for each row so that int4 zero points differ."""
+    """Linears of a size that keeps activations near 1, with an offset for each row so that int4 zero points differ (3 to 12).
+
+    Twice the offset makes models that torch's own float16 misses by 1 % (here 0.3 %): no judge of an engine's logits.
+    """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in table.items():
@@ -136,7 +139,7 @@ def random_weights(
         elif len(shape) == 1:
             value = 1 + 0.2 * value
         else:
-            value = (value + 0.5 * torch.randn(shape[0], 1, generator=generator)) * shape[1] ** -0.5
+            value = (value + 0.25 * torch.randn(shape[0], 1, generator=generator)) * shape[1] ** -0.5
         tensors[name] = value.to(dtype)
     return tensors
 

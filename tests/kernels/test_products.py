@@ -1,9 +1,19 @@
 """Products on the CPU against float64: the fast path, and every case that must be left to torch."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
-from kernels.products import linear, prepacked, times_symmetric
+from kernels.products import at_most_threads, linear, prepacked, threads_worth, times_symmetric
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """torch's number of threads, put back afterwards."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -61,3 +71,34 @@ def test_the_same_operands_give_the_same_bits() -> None:
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(RuntimeError):
         linear(normal(8, 32), normal(16, 31))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 64])
+def test_packed_products_have_the_same_bits_on_any_number_of_threads(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight = prepacked(torch.randn(768, 1536, generator=generator))
+    x = torch.randn(rows, 1536, generator=generator)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(linear(x, weight))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_threads_are_as_many_as_the_work_is_worth() -> None:
+    assert threads_worth(1, 1 << 20) == 1  # 4 MiB take one core as long as waking another
+    assert threads_worth(1, 1 << 26) > 8
+    assert threads_worth(1024, 1 << 20) > 8
+
+
+@pytest.mark.usefixtures("threads")
+def test_threads_are_given_back() -> None:
+    torch.set_num_threads(3)
+    with pytest.raises(KeyError), at_most_threads(2):
+        assert torch.get_num_threads() == 2
+        raise KeyError
+    assert torch.get_num_threads() == 3
+    with at_most_threads(8):
+        assert torch.get_num_threads() == 3
