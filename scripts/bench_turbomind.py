@@ -36,6 +36,7 @@ from convert.workspace_write import write_workspace  # noqa: E402
 
 LIMITS = {"float16": 5e-3, "int4": 5e-3, "bfloat16": 2e-2}  # relative error of the logits
 ARGMAX = 0.99
+GREEDY = 0.97  # share of greedy tokens that are the reference's choice or nearly tie with it: fp16 experts reach 0.985
 PADDED_DEMO = {  # `quantize awq --pad` of the demo model
     "hidden_size": 768,
     "num_attention_heads": 12,
@@ -240,6 +241,9 @@ def rows_of(case: Case, found: dict[str, Any], status: int, load_only: bool) -> 
     verdicts = dict(found["verdicts"])
     silent = verdicts.get("load", False) or "odd vocabulary" in case.name  # the engine says that it pads one
     verdicts["bytes"] = verdicts.get("bytes", False) and silent
+    greedy = found.get("greedy")
+    if greedy and found.get("stage") == "done":
+        verdicts["greedy"] = greedy["same"] + greedy["near_ties"] > GREEDY * greedy["total"]
     checks = ["names", "bytes"]
     if not load_only and case.judged:
         checks += [*(["emulate"] if case.emulated else []), "logits", "greedy"]
