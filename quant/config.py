@@ -28,7 +28,7 @@ class QuantConfig:
     distill: bool = False  # a short end-to-end pass over group scales and norms, after the blocks
     keep_ragged: bool = False  # linears whose K is no multiple of group_size stay float
     rounding_steps: int = 200  # learned rounding, per block (`best`)
-    distill_steps: int = 150
+    distill_steps: int = 600
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:

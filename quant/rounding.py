@@ -39,15 +39,13 @@ NORMS = ("attn_norm", "mlp_norm")
 class Learning:
     """How the training goes; rates are totals over all steps of a linear decay, codes in steps of the grid, others relative."""
 
-    optimizer: Literal["sign", "adam"] = "sign"
+    optimizer: Literal["sign", "adam"] = "adam"
     code_rate: float = 1.0
-    scale_rate: float = 0.1
-    norm_rate: float = 0.1
+    scale_rate: float = 0.05
+    norm_rate: float = 0.05
     batch_tokens: int = 4096
     checks: int = 4  # measurements of the whole loss
-    toward_float: float = (
-        0.5  # of the aim: 0 is the float block on these inputs, 1 the float model's own stream
-    )
+    toward_float: float = 1.0  # the aim: 0 is the float block on these inputs, 1 the float model's stream
     drop: float = 0.0  # share of tokens whose inputs are those of the float stream (Wei et al., QDrop, 2022)
     hold: int = 0  # every so many samples one is not trained on, and those alone judge; 0: all do both
     pull: float = 0.0  # of codes to their start: share of a step's rate for each step of the grid away

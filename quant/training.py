@@ -6,7 +6,7 @@ takes a handful of kernels. Knows no loss.
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -273,7 +273,12 @@ class Steps:
         torch.cuda.synchronize(self._device)
         with torch.cuda.stream(stream):
             graph.capture_begin()
-            self._step()
+            try:
+                self._step()
+            except BaseException:
+                with suppress(RuntimeError):  # the capture is void: what it says of itself hides the cause
+                    graph.capture_end()  # without it the process captures for ever
+                raise
             graph.capture_end()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         self._graph = graph

@@ -9,6 +9,7 @@ from tiny_runs import LAYERS, files_of, write_runnable, write_text
 from quant.calibrate import block_file
 from quant.commands import evaluate, quantize
 from quant.statistics import load_statistics
+from quant.training import Steps
 
 pytestmark = [
     pytest.mark.gpu,
@@ -117,3 +118,21 @@ def test_self_written_text_on_the_gpu(place, tmp_path, monkeypatch):
     )
     manifest = json.loads((tmp_path / "out" / "tmq" / "manifest.json").read_text())
     assert manifest["calibration"]["source"] == "generated"
+
+
+def test_a_step_that_fails_while_it_is_captured_leaves_the_device_usable():
+    device = torch.device("cuda")
+    x = torch.zeros(8, device=device)
+
+    def step():
+        x.add_(1)
+        if torch.cuda.is_current_stream_capturing():
+            raise MemoryError("the step is too large")
+
+    with pytest.raises(MemoryError, match="too large"):
+        Steps(step, device).run(10)
+    assert not torch.cuda.is_current_stream_capturing()
+    runner = Steps(lambda: x.add_(1) and None, device)  # the next one runs, captured too
+    before = float(x[0])
+    runner.run(10)
+    assert float(x[0]) == before + 10
