@@ -88,6 +88,11 @@ def awq_outcome(model: str, job: Job, plan: Plan, result: Any) -> Outcome:
         f"{job.out}: int{quant.bits} groups of {quant.group_size}, {plan.bits_per_weight:.3f} bits a quantized weight, "
         f"{size / 2**20:,.0f} MiB, {duration(result.seconds)}"
     ]
+    if result.key_factors is not None:
+        largest = max(max(high, 1 / low) for low, high in result.key_factors)
+        lines.append(
+            f"parameters for an int8 KV cache; channels of K made alike (factors of up to {largest:.3g} moved into Q)"
+        )
     if quant.bits < 4:
         lines.append(
             f"int{quant.bits} codes lie in 4-bit nibbles: for evaluation, they save nothing over int4"

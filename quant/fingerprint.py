@@ -8,6 +8,7 @@ import torch
 
 from convert.checkpoint import Checkpoint
 from quant.config import QuantConfig
+from quant.key_smoothing import RULE
 
 LIBRARIES = ("turbomind-quant", "torch", "transformers", "safetensors")
 
@@ -47,5 +48,7 @@ def run_fingerprint(
     }
     table |= {f"version of {name}": number for name, number in library_versions().items()}
     table |= {name: value for name, value in asdict(quant).items()}
+    if quant.kv_bits != 16:
+        table["smoothing of K"] = RULE
     table |= {f"text {name}": value for name, value in (text or {}).items()}
     return table

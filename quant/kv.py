@@ -62,9 +62,10 @@ def folded_ranges(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Ranges of the quantized block from those of the float one, for saved statistics.
 
-    channels: "k" and "v" -> minima and maxima (Hkv, D). A scale folded into the rows of v changes V channel by channel; it is
-    read off as the least-squares ratio of each quantized row to its float row, norm weights included, because a scale
-    may also have moved from the norm into the columns. K is left as it was: RoPE keeps anything from being folded there.
+    channels: "k" and "v" -> minima and maxima (Hkv, D) of `source`. A scale folded into the rows of v changes V channel by
+    channel; it is read off as the least-squares ratio of each quantized row to its float row, norm weights included,
+    because a scale may also have moved from the norm into the columns. K keeps its ranges: what can be moved out of it is
+    moved before the search (`quant.key_smoothing`), in `source` and in these ranges alike.
     """
     low, high = channels["v"]
     before, after = _rows_of_v(source), _rows_of_v(quantized)  # (Hkv * D, H) float64

@@ -58,6 +58,19 @@ class Parts:
             "o_in", lambda grab: self._attention(h, _without(weights, "o", h), _both(grab, tap)), h
         )
 
+    def rotated_keys(self, h: Tensor, weights: BlockWeights, tap: Tap) -> None:
+        """Shows `tap` K and V of normed inputs h (s, L, H) of a chunk, as they are cached; no attention, no product of o."""
+        positions, angles = self._positions(len(h))
+        attention_forward(
+            h.flatten(0, 1),
+            positions,
+            _without(weights, "o", h),
+            self.config,
+            lambda layer, q, k, v: q.flatten(1),
+            tap,
+            angles=angles,
+        )
+
     def attention(self, h: Tensor, weights: BlockWeights, tap: Tap | None = None) -> Tensor:
         """The attention part, o included: (s, L, H) -> (s, L, H)."""
         return self._attention(h, weights, tap).view(h.shape)

@@ -49,6 +49,7 @@ class RunResult:
     layers: list[dict[str, Any]]
     warnings: list[str]
     standing_out: list[str]  # linears above RTN's loss, or far above their role's
+    key_factors: list[tuple[float, float]] | None = None  # by layer: smallest and largest moved from K into Q
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"path": str(self.path)}
@@ -96,6 +97,7 @@ def quantize_model(
             "reports": [report_record(report, step.index) for report in step.result.reports],
             "warnings": step.warnings,
             "ranges": None if step.ranges is None else range_record(step.ranges),
+            "key_factors": step.key_factors,
         }
         records.append(record)
         frontier.record(step.index, record)
@@ -117,6 +119,8 @@ def quantize_model(
         if quant.kv_bits == 8:
             ranges = list(measure_ranges(ckpt, blocks, source.tokens, device, dtype))
     reports = [report for record in records for report in record["reports"]]
+    moved = [record["key_factors"] for record in records]
+    factors = None if None in moved else moved
     warnings = list(source.warnings) if isinstance(source, CalibrationSet) else []
     warnings += [warning for record in records for warning in record["warnings"]]
     warnings += [
@@ -145,6 +149,7 @@ def quantize_model(
         "device": device_kind(device),
         "versions": library_versions(),
         "distilled": distilled,
+        "key_factors": factors,
         "layers": reports,
         "warnings": warnings,
         "standing_out": standing_out,
@@ -159,7 +164,7 @@ def quantize_model(
         "notes": frontier.notes,
     }
     folder.finish(facts, report)
-    return RunResult(folder.folder, seconds, resumed.first, reports, warnings, standing_out)
+    return RunResult(folder.folder, seconds, resumed.first, reports, warnings, standing_out, factors)
 
 
 def quant_format(ckpt: Checkpoint, quant: QuantConfig, ragged: list[str]) -> QuantFormat:

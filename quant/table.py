@@ -209,7 +209,12 @@ def quantized_model(
     dtype: torch.dtype,
     with_ranges: bool = False,
 ) -> tuple[Model, list[HeadRanges] | None]:
-    """The model quantized in memory, and the ranges of its K and V where they are asked for."""
+    """The model quantized in memory, and the ranges of its K and V where they are asked for.
+
+    With ranges it is the model that `quantize awq --kv-bits 8` writes.
+    """
+    if with_ranges:
+        quant = replace(quant, kv_bits=8)
     streams = None
     if text is not None and (quant.needs_text or with_ranges):
         streams = first_streams(ckpt, text.tokens, quant, device, dtype)

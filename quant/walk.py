@@ -15,11 +15,12 @@ from quant.blocks import quantize_block
 from quant.calibrate import StatisticsFolder
 from quant.chunks import ChunkMemory
 from quant.config import QuantConfig
+from quant.key_smoothing import key_channels, key_factors, smooth_channels, smooth_keys
 from quant.kv import folded_ranges
 from quant.plan import needs_float_stream
-from quant.records import BlockResult, GramStatistics, LinearReport, Streams, dead_channels
+from quant.records import BlockResult, LinearReport, Streams, dead_channels
 from quant.sensitivity import fits_whole, measure_sensitivity
-from quant.statistics import BlockStatistics
+from quant.statistics import BlockStatistics, SavedStatistics
 from quant.streams import advance, embed_tokens
 
 HeadRanges = dict[str, tuple[Tensor, Tensor]]  # "k" and "v" -> minima and maxima (Hkv,), after RoPE
@@ -27,12 +28,15 @@ HeadRanges = dict[str, tuple[Tensor, Tensor]]  # "k" and "v" -> minima and maxim
 
 @dataclass(frozen=True)
 class Step:
-    """One block done. `ranges` is None where no text ran through it; `padding` are the zero columns that `--pad` added."""
+    """One block done. `ranges` and `key_factors` are None where no text ran through it; `padding` are the zero columns that
+    `--pad` added.
+    """
 
     index: int
     result: BlockResult
     ranges: HeadRanges | None
     padding: dict[str, int] = field(default_factory=dict)
+    key_factors: tuple[float, float] | None = None  # smallest and largest of those moved from K into Q
     notes: tuple[str, ...] = ()  # what the run should say beside the warnings of the linears
 
     @property
@@ -75,6 +79,8 @@ def walk(
 ) -> Iterator[Step]:
     """Quantize the blocks from `first` on. `source`: streams before that block, saved statistics, or None (`rtn`).
 
+    With a quantized KV cache (`quant.kv_bits`), the channels of K are made alike before the search of a block.
+
     tokens: (S, L), the calibration text; from it `best` learns what errors cost, where the model fits on the device.
 
     Raises ResourceError when the device runs out of memory, with the numbers.
@@ -84,28 +90,34 @@ def walk(
     memory = ChunkMemory(device, None if streams is None else streams.quantized.shape[1])
 
     def search(
-        weights: BlockWeights, inputs: Streams | GramStatistics | None, metric: Tensor | None
-    ) -> tuple[BlockResult, BlockStatistics]:
+        weights: BlockWeights, saved: SavedStatistics | None, metric: Tensor | None
+    ) -> tuple[BlockResult, HeadRanges | None, tuple[float, float] | None]:
+        inputs = saved.grams if saved else streams
+        channels = dict(saved.ranges) if saved else {}
+        moved = None
+        if quant.kv_bits != 16 and inputs is not None:
+            if isinstance(inputs, Streams):
+                channels["k"] = key_channels(weights, ckpt.config, inputs.fp)
+            factors = key_factors(weights, ckpt.config, channels["k"])
+            weights = smooth_keys(weights, ckpt.config, factors)
+            channels["k"] = smooth_channels(channels["k"], factors)
+            moved = float(factors.min()), float(factors.max())
         seen = BlockStatistics(weights.index, with_grams=False)
         tap = seen.tap_ranges if isinstance(inputs, Streams) else None
-        return quantize_block(
-            weights, ckpt.config, quant, inputs, device, dtype, tap=tap, metric=metric
-        ), seen
+        result = quantize_block(weights, ckpt.config, quant, inputs, device, dtype, tap=tap, metric=metric)
+        if saved is not None:
+            return result, folded_ranges(channels, weights, result.weights), moved
+        ranges = {name: (low.cpu(), high.cpu()) for name, (low, high) in seen.head_ranges().items()}
+        return result, ranges or None, moved
 
     for index in range(first, ckpt.config.num_layers):
         weights = ckpt.block(index)
         saved = source.block(index) if isinstance(source, StatisticsFolder) else None
-        inputs = saved.grams if saved else streams
-        step = partial(search, weights, inputs, metrics[index] if metrics else None)
-        (result, block), note = memory.run(step, f"layer {index}")
-        ranges: HeadRanges | None = None
-        if saved is not None:
-            ranges = folded_ranges(saved.ranges, weights, result.weights)
-        elif block.low:
-            ranges = {name: (low.cpu(), high.cpu()) for name, (low, high) in block.head_ranges().items()}
+        step = partial(search, weights, saved, metrics[index] if metrics else None)
+        (result, ranges, moved), note = memory.run(step, f"layer {index}")
         streams = result.streams
         padding = padding_of(weights) if ckpt.config.padded_from is not None else {}
-        yield Step(index, result, ranges, padding, (note,) if note else ())
+        yield Step(index, result, ranges, padding, moved, (note,) if note else ())
 
 
 def error_metrics(
