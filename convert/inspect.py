@@ -50,7 +50,8 @@ def inspect_path(path: Path, family: str | None = None) -> InspectReport:
     if path.is_file() and path.suffix.lower() == ".gguf":
         return _inspect_gguf(path)
     if not path.is_dir():
-        raise InputError(f"{show(str(path))} is neither a model folder nor a .gguf file.")
+        found = "is neither a model folder nor a .gguf file" if path.exists() else "does not exist"
+        raise InputError(f"{show(str(path))} {found}: expected a checkpoint, a .gguf file or a workspace.")
     workspace = (path / "triton_models").is_dir()
     report = InspectReport(str(path), "workspace" if workspace else "hf")
     if workspace:

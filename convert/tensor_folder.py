@@ -3,13 +3,13 @@
 Says what is missing, doubled, extra, pickled, or changed since it was opened. Knows no model.
 """
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
 
 from convert.errors import InputError
+from convert.files import Unchanged
 from convert.json_files import INDEX_LIMIT, read_failure, read_object, show
 from convert.safetensors_files import TensorInfo, check_finite, read_header, read_tensor
 
@@ -31,7 +31,7 @@ class TensorFolder:
             self._by_index(index, headers)
         else:
             self._by_file(headers)
-        self._state = {path: _state(path) for path in self.paths}
+        self._unchanged = Unchanged(self.paths)
 
     def _files(self) -> list[Path]:
         try:
@@ -116,19 +116,7 @@ class TensorFolder:
 
     def check_unchanged(self, paths: Iterable[Path] | None = None) -> None:
         """Raises InputError naming a weight file whose size, inode or time of change differs from when it was opened."""
-        for path in self.paths if paths is None else paths:
-            if _state(path) != self._state[path]:
-                raise InputError(
-                    f"{show(path.name)} was changed while it was in use. Wait until nothing writes to the source, then start again."
-                )
-
-
-def _state(path: Path) -> tuple[int, int, int]:
-    try:
-        stat = os.stat(path)
-    except OSError as error:
-        raise read_failure(path, error) from error
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+        self._unchanged.check(paths)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

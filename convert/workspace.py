@@ -16,8 +16,9 @@ from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights, Stored
 from convert.config import ModelConfig, QuantFormat
 from convert.errors import InputError
 from convert.families import linear_shapes
+from convert.files import Unchanged
 from convert.hf_config import parse_config
-from convert.json_files import read_bytes, read_failure, read_object, show
+from convert.json_files import read_bytes, read_object, show
 from convert.manifest import FolderState, folder_state, read_manifest
 from convert.safetensors_files import TensorInfo, check_finite, read_tensor
 from convert.turbomind_config import Shape, parse_config_yaml
@@ -130,6 +131,7 @@ class WorkspaceCheckpoint(Checkpoint):
             )
         self._shapes = all_shapes(self.packing, shape.kv_int8)
         self.check_files()
+        self._unchanged = Unchanged(self.weight_files())
         for name in kv_shapes(self.packing) if shape.kv_int8 else ():
             check_kv_values(self._read(name), show(name))
 
@@ -154,6 +156,9 @@ class WorkspaceCheckpoint(Checkpoint):
                 f"{show(str(self.path))}: {len(wrong)} weight files do not fit the configuration: {'; '.join(wrong[:4])}"
                 f"{'; ...' if len(wrong) > 4 else ''}. The engine would read them as garbage. Pack the model again."
             )
+
+    def check_unchanged(self) -> None:
+        self._unchanged.check()
 
     def block(self, index: int) -> BlockWeights:
         linears = {}
@@ -183,15 +188,7 @@ class WorkspaceCheckpoint(Checkpoint):
     def _read(self, name: str) -> Tensor:
         shape, dtype = self._shapes[name]
         path, size = self.weights / name, math.prod(shape) * dtype.itemsize
-        try:
-            found = path.stat().st_size
-        except OSError as error:
-            raise read_failure(path, error) from error
-        if found != size:
-            raise InputError(
-                f"{show(str(path))} has {found:,} bytes, expected {size:,}: it is cut short or of another model. Pack the model "
-                "again."
-            )
+        self._unchanged.check([path])
         tensor = read_tensor(TensorInfo(name, path, dtype, shape, 0, size))
         check_finite(name, tensor)
         return tensor

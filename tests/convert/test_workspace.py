@@ -1,5 +1,6 @@
 """Workspaces written and read back bit for bit: families, ranks, dtypes; and what a damaged one says."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -322,6 +323,25 @@ def test_a_file_of_another_size_is_refused(tmp_path: Path) -> None:
     victim.write_bytes(victim.read_bytes()[:-4])
     with pytest.raises(InputError, match=r"layers\.1\.attention\.wo\.0\.qweight has"):
         open_checkpoint(tmp_path / "ws")
+
+
+@pytest.mark.parametrize("damage", ["rewritten", "cut", "removed"])
+def test_a_workspace_that_changes_while_it_is_read_is_refused(damage: str, tmp_path: Path) -> None:
+    write_workspace(tiny("llama", tmp_path, "int4", num_layers=2), tmp_path / "w")
+    opened = open_checkpoint(tmp_path / "w")
+    assert isinstance(opened, WorkspaceCheckpoint)
+    path = opened.weights / "layers.1.attention.wo.0.qweight"
+    before = path.read_bytes()
+    if damage == "removed":
+        path.unlink()
+    else:
+        path.write_bytes(bytes(len(before)) if damage == "rewritten" else before[:-4])
+        os.utime(path, ns=(1, 1))  # the clock of a file system may not tell two writes apart
+    opened.block(0)
+    with pytest.raises(InputError, match=path.name):
+        opened.block(1)
+    with pytest.raises(InputError, match=path.name):
+        opened.check_unchanged()
 
 
 def test_the_legal_ranks_are_named(tmp_path: Path) -> None:
