@@ -5,12 +5,12 @@ import torch
 import transformers
 from tiny_models import random_tensors, write_model
 
-from convert.checkpoint import Checkpoint
+from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights
 from convert.config import ModelConfig
 from convert.errors import InputError
 from convert.hf_config import updated_config
 from convert.json_files import read_object
-from convert.pad import pad_checkpoint, padded_config
+from convert.pad import PaddedCheckpoint, pad_checkpoint, padded_config
 from convert.readers import open_checkpoint
 
 MULTIPLE = (
@@ -77,6 +77,26 @@ def test_padded_model_computes_the_same(family: str, tmp_path) -> None:
     expected, found = logits(plain, ids), logits(padded, ids)
     # the same sums with zeros between, in another order: float32 rounding only
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_a_bias_into_the_stream_carries_its_factor(tmp_path) -> None:
+    """Qwen3 with a bias of o (attention_bias): the residual stream is multiplied by c, and so is all that is added to it."""
+    write_model(tmp_path / "m", "qwen3", tensors=random_tensors("qwen3", torch.float32))
+    plain = open_checkpoint(tmp_path / "m")
+    config = padded_config(plain.config, MULTIPLE)
+    factor = (config.hidden_size / plain.config.hidden_size) ** 0.5
+    bias = torch.arange(1.0, 65.0)
+    for role, expected in (("o", factor), ("q", 1.0)):
+        linear = plain.block(0).linears[role]
+        rows = linear.weight.shape[0]
+        given = bias.repeat(rows // 64 + 1)[:rows]
+        block = BlockWeights(
+            0, plain.block(0).linears | {role: LinearWeights(linear.weight, given)}, plain.block(0).norms
+        )
+        plain.block = lambda _, block=block: block  # type: ignore[method-assign, misc]
+        found = PaddedCheckpoint(plain, config).block(0).linears[role].bias
+        torch.testing.assert_close(found[:rows], given * expected)
+        assert not found[rows:].any()
 
 
 def test_demo_dims() -> None:

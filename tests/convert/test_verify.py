@@ -16,7 +16,7 @@ from convert.inspect import count_parameters, inspect_path
 from convert.manifest import OutputFolder
 from convert.pad import pad_checkpoint
 from convert.readers import open_checkpoint
-from convert.verify import relative_rest, verify_path
+from convert.verify import _check_ranges, relative_rest, verify_path
 from kernels.int4 import quantize
 
 
@@ -118,6 +118,25 @@ def test_a_flipped_bit_fails_the_digest(source: Path, tmp_path) -> None:
     assert "digests" in failed(tmp_path / "q")
 
 
+def test_another_head_is_found_out(source: Path, tmp_path) -> None:
+    """The head alone is another one: the embedding and every block are the source's."""
+    write_awq(open_checkpoint(source), tmp_path / "q")
+    tensors = random_tensors("llama")
+    tensors["lm_head.weight"] = torch.flip(tensors["lm_head.weight"], [0])
+    write_model(tmp_path / "other", tensors=tensors)
+    assert failed(tmp_path / "q", tmp_path / "other") == {"embedding"}
+
+
+@pytest.mark.parametrize("part", ["codes", "zeros"])
+def test_codes_and_zeros_above_the_width_are_out_of_range(part: str) -> None:
+    """Words hold 4 bits even where the checkpoint says 3: both parts must keep to the width."""
+    weight = quantize(torch.randn(8, 32, generator=torch.Generator().manual_seed(0)), 3, 32)
+    _check_ranges(BlockWeights(0, {"q": LinearWeights(weight, None)}, {}))
+    getattr(weight, part)[0, 0] = 8
+    with pytest.raises(InputError, match=r"block 0, q: codes or zeros lie above 7"):
+        _check_ranges(BlockWeights(0, {"q": LinearWeights(weight, None)}, {}))
+
+
 @pytest.mark.parametrize("value", [float("nan"), 0.0, -1.0])
 def test_scales_out_of_range_of_a_foreign_checkpoint(value: float, source: Path, tmp_path) -> None:
     write_awq(open_checkpoint(source), tmp_path / "q")
@@ -174,3 +193,11 @@ def test_inspect_lists_what_cannot_be_opened(source: Path) -> None:
     (source / "model.safetensors").write_bytes(b"")
     with pytest.raises(InputError):
         inspect_path(source)
+
+
+def test_inspect_says_what_is_missing(tmp_path) -> None:
+    with pytest.raises(InputError, match=r"nothing does not exist: expected a checkpoint"):
+        inspect_path(tmp_path / "nothing")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match=r"notes.txt is neither a model folder nor a .gguf file: expected"):
+        inspect_path(tmp_path / "notes.txt")

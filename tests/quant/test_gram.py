@@ -32,6 +32,21 @@ def test_observed_statistics_equal_those_of_all_tokens_and_split_into_fit_and_ho
     torch.testing.assert_close(split.hold, held.t() @ held / len(held), rtol=1e-4, atol=1e-5)
 
 
+def test_every_eighth_sample_is_held_out_whatever_the_chunks() -> None:
+    x = torch.randn(128, 80, 24, generator=torch.Generator().manual_seed(3))
+    held = x[7::8].flatten(0, 1)
+    for chunk in (5, 7, 128):
+        found = observe(x.split(chunk), "x")
+        torch.testing.assert_close(found.hold, held.t() @ held / len(held), rtol=1e-4, atol=1e-5)
+
+
+def test_damping_is_a_share_of_the_mean_of_the_diagonal() -> None:
+    torch.testing.assert_close(
+        damped(torch.diag(torch.tensor([1.0, 3.0])), 0.5).diagonal(), torch.tensor([2.0, 4.0])
+    )
+    assert float(damped(torch.zeros(2, 2), 0.5).diagonal().min()) > 0
+
+
 def test_too_many_broken_tokens_stop() -> None:
     x = torch.ones(2, 8, 4)
     x[0, :4] = torch.nan
