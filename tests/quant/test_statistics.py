@@ -120,6 +120,7 @@ def test_rows_that_are_not_finite_are_left_out_and_counted():
     part = block.inputs["attn_in"]
     assert torch.allclose(part.gram, good.T @ good, rtol=1e-5)
     assert part.bad_rows == 2 and part.good_tokens == 38
+    assert torch.allclose(block.tensors()["attn_in.mean_abs"], good.abs().mean(0), rtol=1e-5)
     assert block.check() == ["layer 0, attn_in: 2 of 40 rows hold NaN or Inf: left out."]
     block.tap("attn_in", torch.full((10, 8), torch.nan))
     with pytest.raises(InputError, match="12 of 50 rows hold NaN or Inf, more than 10%"):
