@@ -80,6 +80,9 @@ class _Round:
     panes: list[_Pane]
     news: asyncio.Event = field(default_factory=asyncio.Event)
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    outcome: list[Any] | None = (
+        None  # what the page shows at its end in place of the answer: it was taken back
+    )
 
     def stop(self) -> None:
         for task in self.tasks:
@@ -150,6 +153,9 @@ class Page:
             current.stop()
             if self._rounds.get(tab) is current:
                 del self._rounds[tab]
+        if current.outcome is not None:
+            yield current.outcome
+            return
         for talk, pane in zip(talks, current.panes, strict=True):
             if pane.text:
                 talk.answered(pane.text)
@@ -164,9 +170,11 @@ class Page:
             view.append({"role": "assistant", "content": shown(pane.text) or "…"})
         return views
 
-    def _stop(self, tab: str) -> None:
+    def _stop(self, tab: str, outcome: list[Any] | None = None) -> None:
+        """End the tab's round; with `outcome`, that is what the page shows then, and the answer is forgotten."""
         running = self._rounds.get(tab)
         if running:
+            running.outcome = outcome
             running.stop()
 
     def build(self) -> tuple[gr.Blocks, gr.I18n]:
@@ -192,7 +200,7 @@ class Page:
                         )
                         speeds.append(gr.HTML("", elem_classes="speed"))
             prompt = gr.Textbox(
-                label=words("prompt"), placeholder=words("hint"), lines=2, max_lines=8,
+                label=words("prompt"), placeholder=words("hint"), lines=1, max_lines=8,  # with more lines Enter does not send
                 max_length=_MAX_PROMPT_CHARS, autofocus=True, elem_id="prompt",
             )  # fmt: skip
             with gr.Row():
@@ -215,14 +223,16 @@ class Page:
                 self._stop(str(request.session_hash))
 
             def undo_turn(talks: list[Conversation], request: gr.Request) -> list[Any]:
-                stop_tab(request)
                 texts = [talk.undo() for talk in talks]
-                return [texts[0] or "", talks, *self._views(talks), *[""] * len(names)]
+                outcome = [texts[0] or "", talks, *self._views(talks), *[""] * len(names)]
+                self._stop(str(request.session_hash), outcome)
+                return outcome
 
             def clear_all(request: gr.Request) -> list[Any]:
-                stop_tab(request)
                 fresh = [Conversation() for _ in names]
-                return ["", fresh, *self._views(fresh), *[""] * len(names)]
+                outcome = ["", fresh, *self._views(fresh), *[""] * len(names)]
+                self._stop(str(request.session_hash), outcome)
+                return outcome
 
             inputs = [prompt, talks, system, temperature, top_p, top_k, repetition, max_tokens, seed]
             outputs = [prompt, talks, *views, *speeds]

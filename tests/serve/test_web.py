@@ -18,6 +18,7 @@ if not (shutil.which("chromium") and shutil.which("chromedriver")):
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from serve.backends import EngineBackend
@@ -119,8 +120,14 @@ def test_the_page(page: webdriver.Chrome, server: LiveServer, engine: FakeEngine
         )
     finally:
         engine.fails = set()
-    element(page, "#clear").click()
-    until(lambda: not texts(page, ".bot.message"))
+    answers = len(texts(page, ".bot.message"))
+    element(page, "#prompt textarea").send_keys(Keys.SHIFT, Keys.ENTER, Keys.NULL, "and again", Keys.ENTER)
+    until(lambda: len(texts(page, ".bot.message")) == answers + 2)  # Shift-Enter did not send, Enter did
+    assert "again\nand again" in texts(page, ".user.message")[-1]
+    element(page, "#clear").click()  # while it streams
+    until(lambda: not engine.live)
+    time.sleep(0.5)  # what was on its way must not bring the answer back
+    assert not texts(page, ".bot.message") and not texts(page, ".user.message")
 
     hosts = set()
     for entry in page.get_log("performance"):
