@@ -19,7 +19,7 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.launch import load_source
 from engine.source import ModelSource
-from engine.subprocesses import claim_output, ignore_signals
+from engine.subprocesses import claim_output, ignore_signals, log_format
 from engine.wire import encode_events
 
 STATS_PERIOD_S = 0.5
@@ -97,5 +97,5 @@ def _stats(core: EngineCore) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="engine: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format=log_format("engine"), stream=sys.stderr)
     sys.exit(main())

@@ -31,7 +31,7 @@ from engine.runner import ModelRunner
 from engine.sampled import PendingSample
 from engine.scheduler import Join, Segment, StepPlan
 from engine.source import ModelSource
-from engine.subprocesses import child_environment, claim_output, ignore_signals
+from engine.subprocesses import child_environment, claim_output, ignore_signals, log_format
 
 GROUP_TIMEOUT = timedelta(minutes=10)  # for the slowest rank to load its weights
 
@@ -173,5 +173,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="rank: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format=log_format("rank"), stream=sys.stderr)
     sys.exit(main())

@@ -2,8 +2,11 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import TextIO
+
+CLEAR_ROW = "\r\x1b[2K"
 
 
 def child_environment() -> dict[str, str]:
@@ -26,6 +29,12 @@ def claim_output() -> TextIO:
     pipe = os.dup(1)
     os.dup2(2, 1)
     return os.fdopen(pipe, "w", encoding="utf-8")
+
+
+def log_format(name: str) -> str:
+    """Format of a child's log lines. In a terminal a line first clears its row, where the parent's spinner may stand."""
+    is_screen = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    return f"{CLEAR_ROW if is_screen else ''}{name}: %(message)s"
 
 
 def ignore_signals() -> None:

@@ -52,15 +52,18 @@ def read_run(path: Path) -> Section:
     """One result as a section of the page."""
     if path.is_dir():
         return manifest_section(path)
+    expected = "give what `evaluate ... --json` or `-o FILE` wrote, or a quantized folder"
     try:
         document = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no result of `evaluate` or `quantize`: {error}.") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist: {expected}.") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON: {expected}.") from error
     rows = document.get("rows") if isinstance(document, dict) else None
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise InputError(
-            f"{path} holds no rows: give what `evaluate ... --json` or `-o FILE` wrote, or a quantized folder."
-        )
+        raise InputError(f"{path} holds no rows: {expected}.")
     if "tok_per_s" in rows[0]:
         return throughput_section(path.name, rows)
     if "ppl" in rows[0]:

@@ -374,6 +374,9 @@ def test_a_run_that_is_no_result_is_refused(content, tmp_path):
     (tmp_path / "run.json").write_text(content)
     done = run("evaluate", "report", tmp_path / "run.json", "-o", tmp_path / "page.html")
     assert done.returncode == 3 and "Traceback" not in done.stderr
+    assert "give what `evaluate ... --json`" in done.stderr
+    missing = run("evaluate", "report", tmp_path / "none.json", "-o", tmp_path / "page.html")
+    assert missing.returncode == 3 and "none.json does not exist: give what" in missing.stderr
 
 
 def test_throughput_of_a_tiny_model(place, quantized):
