@@ -52,7 +52,7 @@ def sample_blocks(
             )
         if not allow_fewer:
             raise InputError(
-                f"{name} holds {total} tokens: {whole} samples of {seqlen}, but {samples} were asked for. "
+                f"{name} holds {total} tokens: {whole} sample{'s' if whole > 1 else ''} of {seqlen}, but {samples} were asked for. "
                 f"Give more text, say --samples {whole}, or pass --allow-fewer to go on with {whole}."
             )
         return ids[: whole * seqlen].view(

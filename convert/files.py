@@ -98,6 +98,9 @@ def write_failure(path: Path, error: OSError) -> ResourceError:
         errno.EFBIG: "the file is above the file-size limit of this process (ulimit -f) or file system. Raise it",
         errno.EROFS: "the file system is read-only. Choose another place or remount it",
         errno.EACCES: "permission is denied. Change the folder's permissions or choose another place",
+        errno.ENOENT: "the folder does not exist. Make it",
+        errno.ENOTDIR: "a part of the path is a file. Choose another place",
+        errno.EISDIR: "a folder of that name is there. Choose another name",
         errno.EPERM: "the operation is not permitted. Choose another place",
     }.get(error.errno or 0, f"{error.strerror}. Check the disk")
     return ResourceError(

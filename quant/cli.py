@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -203,6 +204,18 @@ quant_options: Callable[[Any], Any] = together(
         help="Weights that share a scale.",
     ),
 )
+
+
+def writable_file(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Callback of `-o FILE`: a place where no file can be is refused before the work, not after it."""
+    if value is not None:
+        if Path(value).is_dir():
+            raise click.BadParameter(f"{value} is a folder: expected the name of a file.", context, parameter)
+        if not Path(value).absolute().parent.is_dir():
+            raise click.BadParameter(
+                f"the folder of {value} does not exist: make it first.", context, parameter
+            )
+    return value
 
 
 def print_json(value: Any) -> None:

@@ -14,6 +14,7 @@ from quant.cli import (
     print_json,
     text_options,
     together,
+    writable_file,
 )
 
 METHODS = ("fp16", "rtn", "gptq", "gptq-r", "awq", "fast", "default", "best", "best+distill")
@@ -122,7 +123,11 @@ def ppl(paths: tuple[str, ...], **flags: Any) -> None:
     "llm-compressor-gptq, auto-round.",
 )
 @click.option(
-    "-o", "--output", metavar="FILE", help="Also write the rows to this JSON file, for `evaluate report`."
+    "-o",
+    "--output",
+    metavar="FILE",
+    callback=writable_file,
+    help="Also write the rows to this JSON file, for `evaluate report`.",
 )
 @together(eval_text_options)
 @click.option(
@@ -223,7 +228,11 @@ def table(model: str, **flags: Any) -> None:
 )
 @click.option("--tp", default=1, show_default=True, type=click.IntRange(min=1), help="GPUs to split over.")
 @click.option(
-    "-o", "--output", metavar="FILE", help="Also write the rows to this JSON file, for `evaluate report`."
+    "-o",
+    "--output",
+    metavar="FILE",
+    callback=writable_file,
+    help="Also write the rows to this JSON file, for `evaluate report`.",
 )
 @together(device_options, family_option, json_option, debug_option)
 def throughput(paths: tuple[str, ...], **flags: Any) -> int:
@@ -246,7 +255,9 @@ def throughput(paths: tuple[str, ...], **flags: Any) -> int:
 
 @evaluate.command()
 @click.argument("runs", nargs=-1, required=True)
-@click.option("-o", "--output", required=True, metavar="FILE", help="The page to write.")
+@click.option(
+    "-o", "--output", required=True, metavar="FILE", callback=writable_file, help="The page to write."
+)
 @together(debug_option)
 def report(runs: tuple[str, ...], output: str) -> None:
     """One self-contained page with tables and plots from results: JSON files of `evaluate`, and quantized folders.

@@ -178,7 +178,7 @@ def protocol_line(results: Sequence[PerplexityResult]) -> str:
     """One sentence on how the figures were made."""
     first = results[0]
     bos = "with a leading BOS" if first.bos else "no BOS"
-    line = f"{first.windows} windows of {first.seqlen} tokens of {first.text} ({first.tokens} tokens, {bos}), logits in float32"
+    line = f"{first.windows} window{'s' if first.windows > 1 else ''} of {first.seqlen} tokens of {first.text} ({first.tokens} tokens, {bos}), logits in float32"
     if first.text == BUILTIN:
         line += (
             "; the built-in sample ranks models on the same run, its figures compare with no published ones"

@@ -379,6 +379,15 @@ def test_a_run_that_is_no_result_is_refused(content, tmp_path):
     assert missing.returncode == 3 and "none.json does not exist: give what" in missing.stderr
 
 
+@pytest.mark.parametrize("command", ["table MODEL", "throughput MODEL", "report MODEL"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(command, tmp_path):
+    for place, message in (("none/out.json", "does not exist"), ("", "is a folder")):
+        done = run("evaluate", *command.split(), "-o", tmp_path / place)
+        assert (
+            done.returncode == 2 and message in done.stderr
+        )  # MODEL is no model: that was not looked at yet
+
+
 def test_throughput_of_a_tiny_model(place, quantized):
     done = run(
         "evaluate",
