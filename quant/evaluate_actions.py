@@ -201,7 +201,7 @@ def chosen(text: str, flag: str, known: Sequence[str]) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     wrong = [name for name in names if name not in known]
     if wrong or not names:
-        raise UsageError(f"{flag} {text!r}: expected names of {', '.join(known)}, separated by commas.")
+        raise UsageError(f"{flag} {text!r}: expected one or more of {', '.join(known)}, separated by commas.")
     return list(dict.fromkeys(names))
 
 

@@ -78,9 +78,14 @@ def run_verify(path: str, flags: Flags) -> Outcome:
     marks = {True: "ok  ", False: "FAIL"}
     lines = [f"{marks[check.passed]} {check.name}: {check.detail}" for check in report.checks]
     lines += [f"note: {note}" for note in report.notes]
+    failed = [check.name for check in report.checks if not check.passed]
     lines.append(
         f"{path} ({report.kind}): "
-        + ("all checks passed" if report.passed else "damaged or not what it claims")
+        + (
+            f"{len(failed)} of {len(report.checks)} checks fail: {', '.join(failed)}"
+            if failed
+            else "all checks passed"
+        )
     )
     return Outcome(report.to_json(), ["\n".join(lines)], 0 if report.passed else InputError.exit_code)
 

@@ -67,7 +67,7 @@ class Plan:
         text = f"{self.samples} x {self.seqlen} tokens" if self.samples else "no calibration text"
         lines = [
             f"{self.command}: {self.parameters / 1e6:,.4g} M parameters in {self.layers} layers, {text}, on {self.device} in {self.dtype}",
-            f"memory: about {_gib(self.peak_bytes)} at the peak ({memory})",
+            f"memory: about {_gib(self.peak_bytes)} at the peak beside the program itself ({memory})",
         ]
         if self.generation_bytes:
             lines.append(

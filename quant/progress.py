@@ -134,6 +134,6 @@ def loss_line(reports: Sequence[LinearReport]) -> str:
     """The loss of a block's linears, rounding to nearest against what was kept."""
     rtn = sum(report.loss_rtn for report in reports)
     after = sum(report.loss_after for report in reports)
-    if rtn <= 0:
+    if rtn <= 0 or after == rtn:
         return f"loss {after:.3g}"
     return f"loss {rtn:.3g} -> {after:.3g} ({after / rtn - 1:+.0%})"

@@ -74,7 +74,7 @@ def contenders_of(
     shape = flags["random_weights"]
     if not paths and shape is None:
         raise UsageError(
-            "Nothing to measure: give a PATH, or --random-weights with 7b, 13b, 70b or a config.json."
+            "nothing to measure: give a PATH, or --random-weights with 7b, 13b, 70b or a config.json."
         )
     sources = [(path, ModelSource(path, family=flags["family"])) for path in paths]
     if shape is not None:
