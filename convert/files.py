@@ -179,29 +179,6 @@ def combined_digest(digests: Mapping[Path, str]) -> str:
     return sha256_bytes("".join(f"{digest}  {name}\n" for name, digest in lines).encode())
 
 
-class Unchanged:
-    """Size, time of change and inode of files that are read over a long time, as they were at first."""
-
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self._state = {path: _state(path) for path in paths}
-
-    def check(self, paths: Iterable[Path] | None = None) -> None:
-        """Raises InputError naming a file (None: of all of them) that is not what it was."""
-        for path in self._state if paths is None else paths:
-            if _state(path) != self._state[path]:
-                raise InputError(
-                    f"{show(path.name)} was changed while it was in use. Wait until nothing writes to the source, then start again."
-                )
-
-
-def _state(path: Path) -> tuple[int, int, int]:
-    try:
-        stat = os.stat(path)
-    except OSError as error:
-        raise read_failure(path, error) from error
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
-
-
 def check_free_space(folder: Path, needed_bytes: int, purpose: str) -> None:
     """Raises ResourceError unless the disk of `folder` has `needed_bytes` and 5 % more. The folder need not exist yet."""
     place = folder.absolute()

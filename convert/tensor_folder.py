@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from convert.errors import InputError
-from convert.files import Unchanged
 from convert.json_files import INDEX_LIMIT, read_failure, read_object, show
 from convert.safetensors_files import TensorInfo, check_finite, read_header, read_tensor
+from convert.unchanged import Unchanged
 
 INDEX_NAME = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")

@@ -16,12 +16,12 @@ from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights, Stored
 from convert.config import ModelConfig, QuantFormat
 from convert.errors import InputError
 from convert.families import linear_shapes
-from convert.files import Unchanged
 from convert.hf_config import parse_config
 from convert.json_files import read_bytes, read_object, show
 from convert.manifest import FolderState, folder_state, read_manifest
 from convert.safetensors_files import TensorInfo, check_finite, read_tensor
 from convert.turbomind_config import Shape, parse_config_yaml
+from convert.unchanged import Unchanged
 from convert.workspace_blocks import read_linears, read_norms
 from convert.workspace_ini import check_kv_values, parse_config_ini
 from convert.workspace_packing import GROUP_SIZE, Dialect, Packing, misfits

@@ -1,6 +1,6 @@
 """W4A16 products, y = x @ dequant(w).T: checks operands and picks kernel and tile by shape, from a table for each GPU.
 
-M tokens, N rows of the weight, K in features. Kernels: `w4a16_gemv` and `w4a16_stream` (one token), `w4a16_split` (up to 32),
+M tokens, N rows of the weight, K in features. Kernels: `w4a16_gemv` (one token), `w4a16_split` (up to 32),
 `w4a16_gemm` (up to some hundred), `w4a16_prefill` (more). `tuned/*.json` is written by scripts/tune_kernels.py; a GPU without one uses `tuned/defaults.json`.
 """
 
@@ -22,14 +22,12 @@ from kernels.w4a16_layout import W4Weight, concat, pair, prepare, restore
 from kernels.w4a16_prefill import PrefillTile, dequantize_then_matmul, launch_silu_pairs
 from kernels.w4a16_schedule import GemmTile, Workspace
 from kernels.w4a16_split import SplitTile, launch_split
-from kernels.w4a16_stream import StreamTile, launch_stream
 
 __all__ = ["W4Weight", "concat", "pair", "prepare", "restore", "w4a16_linear", "w4a16_reference"]
 
-Tile = GemvTile | StreamTile | SplitTile | GemmTile | PrefillTile
-TILE_KINDS: dict[str, type[GemvTile | StreamTile | SplitTile | GemmTile | PrefillTile]] = {
+Tile = GemvTile | SplitTile | GemmTile | PrefillTile
+TILE_KINDS: dict[str, type[GemvTile | SplitTile | GemmTile | PrefillTile]] = {
     "gemv": GemvTile,
-    "stream": StreamTile,
     "split": SplitTile,
     "gemm": GemmTile,
     "prefill": PrefillTile,
@@ -86,8 +84,6 @@ def run_tile(
     """Write the product of x (M, K) to out (M, out_features) with a given tile; for the dispatcher and for tuning."""
     if isinstance(tile, GemvTile):
         launch_gemv(x, weight, tile, out, residual, is_dependent)
-    elif isinstance(tile, StreamTile):
-        launch_stream(x, weight, tile, out, residual, is_dependent)
     elif isinstance(tile, SplitTile):
         launch_split(x, weight, tile, workspace_of(x.device), out, residual, is_dependent)
     elif isinstance(tile, GemmTile):

@@ -98,15 +98,15 @@ def _partial(partial, inner, program, tile, run, KB, SIZE: tl.constexpr, mask):
     return tl.load(partial + slot * SIZE + inner, mask=mask, other=0.0, cache_modifier=".cg")
 
 
-@triton.jit(do_not_specialize=["M", "run", "shared", "whole"])
+@triton.jit(do_not_specialize=["M", "run"])
 def w4_matmul(
     x, words, scale_zero, out, bias, residual, partial, arrived,
-    M, N, K, KB, stride_x, run, shared, whole,
+    M, N, K, KB, stride_x, run,
     GROUP: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PAIRED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SWAP: tl.constexpr, SCALE_FIRST: tl.constexpr, STACKED: tl.constexpr,
-    SEGMENTS: tl.constexpr, HYBRID: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     ASM: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = f(sum_k x[m, k] * (q[n, k] - z[n, g]) * s[n, g] + bias[n]) + residual[m, n], f of `store_tile`.
@@ -118,18 +118,14 @@ def w4_matmul(
     in the dot and s multiplies the float32 sum of a group. Products accumulate in float32; one rounding at the end.
     Tiles: BM, BN powers of two, BN >= 16, BM >= 16, or 8 with SWAP (the weights are the left operand, BN >= 64); STACKED
     (needs SWAP and SCALE_FIRST) makes one dot of the four of a block; SEGMENTS >= programs in a tile (any number above 1 where
-    BM * BN > 4096). HYBRID: only the first `shared` tiles are dealt out in runs, and each program does `whole` more alone.
+    BM * BN > 4096).
     Ragged edges: rows >= N are read from row N - 1 and not stored; tokens >= M and k >= K are read as zero.
     """
     BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
     program = tl.program_id(0)
     m_tiles = (M + BM - 1) // BM
-    if HYBRID:
-        total = shared * KB
-        begin = tl.minimum(program * run, total)
-    else:
-        total = m_tiles * ((N + BN - 1) // BN) * KB
-        begin = program * run
+    total = m_tiles * ((N + BN - 1) // BN) * KB
+    begin = program * run
     end = tl.minimum(begin + run, total)
     c = tl.arange(0, 32)
     if DEPENDENT == "waited":
@@ -150,20 +146,9 @@ def w4_matmul(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1
         )
         tl.extra.cuda.gdc_wait()
-    last = (end + KB - 1) // KB
-    items = last
-    if HYBRID:
-        items += whole
-    for item in range(begin // KB, items):
-        tile = item
-        b0 = tl.maximum(begin - item * KB, 0)
-        b1 = tl.minimum(end - item * KB, KB)
-        if (
-            HYBRID
-        ):  # the shared tiles are the first, so that what is waited for at their end is done meanwhile
-            tile = tl.where(item < last, item, shared + (item - last) * tl.num_programs(0) + program)
-            b0 = tl.where(item < last, b0, 0)
-            b1 = tl.where(item < last, b1, KB)
+    for tile in range(begin // KB, (end + KB - 1) // KB):
+        b0 = tl.maximum(begin - tile * KB, 0)
+        b1 = tl.minimum(end - tile * KB, KB)
         n0 = tile // m_tiles * BN
         m = tile % m_tiles * BM + tl.arange(0, BM)
         n = n0 + tl.arange(0, BN)
@@ -215,8 +200,6 @@ def w4_matmul(
         if SEGMENTS > 1:
             first_program = tile * KB // run
             segments = (tile * KB + KB - 1) // run - first_program + 1
-            if HYBRID:
-                segments = tl.where(item < last, segments, 1)
             if segments > 1:
                 if SWAP:
                     inner = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
@@ -266,11 +249,11 @@ def launch_gemm(
         options["launch_pdl"] = True
     w4_matmul[(plan.programs,)](
         x, weight.words, weight.params, out, weight.bias, residual, workspace.partial, workspace.arrived,
-        tokens, weight.rows, weight.in_features, weight.blocks, x.stride(0), plan.run, plan.shared, plan.whole,
+        tokens, weight.rows, weight.in_features, weight.blocks, x.stride(0), plan.run,
         GROUP=weight.group_size,
         EVEN_N=weight.rows % tile.bn == 0, EVEN_K=weight.in_features % BLOCK == 0,
         HAS_BIAS=weight.bias is not None, HAS_RESIDUAL=residual is not None, PAIRED=weight.is_paired,
         BM=tile.bm, BN=tile.bn, SWAP=tile.swap, SCALE_FIRST=tile.scale_first, STACKED=tile.stacked,
-        SEGMENTS=compiled_segments(tile, plan), HYBRID=plan.whole > 0,
+        SEGMENTS=compiled_segments(tile, plan),
         ASM=not interpreted, DEPENDENT=dependent, **options,
     )  # fmt: skip

@@ -12,7 +12,6 @@ from kernels.w4a16_unpack import check_dependent
 
 MAX_SEGMENTS = 16
 UNROLLED = 4096  # elements of a tile up to which its partial sums are added unrolled
-LEAST_RUN = 4  # blocks of a program's share in tiles that others work on too
 MAX_TILES = 1 << 16
 PARTIAL_FLOATS = 1 << 24  # 64 MiB: two tiles of at most BM x BN for each program
 
@@ -22,7 +21,6 @@ class GemmTile:
     """How `w4_matmul` cuts a product: tile BM x BN, operand order, where the scale goes, and how many programs share the work.
 
     `programs_per_sm` programs are started for each multiprocessor (0: one for each tile, so that no tile is shared).
-    `hybrid`: only as many tiles are shared as do not divide evenly, each program does the rest whole: fewer partial sums.
     `stacked`: one dot for each block of 128 k in place of four; the weights are the left operand and scaled first.
     `dependent`: when a dependent launch lets the kernel behind it start: "early" (at once), "waited" (when the kernel ahead
     has ended), "late" (when the products are done), or "never" where a plain launch was measured to be faster.
@@ -37,7 +35,6 @@ class GemmTile:
     programs_per_sm: float
     stacked: bool = False
     dependent: str = "early"
-    hybrid: bool = False
 
     def __post_init__(self) -> None:
         if self.stacked and not (self.swap and self.scale_first):
@@ -67,13 +64,11 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Programs of a launch, units of each, the most programs that share a tile, whole tiles of each besides, shared tiles."""
+    """Programs of a launch, units of each, the most programs that share a tile."""
 
     programs: int
     run: int
     segments: int
-    whole: int = 0
-    shared: int = 0
 
 
 def schedule(tokens: int, rows: int, blocks: int, tile: GemmTile, multiprocessors: int) -> Schedule:
@@ -84,17 +79,11 @@ def schedule(tokens: int, rows: int, blocks: int, tile: GemmTile, multiprocessor
     slots = PARTIAL_FLOATS // (2 * tile.bm * tile.bn)
     if programs == 0 or programs > slots or tiles > MAX_TILES:
         return Schedule(tiles, blocks, 1)
-    whole = tiles // programs if tile.hybrid else 0
-    if whole and 0 < (tiles - whole * programs) * blocks < LEAST_RUN * programs:
-        whole -= 1  # runs would be too short to fill a pipeline
-    shared = tiles - whole * programs
-    run = max(-(-shared * blocks // programs), -(-blocks // (MAX_SEGMENTS - 1)))
+    run = max(-(-total // programs), -(-blocks // (MAX_SEGMENTS - 1)))
     most = 1 if run % blocks == 0 else (blocks - 1) // run + 2 - (blocks % run == 0)
     segments = 1
     while segments < most:  # rounded up to a power of two: fewer binaries
         segments *= 2
-    if whole:
-        return Schedule(programs, run, segments, whole, shared)
     return Schedule(-(-total // run), run, segments)
 
 

@@ -11,10 +11,8 @@ from kernels.w4a16_gemv import GemvTile
 from kernels.w4a16_prefill import PrefillTile
 from kernels.w4a16_schedule import GemmTile, compiled_segments, schedule
 from kernels.w4a16_split import MAX_TOKENS, SplitTile, pieces
-from kernels.w4a16_stream import StreamTile
 
 GEMV = [(4, 8, 2), (8, 8, 2), (8, 16, 4), (4, 16, 4)]
-STREAM = [(8, 8, 4, 4), (4, 8, 2, 4), (16, 8, 8, 4), (8, 16, 8, 3)]
 SPLIT = [(128, 4, 4, 8), (64, 2, 5, 8), (128, 4, 4, 2)]  # bn, warps, stages, ahead
 
 
@@ -38,7 +36,6 @@ def candidates(tokens: int, rows: int, cols: int, sms: int) -> list[Tile]:
     tiles: list[Tile] = []
     if tokens == 1:
         tiles += [GemvTile(*shape) for shape in GEMV]
-        tiles += [StreamTile(*shape) for shape in STREAM]
     if tokens <= MAX_TOKENS:
         for bn, warps, stages, ahead in SPLIT:
             for split in splits(rows, cols, bn, sms)[: 2 if ahead == 8 else 1]:
@@ -69,14 +66,10 @@ def splits(rows: int, cols: int, bn: int, sms: int) -> list[int]:
 def gemm_tiles(tokens: int) -> list[Tile]:
     tiles: list[Tile] = []
 
-    def add(
-        bm: int, bn: int, warps: int, stages: int, order: str, *per_sm: int, hybrid: bool = False
-    ) -> None:
+    def add(bm: int, bn: int, warps: int, stages: int, order: str, *per_sm: int) -> None:
         """order: "left" has the weights as left operand, "stacked" also as one dot, "right" and "late" (scaled last) not."""
         swap, first, stacked = order in ("left", "stacked"), order != "late", order == "stacked"
-        tiles.extend(
-            GemmTile(bm, bn, warps, stages, swap, first, count, stacked, hybrid=hybrid) for count in per_sm
-        )
+        tiles.extend(GemmTile(bm, bn, warps, stages, swap, first, count, stacked) for count in per_sm)
 
     if tokens == 1:
         return []
@@ -90,31 +83,24 @@ def gemm_tiles(tokens: int) -> list[Tile]:
         add(32, 64, 4, 4, "right", 2, 3)
         add(32, 64, 4, 5, "left", 3, 0)
         add(32, 128, 4, 4, "left", 2)
-        add(32, 128, 8, 4, "stacked", 1, hybrid=True)
     elif tokens <= 64:
         add(64, 64, 4, 4, "left", 1)
         add(64, 128, 4, 4, "left", 2, 0)
         add(64, 128, 8, 4, "left", 0)
-        add(64, 128, 8, 4, "left", 1, hybrid=True)
         add(64, 256, 8, 4, "left", 1)
         add(64, 128, 4, 4, "stacked", 1)
         add(64, 128, 8, 4, "stacked", 0, 2)
-        add(64, 128, 8, 4, "stacked", 1, hybrid=True)
         add(64, 256, 8, 4, "stacked", 1)
     elif tokens <= 128:
         add(128, 64, 4, 3, "left", 1, 2)
         add(128, 128, 4, 3, "left", 0)
         add(128, 128, 8, 3, "left", 0)
-        add(128, 128, 8, 3, "left", 1, hybrid=True)
         add(128, 256, 8, 4, "left", 2)
         add(128, 64, 4, 3, "stacked", 1, 2)
         add(128, 128, 8, 4, "stacked", 0)
-        add(128, 128, 8, 4, "stacked", 1, hybrid=True)
-        add(64, 256, 8, 4, "stacked", 1, hybrid=True)
     else:
         add(256, 128, 8, 3, "stacked", 0)
         add(128, 128, 8, 4, "stacked", 0)
-        add(128, 128, 8, 4, "stacked", 1, hybrid=True)
         add(128, 256, 8, 4, "left", 0)
         add(256, 128, 8, 3, "left", 1)
         tiles.append(PrefillTile(8192))
@@ -145,13 +131,9 @@ def binary_key(
             tile.scale_first,
             tile.stacked,
             compiled_segments(tile, plan),
-            plan.whole > 0,
         )
     elif isinstance(tile, GemvTile):
         fields = (tile.bn, tile.blocks, tile.warps, tile.scales_ahead, cols % (tile.blocks * 128) == 0)
-    elif isinstance(tile, StreamTile):
-        shape = (tile.bn, tile.blocks, tile.warps, tile.stages)
-        fields = (*shape, mode == "never" or tile.ahead, cols // 128 % tile.blocks == 0)
     elif isinstance(tile, SplitTile):
         eighths = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
         shape = (tile.bn, tile.warps, tile.stages, eighths)

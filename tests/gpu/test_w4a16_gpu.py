@@ -13,7 +13,6 @@ from kernels.w4a16_layout import W4Weight, pair, prepare, restore
 from kernels.w4a16_prefill import PrefillTile
 from kernels.w4a16_schedule import GemmTile
 from kernels.w4a16_split import SplitTile
-from kernels.w4a16_stream import StreamTile
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,22 +82,15 @@ def test_epilogue(tokens: int, is_paired: bool, dtype: torch.dtype) -> None:
         GemvTile(8, 8, 4, dependent="late"),
         GemvTile(8, 8, 4, dependent="waited"),
         GemmTile(8, 128, 4, 4, True, True, 2, dependent="waited"),
-        StreamTile(8, 8, 4, 4),
-        StreamTile(4, 8, 2, 4, dependent="early"),
-        StreamTile(8, 16, 8, 3, dependent="late"),
         SplitTile(128, 4, 4, 4),
         SplitTile(64, 8, 2, 4, dependent="early"),
         SplitTile(128, 1, 4, 4, dependent="late"),
-        GemmTile(8, 128, 4, 4, True, True, 0.05, hybrid=True),  # 6 programs: two whole tiles each
-        GemmTile(
-            16, 64, 4, 4, True, True, 0.08, stacked=True, hybrid=True
-        ),  # 11 programs: 2 of 24 tiles are shared
         PrefillTile(512),
     ],
 )
 def test_every_kernel_gives_the_same_bits_each_time(tile: Tile) -> None:
     weight = prepare(make(1536, 8192, 128))
-    x = torch.randn(1 if isinstance(tile, (GemvTile, StreamTile)) else 8, 8192, device="cuda").half()
+    x = torch.randn(1 if isinstance(tile, GemvTile) else 8, 8192, device="cuda").half()
     out = torch.empty(x.shape[0], 1536, dtype=torch.float16, device="cuda")
     results = []
     for _ in range(20):
@@ -154,7 +146,7 @@ def test_dependent_products_directly_behind_each_other() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize(("rows", "cols"), [(4096, 4096), (1000, 11008), (192, 576)])
-def test_split_and_stream_products(rows: int, cols: int, group_size: int, dtype: torch.dtype) -> None:
+def test_split_products(rows: int, cols: int, group_size: int, dtype: torch.dtype) -> None:
     """Shapes that fit the tiles and shapes that do not, plain and dependent, whatever the table of this card chooses."""
     quantized = make(rows, cols, min(group_size, cols & -cols))
     weight = prepare(quantized)
@@ -162,7 +154,7 @@ def test_split_and_stream_products(rows: int, cols: int, group_size: int, dtype:
     for tokens in (1, 3, 8, 9, 16, 31):
         x = torch.randn(tokens, cols, device="cuda").to(dtype)
         tiles: list[Tile] = [SplitTile(128, 4, 4, 4), SplitTile(64, 1, 2, 4)]
-        for tile in tiles + [StreamTile(8, 8, 4, 4)] * (tokens == 1):
+        for tile in tiles:
             for is_dependent in (False, True):
                 out = torch.full((tokens, rows), float("nan"), dtype=dtype, device="cuda")
                 run_tile(tile, x, weight, out, is_dependent=is_dependent)
@@ -173,7 +165,7 @@ def test_chains_of_each_way_of_starting_the_kernel_behind() -> None:
     weights = [prepare(make(2048, 2048, 128, seed)) for seed in range(6)]
     for weight in weights:
         weight.params.copy_(weight.params & -65536 | 0x1000)  # scale 4.9e-4: the chain stays in range
-    chains: list[tuple[Tile, int]] = [(StreamTile(8, 8, 4, 4), 1), (SplitTile(128, 8, 4, 4), 6)]
+    chains: list[tuple[Tile, int]] = [(GemvTile(8, 8, 4), 1), (SplitTile(128, 8, 4, 4), 6)]
     chains += [(GemmTile(8, 128, 4, 4, True, True, 1), 6)]
     for tile, tokens in chains:
         x = torch.randn(tokens, 2048, device="cuda").half()

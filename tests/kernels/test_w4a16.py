@@ -21,7 +21,6 @@ from kernels.w4a16_layout import W4Weight, concat, pair, prepare, restore
 from kernels.w4a16_prefill import PrefillTile, launch_dequantize
 from kernels.w4a16_schedule import GemmTile, Schedule, Workspace, schedule
 from kernels.w4a16_split import SplitTile, launch_split, pieces
-from kernels.w4a16_stream import StreamTile, launch_stream
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1.2e-2}  # bf16: up to 3 truncations of 2^-8 each
 needs_interpreter = pytest.mark.skipif(
@@ -149,19 +148,6 @@ def test_gemm_with_stacked_planes(
 
 @needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("rows", "cols", "group_size"), [(32, 1024, 128), (40, 1152, 128), (24, 1088, 64), (33, 288, 32)]
-)
-def test_stream(rows: int, cols: int, group_size: int, dtype: torch.dtype) -> None:
-    quantized = make(rows, cols, group_size)
-    x = inputs(1, cols, dtype)
-    out = torch.full((1, rows), float("nan"), dtype=dtype)
-    launch_stream(x, prepare(quantized), StreamTile(16, 8, 4, 3), out)
-    assert_close(out, x, quantized.dequantize())
-
-
-@needs_interpreter
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("split", [1, 3, 9])
 @pytest.mark.parametrize(
     ("tokens", "rows", "cols", "group_size"),
@@ -198,24 +184,10 @@ def test_any_division_of_the_work_gives_the_product(programs: int) -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("programs", [1, 2, 3, 4, 5])
-def test_whole_tiles_beside_shared_ones_give_the_product(programs: int) -> None:
-    quantized = make(328, 640, 128)  # 6 tiles of rows by 2 of tokens
-    x = inputs(20, 640, torch.float16)
-    weight, workspace = prepare(quantized), scratch()
-    for _ in range(2):
-        out = torch.full((20, 328), float("nan"), dtype=torch.float16)
-        tile = GemmTile(16, 64, 4, 3, True, True, 1, stacked=True, hybrid=True)
-        launch_gemm(x, weight, tile, programs, workspace, out)
-        assert_close(out, x, quantized.dequantize())
-    assert not workspace.arrived.any()
-
-
-@needs_interpreter
-@pytest.mark.parametrize("kind", ["gemv", "stream", "split", "gemm", "swapped"])
+@pytest.mark.parametrize("kind", ["gemv", "split", "gemm", "swapped"])
 @pytest.mark.parametrize("is_paired", [False, True])
 def test_epilogue(kind: str, is_paired: bool) -> None:
-    tokens = 1 if kind in ("gemv", "stream") else 7
+    tokens = 1 if kind == "gemv" else 7
     first, second = make(40, 384, 128, 4), make(40, 384, 128, 5)
     for quantized in (first, second):
         quantized.scales.clamp_(2e-3, 1e-2)
@@ -225,8 +197,6 @@ def test_epilogue(kind: str, is_paired: bool) -> None:
     out = torch.full((tokens, 40), float("nan"), dtype=torch.float16)
     if kind == "gemv":
         launch_gemv(x, weight, GemvTile(16, 8, 4), out, residual)
-    elif kind == "stream":
-        launch_stream(x, weight, StreamTile(16, 8, 4, 3), out, residual)
     elif kind == "split":
         launch_split(x, weight, SplitTile(64, 2, 2, 3), scratch(), out, residual)
     else:
@@ -264,17 +234,11 @@ def test_float_weights_survive_the_whole_path() -> None:
     ("tokens", "rows", "blocks"), [(1, 4096, 32), (16, 22016, 32), (100, 4096, 86), (128, 65, 3)]
 )
 @pytest.mark.parametrize("per_sm", [0, 0.5, 1, 3])
-@pytest.mark.parametrize("hybrid", [False, True])
-def test_schedule_covers_all_work(tokens: int, rows: int, blocks: int, per_sm: float, hybrid: bool) -> None:
-    tile = GemmTile(32, 64, 4, 3, False, True, per_sm, hybrid=hybrid)
+def test_schedule_covers_all_work(tokens: int, rows: int, blocks: int, per_sm: float) -> None:
+    tile = GemmTile(32, 64, 4, 3, False, True, per_sm)
     plan = schedule(tokens, rows, blocks, tile, 132)
     tiles = -(-tokens // 32) * -(-rows // 64)
-    if plan.whole:
-        assert hybrid and plan.shared + plan.whole * plan.programs == tiles
-        tiles = plan.shared
-        assert tiles * blocks <= plan.programs * plan.run
-    else:
-        assert plan.programs * plan.run >= tiles * blocks > (plan.programs - 1) * plan.run
+    assert plan.programs * plan.run >= tiles * blocks > (plan.programs - 1) * plan.run
     for t in range(tiles):
         sharing = (t * blocks + blocks - 1) // plan.run - t * blocks // plan.run + 1
         assert sharing <= plan.segments <= 16
@@ -330,7 +294,6 @@ def test_shipped_tables_are_complete(name: str) -> None:
         (lambda w: GemvTile(16, 8, 4, dependent="soon"), "'soon'"),
         (lambda w: SplitTile(64, 2, 4, 3), "32 rows"),
         (lambda w: SplitTile(64, 2, 2, 3, ahead=3), "power of two"),
-        (lambda w: StreamTile(8, 8, 4, 3, ahead=0), "power of two"),
         (
             lambda w: launch_split(
                 torch.ones(33, 256).half(), w, SplitTile(64, 2, 2, 3), scratch(), torch.ones(33, 64)
