@@ -25,6 +25,7 @@ from kernel_peers import MODULES, PEERS, Cublas, Ours, OursDependent, Peer
 from kernel_timing import Peaks, copies_for, measure_peaks, quiet_capture, time_graph
 from triton.errors import TritonError
 from tune_kernels import precompile, random_weight
+from turbomind_rows import provenance
 
 from kernels.w4a16 import pick, table_of
 from kernels.w4a16_layout import prepare
@@ -266,7 +267,7 @@ def main() -> None:
     for worker in workers:
         worker.terminate()
     peaks = measure_peaks()
-    document = {
+    document = provenance(peaks.name) | {
         "gpu": peaks.name, "versions": versions(), "rows": [],
         "peaks": {"copy_gbps": peaks.copy_bytes_per_us / 1e3, "fp16_tflops": peaks.flop_per_us / 1e6, "l2_bytes": peaks.l2_bytes},
     }  # fmt: skip

@@ -43,3 +43,17 @@ def test_bits_do_not_depend_on_the_batch():
     for i in range(5):
         alone = PagedDecode(tables[i : i + 1], lengths[i : i + 1], 16)(q[i : i + 1], cache, 0.3)
         assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize("kind", ["float", "dynamic"])
+@pytest.mark.parametrize(
+    "pages", [[5, 6, 7, 8], [2, 5, 9, 20], [8, 7, 6, 5]], ids=["run", "gaps", "backwards"]
+)
+def test_pages_in_a_row_and_others(kind, pages):
+    cache, _, q = filled(kind)
+    tables, lengths = torch.tensor([pages], dtype=torch.int32), torch.tensor([63], dtype=torch.int32)
+    before = cache.k.clone(), cache.v.clone()
+    got = PagedDecode(tables, lengths, 16)(q[:1], cache, 0.3)
+    expected = decode_attention_reference(q[:1], cache, tables, lengths, 0.3)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(cache.k, before[0]) and torch.equal(cache.v, before[1])  # read in place, not written
