@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convert.checkpoint import BlockWeights, LinearWeights
+from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
 from engine.attention import causal_attend
 from engine.block import block_forward
@@ -19,6 +19,7 @@ from engine.ops import rms_norm
 from engine.rope import rotary
 from quant.config import QuantConfig
 from quant.gram import fast_products
+from quant.parts import float_block
 from quant.training import (
     Adam,
     FlatLinears,
@@ -90,7 +91,7 @@ def distill(
     positions = torch.arange(window, device=device).repeat(count)
     angles = rotary(config, positions)
     attend = training_attend(causal_attend(count, window, config), device)
-    teacher = [_dense(block, device) for block in source]
+    teacher = [float_block(block, device) for block in source]
     wanted_norm = final_norm.to(device).float()
 
     names = [(position, role) for position, block in enumerate(blocks) for role in block.norms]
@@ -182,14 +183,3 @@ def _schedule(steps: int, warmup: float) -> Tensor:
     step = torch.arange(steps, dtype=torch.float32)
     rise = ((step + 1) / max(1.0, warmup * steps)).clamp(max=1)
     return rise * 0.5 * (1 + torch.cos(torch.pi * step / steps))
-
-
-def _dense(block: BlockWeights, device: torch.device) -> BlockWeights:
-    linears = {}
-    for role, part in block.linears.items():
-        assert isinstance(part.weight, Tensor)
-        bias = None if part.bias is None else part.bias.to(device).float()
-        linears[role] = LinearWeights(part.weight.to(device).float(), bias)
-    return BlockWeights(
-        block.index, linears, {role: norm.to(device).float() for role, norm in block.norms.items()}
-    )

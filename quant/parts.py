@@ -112,6 +112,17 @@ class Parts:
         return found[0].view(*like.shape[:2], -1)
 
 
+def float_block(block: BlockWeights, device: torch.device) -> BlockWeights:
+    """A block that is not quantized, in float32 on the device: for losses and their gradients."""
+    linears = {}
+    for role, part in block.linears.items():
+        assert isinstance(part.weight, Tensor)
+        bias = None if part.bias is None else part.bias.to(device).float()
+        linears[role] = LinearWeights(part.weight.to(device).float(), bias)
+    norms = {role: norm.to(device).float() for role, norm in block.norms.items()}
+    return BlockWeights(block.index, linears, norms)
+
+
 def linear(x: Tensor, weights: LinearWeights, weight: Tensor) -> Tensor:
     """x W^T + b with this dense weight in place of that of `weights`, in the dtype of x."""
     bias = None if weights.bias is None else weights.bias.to(device=x.device, dtype=x.dtype)

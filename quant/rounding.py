@@ -4,9 +4,9 @@ S samples, L tokens a sample, H hidden size, R groups of the block, g group size
 best that was seen on all the text, the start included.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from torch import Tensor
 from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
 from engine.attention import causal_attend
+from quant.ahead import Ahead
 from quant.chunks import chunks
 from quant.config import QuantConfig
 from quant.gram import fast_products
-from quant.parts import Parts
+from quant.parts import Parts, float_block
 from quant.records import LinearReport
 from quant.training import (
     Adam,
@@ -49,6 +50,14 @@ class Learning:
     drop: float = 0.0  # share of tokens whose inputs are those of the float stream (Wei et al., QDrop, 2022)
     hold: int = 0  # every so many samples one is not trained on, and those alone judge; 0: all do both
     pull: float = 0.0  # of codes to their start: share of a step's rate for each step of the grid away
+    ahead: int = 0  # float blocks behind which errors are judged, fewer at the end of the model
+    ahead_share: float = 1.0  # of that loss; the rest is the block's own, each relative to its start
+
+    def __post_init__(self) -> None:
+        if self.ahead < 0:
+            raise ValueError(f"ahead is {self.ahead}: expected 0 or more blocks.")
+        if not 0 < self.ahead_share <= 1:
+            raise ValueError(f"ahead_share is {self.ahead_share}: expected more than 0 and at most 1.")
 
 
 LEARNING = Learning()
@@ -66,6 +75,7 @@ def learn_block(
     metric: Tensor | None = None,
     settings: Learning | None = None,
     float_x: Tensor | None = None,
+    ahead: Ahead | None = None,
 ) -> tuple[BlockWeights, list[LinearReport]]:
     """Train a quantized block so that it maps x to y.
 
@@ -75,8 +85,11 @@ def learn_block(
         metric: (H, H), what an error is multiplied by before it is squared; None: nothing.
         x: (S, L, H) inputs, those of the quantized model; y: (S, L, H) what is wanted after this block.
         float_x: (S, L, H), the inputs in the float model: what dropped tokens read.
+        ahead: float blocks that follow. The loss is then taken behind them, against what they make of y, and the block is
+            kept only where its own loss has not risen either.
 
-    Returns the block and the reports with the step and both losses added: mean squared error per element of y.
+    Returns the block and the reports with the step and both losses added: mean squared error per element of y, before and
+    after; with `ahead`, that behind the last of its blocks too.
     """
     learning = LEARNING if settings is None else settings
     device, steps = x.device, quant.rounding_steps
@@ -97,7 +110,9 @@ def learn_block(
     )
     fit, judges = numbers[~held], numbers[held] if bool(held.any()) else numbers
     size = min(max(1, learning.batch_tokens // x.shape[1]), len(fit))
-    metric = None if metric is None else metric.to(device)
+    metrics = [m if m is None else m.to(device) for m in (metric, ahead.metric if ahead else None)]
+    following = [float_block(one, device) for one in ahead.blocks] if ahead else []
+    shares = (1 - learning.ahead_share, learning.ahead_share) if following else (1.0,)
 
     def current() -> BlockWeights:
         scales = fp16_scale(flat.scales * (1 + scale_move))
@@ -105,20 +120,35 @@ def learn_block(
         moved = {role: fp16_norm(norm * (1 + norm_moves[role])) for role, norm in norms.items()}
         return flat.dense(dense, [moved], device)[0]
 
-    def error(part: Tensor, weights: BlockWeights, dropped: Tensor | None = None) -> Tensor:
+    def behind(out: Tensor) -> Tensor:
+        attend = training_attend(causal_attend(len(out), x.shape[1], config), device)
+        for one in following:
+            out = parts.block(out, one, attend=attend)
+        return out
+
+    def errors(part: Tensor, weights: BlockWeights, dropped: Tensor | None = None) -> list[Tensor]:
+        """Mean squared errors behind the block and, if there are any, behind the blocks ahead."""
         inputs = x[part].float()
         if dropped is not None and float_x is not None:
             inputs = torch.where(dropped, float_x[part].float(), inputs)
         attend = training_attend(causal_attend(len(inputs), x.shape[1], config), device)
-        delta = parts.block(inputs, weights, attend=attend) - y[part].float()
-        return (delta if metric is None else delta @ metric).pow(2).mean()
+        out = parts.block(inputs, weights, attend=attend)
+        deltas = [out - y[part].float()]
+        if following:
+            deltas.append(behind(out) - deep_y[part].float())
+        pairs = zip(deltas, metrics, strict=False)
+        return [(delta if m is None else delta @ m).pow(2).mean() for delta, m in pairs]
 
-    def whole() -> float:
+    def whole() -> list[float]:
         weights = current()
         asked = judges.to(device)
         pieces = [asked[part] for part in chunks(len(judges), x.shape[1], device)]
-        total = sum(error(piece, weights) * len(piece) for piece in pieces)
-        return float(total) / len(judges)
+        found = [[error * len(piece) for error in errors(piece, weights)] for piece in pieces]
+        return [float(sum(each)) / len(judges) for each in zip(*found, strict=True)]
+
+    def weighed(losses: Sequence[Any]) -> Any:
+        """The loss that is trained: of floats, or of tensors."""
+        return sum(loss * gain for loss, gain in zip(losses, gains, strict=True) if gain)
 
     params = [latent, scale_move, *norm_moves.values()]
     rates = [learning.code_rate, learning.scale_rate] + [learning.norm_rate] * len(norm_moves)
@@ -134,7 +164,7 @@ def learn_block(
         drops = (torch.rand(steps, size, x.shape[1], 1, generator=generator) < learning.drop).to(device)
     home = latent.clone() if learning.pull else None
     pull = learning.pull * learning.code_rate / max(steps, _STEADY_STEPS)
-    gain = 1.0
+    gains = [0.0]
 
     def step() -> None:
         chosen = order.index_select(0, counter)[0]
@@ -142,7 +172,7 @@ def learn_block(
             for p in trained:
                 p.requires_grad_(True)
             dropped = None if drops is None else drops.index_select(0, counter)[0]
-            grads = torch.autograd.grad(error(chosen, current(), dropped) * gain, trained)
+            grads = torch.autograd.grad(weighed(errors(chosen, current(), dropped)), trained)
             for p in trained:
                 p.requires_grad_(False)
         with torch.no_grad():
@@ -153,26 +183,30 @@ def learn_block(
             counter.add_(1)
 
     with fast_products(), repeatable(), torch.no_grad():
-        first = best = whole()
-        gain = 1.0 / max(first, 1e-30)  # keeps small gradients away from zero
+        deep_y = parts.map(lambda h: behind(h.float()).to(h.dtype), y) if following else y
+        first = losses = whole()
+        # relative to the start: keeps small gradients away from zero
+        gains = [share / max(loss, 1e-30) for share, loss in zip(shares, first, strict=True)]
         kept = [p.clone() for p in params]
         runner = Steps(step, device)
         for check in range(learning.checks):
             runner.run(steps * (check + 1) // learning.checks - steps * check // learning.checks)
-            loss = whole()
-            if loss < best:
-                best, kept = loss, [p.clone() for p in params]
+            now = whole()
+            if weighed(now) < weighed(losses) and now[0] <= first[0]:
+                losses, kept = now, [p.clone() for p in params]
         for p, value in zip(params, kept, strict=True):
             p.copy_(value)
         codes = torch.clamp(latent.round(), -flat.zeros, max_code - flat.zeros)
         moved = {role: fp16_norm(norm * (1 + norm_moves[role])) for role, norm in norms.items()}
         done = flat.packed(codes, fp16_scale(flat.scales * (1 + scale_move)), [moved])[0]
-    values = {"block_before": first, "block_after": best}
+    values = {"block_before": first[0], "block_after": losses[0]}
+    if following:
+        values |= {"ahead_before": first[1], "ahead_after": losses[1]}
     names = {role for _, role in flat.names}
     return done, [
         replace(
             report,
-            steps=(*report.steps, "rounding") if best < first else report.steps,
+            steps=(*report.steps, "rounding") if losses is not first else report.steps,
             values={**report.values, **values},
         )
         if report.role in names

@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convert.checkpoint import BlockWeights, LinearWeights
+from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
 from convert.families import linear_shapes
 from engine.attention import causal_attend
 from engine.block import block_forward
 from engine.ops import rms_norm
 from engine.rope import rotary
-from kernels.int4 import Quantized
 from quant.gram import fast_products
+from quant.parts import float_block
 from quant.training import repeatable, training_attend
 
 PLAIN = 0.3  # share of the identity in a metric
@@ -60,7 +60,7 @@ def measure_sensitivity(
     hidden, length = config.hidden_size, tokens.shape[1]
     fisher = [torch.zeros(hidden, hidden, device=device) for _ in blocks]
     generator = torch.Generator(device=device).manual_seed(seed)
-    dense = [_float_block(block, device) for block in blocks]
+    dense = [float_block(block, device) for block in blocks]
     table, out_table, norm = (t.to(device).float() for t in (embedding, head, final_norm))
     step = max(1, _STEP_TOKENS // length)
     with fast_products(), repeatable(), torch.enable_grad():
@@ -90,14 +90,3 @@ def _metric(fisher: Tensor, plain: float) -> Tensor:
         return eye
     factor, info = torch.linalg.cholesky_ex((1 - plain) * fisher / mean + plain * eye)
     return eye if int(info) else factor
-
-
-def _float_block(block: BlockWeights, device: torch.device) -> BlockWeights:
-    linears = {}
-    for role, part in block.linears.items():
-        assert not isinstance(part.weight, Quantized)
-        bias = None if part.bias is None else part.bias.to(device).float()
-        linears[role] = LinearWeights(part.weight.to(device).float(), bias)
-    return BlockWeights(
-        block.index, linears, {role: norm.to(device).float() for role, norm in block.norms.items()}
-    )

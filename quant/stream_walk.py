@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.block import Tap
 from quant import rounding
+from quant.ahead import Ahead
 from quant.block_search import BlockSearch
 from quant.experts import quantize_experts
 from quant.folding import Fold, fold_norm, kv_fold, no_fold, norm_fold, row_fold
@@ -31,9 +32,13 @@ class _Float:
 
 
 def search_on_streams(
-    search: BlockSearch, inputs: Streams, tap: Tap | None, metric: Tensor | None
+    search: BlockSearch,
+    inputs: Streams,
+    tap: Tap | None,
+    metric: Tensor | None,
+    ahead: Ahead | None = None,
 ) -> BlockResult:
-    """Quantize the block on its two streams; with `metric` (H, H) or none, learned rounding where the plan has it."""
+    """Quantize the block on its two streams; learned rounding, where the plan has it, reads `metric` (H, H) and `ahead`."""
     x = inputs.quantized
     parts = Parts(search.config, x)
     keep_float = inputs.fp is not x
@@ -57,6 +62,7 @@ def search_on_streams(
             search.reports,
             metric,
             float_x=inputs.fp,
+            ahead=ahead,
         )
         dense = parts.dense(done)
         out = parts.map(lambda h: parts.block(h, dense, tap), x)

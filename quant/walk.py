@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from convert.checkpoint import BlockWeights, Checkpoint
+from quant import rounding
+from quant.ahead import Ahead, Upcoming
 from quant.blocks import quantize_block
 from quant.calibrate import StatisticsFolder
 from quant.chunks import ChunkMemory
@@ -87,10 +89,11 @@ def walk(
     """
     streams = source if isinstance(source, Streams) else None
     metrics = error_metrics(ckpt, quant, tokens, device)
+    upcoming = Upcoming(ckpt, rounding.LEARNING.ahead if _learns(quant) else 0, metrics)
     memory = ChunkMemory(device, None if streams is None else streams.quantized.shape[1])
 
     def search(
-        weights: BlockWeights, saved: SavedStatistics | None, metric: Tensor | None
+        weights: BlockWeights, saved: SavedStatistics | None, metric: Tensor | None, ahead: Ahead | None
     ) -> tuple[BlockResult, HeadRanges | None, tuple[float, float] | None]:
         inputs = saved.grams if saved else streams
         channels = dict(saved.ranges) if saved else {}
@@ -104,16 +107,18 @@ def walk(
             moved = float(factors.min()), float(factors.max())
         seen = BlockStatistics(weights.index, with_grams=False)
         tap = seen.tap_ranges if isinstance(inputs, Streams) else None
-        result = quantize_block(weights, ckpt.config, quant, inputs, device, dtype, tap=tap, metric=metric)
+        result = quantize_block(
+            weights, ckpt.config, quant, inputs, device, dtype, tap=tap, metric=metric, ahead=ahead
+        )
         if saved is not None:
             return result, folded_ranges(channels, weights, result.weights), moved
         ranges = {name: (low.cpu(), high.cpu()) for name, (low, high) in seen.head_ranges().items()}
         return result, ranges or None, moved
 
     for index in range(first, ckpt.config.num_layers):
-        weights = ckpt.block(index)
+        weights, ahead = upcoming.block(index), upcoming.after(index)
         saved = source.block(index) if isinstance(source, StatisticsFolder) else None
-        step = partial(search, weights, saved, metrics[index] if metrics else None)
+        step = partial(search, weights, saved, metrics[index] if metrics else None, ahead)
         (result, ranges, moved), note = memory.run(step, f"layer {index}")
         streams = result.streams
         padding = padding_of(weights) if ckpt.config.padded_from is not None else {}
@@ -124,10 +129,7 @@ def error_metrics(
     ckpt: Checkpoint, quant: QuantConfig, tokens: Tensor | None, device: torch.device
 ) -> list[Tensor] | None:
     """What errors at the output of each block cost the model, for presets that learn rounding and models that fit."""
-    from quant.presets import PLANS
-
-    plan = PLANS.get(quant.preset)
-    if tokens is None or plan is None or not plan.learn or not fits_whole(ckpt.config, device):
+    if tokens is None or not _learns(quant) or not fits_whole(ckpt.config, device):
         return None
     embedding = ckpt.embedding()
     head = embedding if ckpt.config.tie_embeddings else ckpt.lm_head()
@@ -135,6 +137,13 @@ def error_metrics(
     return measure_sensitivity(
         source, ckpt.config, embedding, ckpt.final_norm(), head, tokens, device, quant.seed
     )
+
+
+def _learns(quant: QuantConfig) -> bool:
+    from quant.presets import PLANS
+
+    plan = PLANS.get(quant.preset)
+    return plan is not None and plan.learn
 
 
 def range_record(ranges: HeadRanges) -> dict[str, list[list[float]]]:
