@@ -1,10 +1,11 @@
 """Decode steps as CUDA graphs, one for each size of batch in a short list; a batch runs in the next larger one.
 
-B rows of a bucket, W blocks of a table. Every tensor a graph reads has a fixed address: the four fields of a step (row, position,
-slot, prompt length), the block tables, and the sampler's last tokens, from which the graph takes its inputs, so that the token of
-the step before never visits the host. A graph ends with the likeliest token of each row, already written to the last tokens: a batch
-that draws otherwise writes its own over them. Rows that pad a bucket have position and slot -1, so they are sequences of length 0:
-nothing is written for them, their attention is zero, and their logits go nowhere.
+B rows of a bucket, W blocks of a table. Every tensor that a graph reads or writes and that was made outside it lives as long as
+the graph: the four fields of a step (row, position, slot, prompt length), lengths, block tables, and the sampler's last tokens, from
+which the graph takes its inputs, so that the token of the step before never visits the host. A graph ends with the likeliest token
+of each row, already written to the last tokens: a batch that draws otherwise writes its own over them. Rows that pad a bucket have
+position and slot -1, so they are sequences of length 0: nothing is written for them,
+their attention is zero, and their logits go nowhere.
 """
 
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ class DecodeGraphs:
         self._sizes = sorted({min(size, len(last_tokens) - 1) for size in sizes})
         self.largest = self._sizes[-1]
         self._tables = torch.zeros(self.largest, width, dtype=torch.int32, device=device)
+        self._lengths = torch.zeros(self.largest, dtype=torch.int32, device=device)
         self._padding = np.array([[len(last_tokens) - 1], [-1], [-1], [0]])
         self._uploaded = np.empty((0, width), dtype=np.int32)  # what the tables hold
         self._captured: dict[int, _Captured] = {}
@@ -80,23 +82,22 @@ class DecodeGraphs:
         """Record one step on a batch of padding."""
         fields = torch.empty(4, size, dtype=torch.int64, device=self._model.device)
         upload_into(fields, np.repeat(self._padding, size, axis=1))
-        lengths = torch.zeros(size, dtype=torch.int32, device=self._model.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_STEPS):
-                self._step(fields, lengths)
+                self._step(fields)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits, greedy = self._step(fields, lengths)
+            logits, greedy = self._step(fields)
         self._captured[size] = _Captured(graph, fields, logits, greedy)
         return self._captured[size]
 
-    def _step(self, fields: Tensor, lengths: Tensor) -> tuple[Tensor, Greedy]:
+    def _step(self, fields: Tensor) -> tuple[Tensor, Greedy]:
         rows, positions, slots, prompt_lengths = fields
-        torch.add(positions, 1, out=lengths)
         size = len(rows)
+        lengths = torch.add(positions, 1, out=self._lengths[:size])
         batch = StepBatch(slots, self._tables[:size], lengths, size)
         attend = PagedAttend(self._cache, batch)
         hidden = self._model.hidden(self._last_tokens[rows], positions, attend, prompt_lengths)

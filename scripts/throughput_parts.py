@@ -31,7 +31,8 @@ def run_checks(report: Report, limit_s: float) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit_s)
     tail = done.stdout.strip().splitlines()[-12:]
     print("\n".join(tail), flush=True)
-    report.judge("tests/gpu/test_engine_gpu.py: exit code", done.returncode, 0, at_most=True)
+    failed = abs(done.returncode)  # a signal is a negative code
+    report.judge("tests/gpu/test_engine_gpu.py: exit code", failed, 0, at_most=True)
 
 
 def run_static(report: Report, profile: Path | None) -> None:
