@@ -7,7 +7,8 @@ at fp16, int4, int4 + KV8), chain (ways of starting products behind their neighb
 trace of dialogue lengths under the same cap), served (the same through the HTTP server), 70b (8 sequences of 32K), peer (transformers'
 fp16 `generate` with static cache and compile), tp (70B on two GPUs). `--seconds` bounds the run: a part that would begin later is named as
 left out, one that would end later is broken off, and what it has measured stays. throughput.json and throughput.md are written with every
-row; with --profile, the kernels of a decode step too. The part served needs fastapi, uvicorn and pydantic: scripts/fetch_serve_wheels.sh.
+row, after the runs that are there already where --append is given; with --profile, the kernels of a decode step too. The part served
+needs fastapi, uvicorn and pydantic: scripts/fetch_serve_wheels.sh.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from throughput_parts import (  # noqa: E402
     run_tp,
 )
 from throughput_ppl import run_ppl  # noqa: E402
-from throughput_report import START, Report, log  # noqa: E402
+from throughput_report import START, Report, log, runs_of  # noqa: E402
 from throughput_served import run_served  # noqa: E402
 
 from engine.device_limits import copy_bandwidth  # noqa: E402
@@ -101,6 +102,7 @@ def main() -> int:
     parser.add_argument("--parts", default="checks,ppl,static,memory,dynamic,70b,peer")
     parser.add_argument("--seconds", type=float, default=420.0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks")
+    parser.add_argument("--append", action="store_true", help="keep the runs that are in OUT already")
     parser.add_argument("--requests", type=int, default=500, help="of the trace")
     parser.add_argument("--peer-batches", default="1,16")
     parser.add_argument("--profile", action="store_true", help="also write time by kernel of decode steps")
@@ -114,7 +116,7 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     bandwidth = copy_bandwidth(torch.device("cuda", 0))
     torch.cuda.empty_cache()
-    report = Report(bandwidth, args.out)
+    report = Report(bandwidth, args.out, earlier=runs_of(args.out) if args.append else [])
     log(f"{torch.cuda.get_device_name(0)}: copy bandwidth {bandwidth / 1e12:.2f} TB/s")
     peers = tuple(int(part) for part in args.peer_batches.split(","))
     parts: dict[str, Callable[[float], None]] = {

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from convert.files import atomic_write, write_json  # noqa: E402
+from convert.json_files import read_object  # noqa: E402
 from engine.config import GIB, EngineConfig  # noqa: E402
 from engine.source import ModelSource  # noqa: E402
 from engine.throughput import Bench, Contender, open_bench  # noqa: E402
@@ -58,6 +59,7 @@ class Report:
     rows: list[ThroughputRow] = field(default_factory=list)
     held: list[dict[str, Any]] = field(default_factory=list)  # name, bar, value, holds
     notes: list[str] = field(default_factory=list)
+    earlier: list[dict[str, Any]] = field(default_factory=list)  # runs to keep in front of this one
 
     def add(self, row: ThroughputRow) -> ThroughputRow:
         self.rows.append(row)
@@ -82,10 +84,21 @@ class Report:
         self.save()
 
     def save(self) -> None:
-        """throughput.json and throughput.md."""
-        found = document(self)
-        write_json(self.out / "throughput.json", found)
-        atomic_write(self.out / "throughput.md", markdown(self, found).encode())
+        """throughput.json and throughput.md: the runs before, then this one."""
+        write_runs(self.out, [*self.earlier, document(self)])
+
+
+def runs_of(folder: Path) -> list[dict[str, Any]]:
+    """The runs in the throughput.json of a folder, oldest first; none where there is no such file."""
+    path = folder / "throughput.json"
+    return list(read_object(path)["runs"]) if path.exists() else []
+
+
+def write_runs(folder: Path, runs: list[dict[str, Any]]) -> None:
+    """throughput.json and throughput.md of these runs, each with its own command, commit, date and device."""
+    write_json(folder / "throughput.json", {"runs": runs})
+    text = "\n".join(["# Throughput", "", *(markdown(run) for run in runs)])
+    atomic_write(folder / "throughput.md", text.encode())
 
 
 def contender(kind: str, config: EngineConfig, shape: str = "7b") -> Contender:
@@ -128,33 +141,34 @@ def document(report: Report) -> dict[str, Any]:
     }
 
 
-def markdown(report: Report, found: dict[str, Any]) -> str:
-    """The document as tables for people."""
+def markdown(run: dict[str, Any]) -> str:
+    """One run as tables for people."""
+    versions = run["versions"]
     lines = [
-        "# Throughput",
+        f"`{run['command']}`: {run['device']}, {run['date']}, commit {run['commit'][:9]}, torch {versions['torch']}, triton "
+        f"{versions['triton']}; copy bandwidth {run['copy_bandwidth_tb_per_s']:.2f} TB/s (read + write). Models of random weights: "
+        "speed and memory only.",
         "",
-        f"{found['device']}, {found['date']}, torch {found['versions']['torch']}, triton {found['versions']['triton']}; copy bandwidth "
-        f"{report.bandwidth / 1e12:.2f} TB/s (read + write). Models of random weights: speed and memory only.",
-        "",
-        "| shape | impl | weights | KV | mode | batch | in/out | tok/s | req/s | TTFT ms p50 / p99 | ITL ms p50 / p99 | prefill tok/s | GiB | of limit |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| shape | impl | tp | weights | KV | mode | batch | in/out | tok/s | req/s | TTFT ms p50 / p99 | ITL ms p50 / p99 | prefill tok/s | GiB | of limit | |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for r in report.rows:
+    for r in run["rows"]:
         cells = [
-            r.shape, r.impl, r.weights, r.kv, r.mode, str(r.batch), f"{r.input_len}/{r.output_len}", f"{r.tok_per_s:,.0f}",
-            cell(r.req_per_s, ".2f"), f"{cell(r.ttft_ms_p50, ',.0f')} / {cell(r.ttft_ms_p99, ',.0f')}",
-            f"{cell(r.itl_ms_p50, '.2f')} / {cell(r.itl_ms_p99, '.2f')}", cell(r.prefill_tok_per_s, ",.0f"),
-            cell(r.memory_gib, ".2f"), cell(r.bandwidth_share, ".0%"),
+            r["shape"], r["impl"], str(r["tp"]), r["weights"], r["kv"], r["mode"], str(r["batch"]), f"{r['input_len']}/{r['output_len']}",
+            f"{r['tok_per_s']:,.0f}", cell(r["req_per_s"], ".2f"),
+            f"{cell(r['ttft_ms_p50'], ',.0f')} / {cell(r['ttft_ms_p99'], ',.0f')}",
+            f"{cell(r['itl_ms_p50'], '.2f')} / {cell(r['itl_ms_p99'], '.2f')}", cell(r["prefill_tok_per_s"], ",.0f"),
+            cell(r["memory_gib"], ".2f"), cell(r["bandwidth_share"], ".0%"), r["note"],
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| must hold | bar | measured | |", "| --- | --- | --- | --- |"]
-    for h in report.held:
+    if run["must_hold"]:
+        lines += ["", "| must hold | bar | measured | |", "| --- | --- | --- | --- |"]
+    for h in run["must_hold"]:
         bar = f"{'<=' if h['at_most'] else '>='} {h['bar']:g}"
         lines.append(
             f"| {h['name']} | {bar} | {h['value']:.3g} | {'holds' if h['holds'] else '**missed**'} |"
         )
-    lines += ["", *(f"* {note}" for note in report.notes), ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *(f"* {note}" for note in run["notes"]), ""])
 
 
 def cell(value: float | None, style: str) -> str:

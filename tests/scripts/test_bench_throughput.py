@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from scripts import bench_throughput
-from scripts.bench_throughput import Report, run_parts, run_ppl, run_served
+from scripts.bench_throughput import Report, run_parts, run_ppl, run_served, runs_of
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,19 @@ def report(tmp_path, monkeypatch):
 
 
 def kept(report):
-    return json.loads((report.out / "throughput.json").read_text())
+    return json.loads((report.out / "throughput.json").read_text())["runs"][-1]
+
+
+def test_a_run_is_appended_to_those_before(report):
+    report.note("first")
+    second = Report(1e10, report.out, earlier=runs_of(report.out))
+    second.note("second")
+    second.note("third")
+    assert [run["notes"] for run in runs_of(report.out)] == [["first"], ["second", "third"]]
+    text = (report.out / "throughput.md").read_text()
+    assert text.index("first") < text.index("third") and text.count("copy bandwidth") == 2
+    Report(1e10, report.out).note("alone")
+    assert len(runs_of(report.out)) == 1
 
 
 def test_what_was_found_is_on_disk_at_once_and_a_long_part_is_broken_off(report, monkeypatch):
