@@ -52,12 +52,18 @@ class Learning:
     pull: float = 0.0  # of codes to their start: share of a step's rate for each step of the grid away
     ahead: int = 0  # float blocks behind which errors are judged, fewer at the end of the model
     ahead_share: float = 1.0  # of that loss; the rest is the block's own, each relative to its start
+    noise: float = 0.0  # share of tokens whose inputs are the float stream with the error of another token
+    average: float = 0.0  # weight of the past in a running mean of what is trained, judged beside it; 0: none
 
     def __post_init__(self) -> None:
         if self.ahead < 0:
             raise ValueError(f"ahead is {self.ahead}: expected 0 or more blocks.")
         if not 0 < self.ahead_share <= 1:
             raise ValueError(f"ahead_share is {self.ahead_share}: expected more than 0 and at most 1.")
+        if not 0 <= self.noise <= 1:
+            raise ValueError(f"noise is {self.noise}: expected a share of the tokens, 0 to 1.")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average is {self.average}: expected 0 or more and less than 1.")
 
 
 LEARNING = Learning()
@@ -126,11 +132,21 @@ def learn_block(
             out = parts.block(out, one, attend=attend)
         return out
 
-    def errors(part: Tensor, weights: BlockWeights, dropped: Tensor | None = None) -> list[Tensor]:
-        """Mean squared errors behind the block and, if there are any, behind the blocks ahead."""
+    def varied(part: Tensor) -> Tensor:
+        """Inputs of a step: some tokens with the error of another one, some with none."""
         inputs = x[part].float()
-        if dropped is not None and float_x is not None:
-            inputs = torch.where(dropped, float_x[part].float(), inputs)
+        if float_x is None or (drops is None and swaps is None):
+            return inputs
+        good = float_x[part].float()
+        if swaps is not None:
+            others = swaps.index_select(0, counter)[0]
+            inputs = good + (inputs - good).flatten(0, 1).index_select(0, others).view(good.shape)
+        if drops is not None:
+            inputs = torch.where(drops.index_select(0, counter)[0], good, inputs)
+        return inputs
+
+    def errors(part: Tensor, inputs: Tensor, weights: BlockWeights) -> list[Tensor]:
+        """Mean squared errors behind the block and, if there are any, behind the blocks ahead."""
         attend = training_attend(causal_attend(len(inputs), x.shape[1], config), device)
         out = parts.block(inputs, weights, attend=attend)
         deltas = [out - y[part].float()]
@@ -143,7 +159,9 @@ def learn_block(
         weights = current()
         asked = judges.to(device)
         pieces = [asked[part] for part in chunks(len(judges), x.shape[1], device)]
-        found = [[error * len(piece) for error in errors(piece, weights)] for piece in pieces]
+        found = [
+            [error * len(piece) for error in errors(piece, x[piece].float(), weights)] for piece in pieces
+        ]
         return [float(sum(each)) / len(judges) for each in zip(*found, strict=True)]
 
     def weighed(losses: Sequence[Any]) -> Any:
@@ -158,12 +176,15 @@ def learn_block(
     order = fit[batches(len(fit), size, steps, quant.seed + 1)].to(device)
     schedule = 1 - torch.arange(steps, device=device, dtype=torch.float32) / steps
     counter = torch.zeros(1, dtype=torch.int64, device=device)
-    drops = None
+    drops = swaps = None
     if learning.drop and float_x is not None:
         generator = torch.Generator().manual_seed(quant.seed + 3)
         drops = (torch.rand(steps, size, x.shape[1], 1, generator=generator) < learning.drop).to(device)
+    if learning.noise and float_x is not None:
+        swaps = token_swaps(steps, size, x.shape[1], learning.noise, quant.seed + 4).to(device)
     home = latent.clone() if learning.pull else None
     pull = learning.pull * learning.code_rate / max(steps, _STEADY_STEPS)
+    means = [p.clone() for p in trained] if learning.average else []
     gains = [0.0]
 
     def step() -> None:
@@ -171,8 +192,7 @@ def learn_block(
         with torch.enable_grad():
             for p in trained:
                 p.requires_grad_(True)
-            dropped = None if drops is None else drops.index_select(0, counter)[0]
-            grads = torch.autograd.grad(weighed(errors(chosen, current(), dropped)), trained)
+            grads = torch.autograd.grad(weighed(errors(chosen, varied(chosen), current())), trained)
             for p in trained:
                 p.requires_grad_(False)
         with torch.no_grad():
@@ -180,7 +200,13 @@ def learn_block(
             optimizer.step(grads, factor)
             if home is not None:
                 latent.add_((home - latent) * (factor * pull))
+            for mean, p in zip(means, trained, strict=False):
+                mean.lerp_(p, 1 - learning.average)
             counter.add_(1)
+
+    def put(values: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+        for p, value in zip(into, values, strict=True):
+            p.copy_(value)
 
     with fast_products(), repeatable(), torch.no_grad():
         deep_y = parts.map(lambda h: behind(h.float()).to(h.dtype), y) if following else y
@@ -191,11 +217,14 @@ def learn_block(
         runner = Steps(step, device)
         for check in range(learning.checks):
             runner.run(steps * (check + 1) // learning.checks - steps * check // learning.checks)
-            now = whole()
-            if weighed(now) < weighed(losses) and now[0] <= first[0]:
-                losses, kept = now, [p.clone() for p in params]
-        for p, value in zip(params, kept, strict=True):
-            p.copy_(value)
+            reached = [p.clone() for p in trained]
+            for candidate in [reached, means] if means else [reached]:
+                put(candidate, trained)
+                now = whole()
+                if weighed(now) < weighed(losses) and now[0] <= first[0]:
+                    losses, kept = now, [p.clone() for p in params]
+            put(reached, trained)
+        put(kept, params)
         codes = torch.clamp(latent.round(), -flat.zeros, max_code - flat.zeros)
         moved = {role: fp16_norm(norm * (1 + norm_moves[role])) for role, norm in norms.items()}
         done = flat.packed(codes, fp16_scale(flat.scales * (1 + scale_move)), [moved])[0]
@@ -213,3 +242,19 @@ def learn_block(
         else report
         for report in reports
     ]
+
+
+def token_swaps(steps: int, samples: int, length: int, share: float, seed: int) -> Tensor:
+    """For each step, whose error each of its samples x length tokens reads, (steps, samples * length) int64, on the CPU.
+
+    A share of the tokens read another one's at random, the rest their own. First tokens, which all others attend to and whose
+    errors are of another size, exchange theirs among themselves.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    own = torch.arange(samples * length).view(samples, length)
+    out = own.flatten().repeat(steps, 1)
+    for row in out:
+        for group in (own[:, 0], own[:, 1:].flatten()):
+            hit = group[torch.rand(len(group), generator=generator) < share]
+            row[hit] = group[torch.randperm(len(group), generator=generator)[: len(hit)]]
+    return out

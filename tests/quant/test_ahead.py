@@ -76,6 +76,17 @@ def test_the_loss_behind_the_next_blocks_falls_further_than_the_plain_loss_takes
     assert bytes_of(learned(GENTLE, ahead, monkeypatch)) == bytes_of(deep) != bytes_of(plain)
 
 
+def test_looking_ahead_goes_with_every_other_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead = Ahead(tuple(chain()[1:]))
+    most = replace(GENTLE, toward_float=0.5, drop=0.1, noise=0.1, average=0.5, pull=0.1, ahead_share=0.7)
+    result = learned(most, ahead, monkeypatch)
+    values = result.reports[0].values
+    assert values["ahead_after"] < values["ahead_before"] and values["block_after"] < values["block_before"]
+    assert bytes_of(learned(most, ahead, monkeypatch)) == bytes_of(result)
+    held = learned(replace(most, hold=4), ahead, monkeypatch).reports[0].values
+    assert held["ahead_before"] != values["ahead_before"] and held["ahead_after"] <= held["ahead_before"]
+
+
 def test_a_share_of_the_plain_loss_and_nearer_aims_are_judged_behind_the_blocks_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -140,6 +151,10 @@ def test_the_walk_looks_as_far_ahead_as_there_are_blocks_and_reads_each_once(
         ({"ahead": -1}, "ahead is -1: expected 0 or more"),
         ({"ahead_share": 0.0}, "ahead_share is 0.0"),
         ({"ahead_share": 1.5}, "ahead_share is 1.5"),
+        ({"noise": -0.1}, "noise is -0.1"),
+        ({"noise": 1.1}, "noise is 1.1: expected a share"),
+        ({"average": 1.0}, "average is 1.0"),
+        ({"average": -0.5}, "average is -0.5"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict[str, float], words: str) -> None:

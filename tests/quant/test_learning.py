@@ -116,6 +116,37 @@ def test_a_pull_keeps_codes_and_dropped_tokens_and_nearer_targets_change_what_is
     assert changed_codes(dropped, monkeypatch) == changed_codes(dropped, monkeypatch)
 
 
+def test_borrowed_errors_and_running_means_change_what_is_learned_and_repeat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual = rounding.Learning(code_rate=0.3, scale_rate=0.03, norm_rate=0.03)
+    _, loss, codes = changed_codes(usual, monkeypatch)
+    noisy = changed_codes(replace(usual, noise=0.5), monkeypatch)
+    assert noisy[2] != codes and noisy[1] > loss  # the text that judges is not the one that was trained on
+    assert changed_codes(replace(usual, noise=0.5), monkeypatch) == noisy
+    assert changed_codes(replace(usual, noise=0.5, drop=0.5), monkeypatch)[2] != noisy[2]
+    # rates so high that the steps go to and fro: the mean lies lower
+    wild = replace(usual, code_rate=3.0, scale_rate=0.3, norm_rate=0.3)
+    _, last, other = changed_codes(wild, monkeypatch)
+    _, mean, means = changed_codes(replace(wild, average=0.8), monkeypatch)
+    assert mean < last and means != other
+    # a mean that never leaves the start is no better than what was trained
+    assert changed_codes(replace(usual, average=1 - 1e-9), monkeypatch) == (changed_codes(usual, monkeypatch))
+
+
+def test_errors_are_swapped_within_a_step_and_first_tokens_among_themselves() -> None:
+    swaps = rounding.token_swaps(6, 8, 32, 0.5, seed=1)
+    own = torch.arange(256)
+    first = own % 32 == 0
+    assert swaps.shape == (6, 256) and int(swaps.min()) >= 0 and int(swaps.max()) < 256
+    assert bool((swaps[:, first] % 32 == 0).all()) and bool((swaps[:, ~first] % 32 != 0).all())
+    assert 0.4 < float((swaps != own).float().mean()) < 0.6
+    assert not torch.equal(swaps[0], swaps[1]) and torch.equal(swaps, rounding.token_swaps(6, 8, 32, 0.5, 1))
+    assert bool((rounding.token_swaps(2, 8, 32, 0.0, 1) == own).all())
+    everything = rounding.token_swaps(1, 8, 32, 1.0, 1)[0]
+    assert sorted(everything.tolist()) == own.tolist()  # a permutation
+
+
 def test_the_metric_says_what_errors_cost_the_model() -> None:
     blocks, embedding, head, norm, tokens = small_model()
     config = config_of("llama")
