@@ -1,13 +1,15 @@
 """W4A16 products, y = x @ dequant(w).T: checks operands and picks kernel and tile by shape, from a table for each GPU.
 
 M tokens, N rows of the weight, K in features. Kernels: `w4a16_gemv` (one token), `w4a16_split` (up to 32),
-`w4a16_gemm` (up to some hundred), `w4a16_prefill` (more). `tuned/*.json` is written by scripts/tune_kernels.py; a GPU without one uses `tuned/defaults.json`.
+`w4a16_gemm` (up to some hundred), `w4a16_wgmma` (the same on Hopper, where Triton has Gluon), `w4a16_prefill` (more). `tuned/*.json` is written by scripts/tune_kernels.py; a GPU without one uses `tuned/defaults.json`.
 """
 
 import functools
+import importlib
 import json
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, NamedTuple, Protocol
@@ -16,20 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.int4 import Quantized
 from kernels.w4a16_gemm import launch_gemm
 from kernels.w4a16_gemv import GemvTile, launch_gemv
 from kernels.w4a16_layout import W4Weight, concat, pair, prepare, restore
 from kernels.w4a16_prefill import PrefillTile, dequantize_then_matmul, launch_silu_pairs
-from kernels.w4a16_schedule import GemmTile, Workspace
+from kernels.w4a16_schedule import GemmTile, WgmmaTile, Workspace
 from kernels.w4a16_split import SplitTile, launch_split
 
 __all__ = ["W4Weight", "concat", "pair", "prepare", "restore", "w4a16_linear", "w4a16_reference"]
 
-Tile = GemvTile | SplitTile | GemmTile | PrefillTile
-TILE_KINDS: dict[str, type[GemvTile | SplitTile | GemmTile | PrefillTile]] = {
+Tile = GemvTile | SplitTile | GemmTile | WgmmaTile | PrefillTile
+TILE_KINDS: dict[str, type[GemvTile | SplitTile | GemmTile | WgmmaTile | PrefillTile]] = {
     "gemv": GemvTile,
     "split": SplitTile,
     "gemm": GemmTile,
+    "wgmma": WgmmaTile,
     "prefill": PrefillTile,
 }
 DTYPES = (torch.float16, torch.bfloat16)
@@ -90,6 +94,9 @@ def run_tile(
         launch_gemm(
             x, weight, tile, multiprocessors(x.device), workspace_of(x.device), out, residual, is_dependent
         )
+    elif isinstance(tile, WgmmaTile):
+        launch = importlib.import_module("kernels.w4a16_wgmma").launch_wgmma  # only where Triton has Gluon
+        launch(x, weight, tile, multiprocessors(x.device), workspace_of(x.device), out, residual)
     elif weight.is_paired or weight.bias is not None or residual is not None:
         product = torch.empty(x.shape[0], weight.rows, dtype=x.dtype, device=x.device)
         dequantize_then_matmul(x, weight, tile, product)
@@ -171,10 +178,17 @@ class _Size(NamedTuple):
     in_features: int
 
 
-def pick(table: tuple[Entry, ...], tokens: int, weight: Shape) -> Tile:
-    """The tile of the shape nearest to that of `weight` (by ratios), of the smallest number of tokens that is enough."""
+def pick(table: tuple[Entry, ...], tokens: int, weight: Shape, has_wgmma: bool = False) -> Tile:
+    """The tile of the shape nearest to that of `weight` (by ratios), of the smallest number of tokens that is enough.
+
+    Entries of `w4_wgmma` are passed over without `has_wgmma`, and for a K or N that its bulk copies cannot take.
+    """
     if tokens * max(weight.rows, weight.in_features) >= INDEX_LIMIT:
         return PrefillTile(0)
+    if not has_wgmma or weight.in_features % 8 or weight.rows % 4:
+        table = tuple(entry for entry in table if not isinstance(entry.tile, WgmmaTile))
+        if not table:
+            return PrefillTile(0)
 
     def distance(entry: Entry) -> float:
         size = entry.k * entry.n / (weight.in_features * weight.rows)
@@ -192,7 +206,29 @@ def pick(table: tuple[Entry, ...], tokens: int, weight: Shape) -> Tile:
 @functools.lru_cache(maxsize=4096)
 def _tile(index: int, tokens: int, rows: int, in_features: int) -> Tile:
     """`pick` on the table of a device, remembered: it costs more than the launch, and a step asks again for each layer."""
-    return pick(table_for(_device_name(index)), tokens, _Size(rows, in_features))
+    table = table_for(_device_name(index))
+    named = any(isinstance(entry.tile, WgmmaTile) for entry in table)  # the trial costs some seconds
+    return pick(table, tokens, _Size(rows, in_features), named and has_wgmma(index))
+
+
+@functools.cache
+def has_wgmma(index: int) -> bool:
+    """Whether `w4_wgmma` runs on a device: compute capability 9.0, and a Triton whose Gluon compiles it (tried once)."""
+    if torch.cuda.get_device_capability(index) != (9, 0):
+        return False
+    device = torch.device("cuda", index)
+    codes = torch.zeros(64, 128, dtype=torch.uint8, device=device)
+    ones = torch.ones(64, 1, device=device)
+    weight = prepare(Quantized(codes, ones.half(), ones.to(torch.uint8), 128))
+    out = torch.empty(16, 64, dtype=torch.float16, device=device)
+    try:
+        run_tile(WgmmaTile(16, 64, 1, 2, 0), torch.ones(16, 128, device=device).half(), weight, out)
+        return bool((out == -128).all())
+    except (
+        Exception
+    ) as error:  # each version of Triton fails in its own way: a missing name, the compiler, the launch
+        warnings.warn(f"W4A16 products do without w4_wgmma: {type(error).__name__}: {error}", stacklevel=2)
+        return False
 
 
 @functools.cache

@@ -4,6 +4,7 @@ M tokens, N rows of the weight, KB blocks of 128 along K. Counts only: knows not
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from kernels.w4a16_unpack import check_dependent
 MAX_SEGMENTS = 16
 UNROLLED = 4096  # elements of a tile up to which its partial sums are added unrolled
 MAX_TILES = 1 << 16
+SHARED_BYTES = 227 * 1024  # of one program on compute capability 9.0
 PARTIAL_FLOATS = 1 << 24  # 64 MiB: two tiles of at most BM x BN for each program
 
 
@@ -45,6 +47,54 @@ class GemmTile:
 
 
 @dataclass(frozen=True)
+class WgmmaTile:
+    """How `w4_wgmma` cuts a product: tiles of BM tokens by BN rows, `parts` warp groups of BN / parts rows each.
+
+    `stages` blocks are kept in shared memory; up to `pending` groups of products run while the next operand is unpacked.
+    `programs_per_sm` as in `GemmTile`. Raises ValueError on what the kernel does not compile for.
+    """
+
+    bm: int
+    bn: int
+    parts: int
+    stages: int
+    programs_per_sm: float
+    pending: int = 1
+
+    def __post_init__(self) -> None:
+        if self.parts not in (1, 2) or self.bn // self.parts not in (64, 128) or self.bn % self.parts:
+            raise ValueError(
+                f"bn {self.bn} for {self.parts} warp groups: 1 or 2 groups of 64 or 128 rows each."
+            )
+        if self.bm not in (16, 32, 64, 128, 256) or self.bm * self.bn // self.parts > 128 * 128:
+            raise ValueError(
+                f"bm {self.bm} by {self.bn // self.parts} rows: 16 to 256 tokens, and sums of at most 128 x 128 a warp group."
+            )
+        if self.stages < 2 or self.stages_for(128) < self.stages:
+            raise ValueError(
+                f"{self.stages} stages of {self.bm} tokens by {self.bn} rows: 2 at least, {self.stages_for(128)} fit."
+            )
+        if self.pending not in (1, 2, 3):
+            raise ValueError(f"pending is {self.pending}: 1 to 3 groups of products.")
+
+    def stages_for(self, group_size: int) -> int:
+        """`stages`, or as many as fit into shared memory beside what the epilogue moves at a time (16 tokens, float32)."""
+        stage = self.bm * 256 + self.bn * (64 + 4 * 128 // group_size)
+        return min(self.stages, (SHARED_BYTES - self.bn * 64 - 512) // stage)
+
+
+class Cut(Protocol):
+    """What `schedule` reads of a tile."""
+
+    @property
+    def bm(self) -> int: ...
+    @property
+    def bn(self) -> int: ...
+    @property
+    def programs_per_sm(self) -> float: ...
+
+
+@dataclass(frozen=True)
 class Workspace:
     """Scratch memory of shared tiles on one device: partial (float32) and arrived (int32, all zero between launches).
 
@@ -71,7 +121,7 @@ class Schedule:
     segments: int
 
 
-def schedule(tokens: int, rows: int, blocks: int, tile: GemmTile, multiprocessors: int) -> Schedule:
+def schedule(tokens: int, rows: int, blocks: int, tile: Cut, multiprocessors: int) -> Schedule:
     """Deal tiles * blocks units out in equal runs. Whole tiles where sharing would not fit the workspace."""
     tiles = -(-tokens // tile.bm) * -(-rows // tile.bn)
     total = tiles * blocks

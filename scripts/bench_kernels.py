@@ -27,7 +27,7 @@ from triton.errors import TritonError
 from tune_kernels import precompile, random_weight
 from turbomind_rows import provenance
 
-from kernels.w4a16 import pick, table_of
+from kernels.w4a16 import has_wgmma, pick, table_of
 from kernels.w4a16_layout import prepare
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -258,7 +258,7 @@ def main() -> None:
         for group_size in (128, 64) if (k, n) in GROUP_64 else (128,):
             weight = prepare(random_weight(n, k, group_size, "meta"))
             for m in TOKENS:
-                tile = pick(table, m, weight)
+                tile = pick(table, m, weight, has_wgmma(torch.cuda.current_device()))
                 modes = {"never", getattr(tile, "dependent", "never")}
                 jobs += [(tile, mode, m, n, k, group_size) for mode in sorted(modes)]
     precompile(jobs, arguments.warm_s)

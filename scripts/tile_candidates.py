@@ -9,11 +9,22 @@ from typing import Any
 from kernels.w4a16 import TILE_KINDS, Tile
 from kernels.w4a16_gemv import GemvTile
 from kernels.w4a16_prefill import PrefillTile
-from kernels.w4a16_schedule import GemmTile, compiled_segments, schedule
+from kernels.w4a16_schedule import GemmTile, WgmmaTile, compiled_segments, schedule
 from kernels.w4a16_split import MAX_TOKENS, SplitTile, pieces
 
 GEMV = [(4, 8, 2), (8, 8, 2), (8, 16, 4), (4, 16, 4)]
 SPLIT = [(128, 4, 4, 8), (64, 2, 5, 8), (128, 4, 4, 2)]  # bn, warps, stages, ahead
+
+
+# w4_wgmma, not timed yet: bm, bn, parts, stages, programs a multiprocessor; least and most tokens
+WGMMA = [
+    (64, 256, 2, 5, (0, 1), 64, 128),
+    (64, 128, 1, 3, (0, 2), 64, 64),
+    (64, 128, 2, 6, (0, 1), 64, 64),
+    (128, 128, 2, 5, (0, 1), 128, 256),
+    (128, 256, 2, 4, (0, 1), 128, 2048),
+    (256, 128, 2, 3, (0, 1), 256, 2048),
+]
 
 
 def kind_of(tile: Tile) -> str:
@@ -22,7 +33,7 @@ def kind_of(tile: Tile) -> str:
 
 def modes_of(tile: Tile, tokens: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Ways of starting the kernel behind: those that a tile is timed with, and more for the fastest tiles of a cell."""
-    if isinstance(tile, PrefillTile):
+    if isinstance(tile, PrefillTile | WgmmaTile):
         return ("never",), ()
     if isinstance(tile, GemmTile) and tokens > 32:  # it fills the card alone: nothing can start beside it
         return ("never", "late"), ()
@@ -40,7 +51,17 @@ def candidates(tokens: int, rows: int, cols: int, sms: int) -> list[Tile]:
         for bn, warps, stages, ahead in SPLIT:
             for split in splits(rows, cols, bn, sms)[: 2 if ahead == 8 else 1]:
                 tiles.append(SplitTile(bn, split, warps, stages, ahead))
-    return tiles + [tile for tile in gemm_tiles(tokens) if is_worth_trying(tile, tokens, rows, cols, sms)]
+    tiles += gemm_tiles(tokens) + wgmma_tiles(tokens)
+    return [tile for tile in tiles if is_worth_trying(tile, tokens, rows, cols, sms)]
+
+
+def wgmma_tiles(tokens: int) -> list[Tile]:
+    return [
+        WgmmaTile(bm, bn, parts, stages, count)
+        for bm, bn, parts, stages, counts, least, most in WGMMA
+        if least <= tokens <= most
+        for count in counts
+    ]
 
 
 def splits(rows: int, cols: int, bn: int, sms: int) -> list[int]:
@@ -109,7 +130,7 @@ def gemm_tiles(tokens: int) -> list[Tile]:
 
 def is_worth_trying(tile: Tile, tokens: int, rows: int, cols: int, sms: int) -> bool:
     """Leave out schedules that give less than 2 blocks to a program, and whole tiles that fill less than half of the card."""
-    if not isinstance(tile, GemmTile):
+    if not isinstance(tile, GemmTile | WgmmaTile):
         return True
     blocks = cols // 128
     plan = schedule(tokens, rows, blocks, tile, sms)
@@ -132,6 +153,9 @@ def binary_key(
             tile.stacked,
             compiled_segments(tile, plan),
         )
+    elif isinstance(tile, WgmmaTile):
+        shared = schedule(tokens, rows, cols // 128, tile, sms).segments > 1
+        fields = (tile.bm, tile.bn, tile.parts, tile.stages, tile.pending, shared)
     elif isinstance(tile, GemvTile):
         fields = (tile.bn, tile.blocks, tile.warps, tile.scales_ahead, cols % (tile.blocks * 128) == 0)
     elif isinstance(tile, SplitTile):

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from kernels.int4 import Quantized
-from kernels.w4a16 import Tile, run_tile, table_of, w4a16_linear, w4a16_reference
+from kernels.w4a16 import Tile, has_wgmma, run_tile, table_of, w4a16_linear, w4a16_reference
 from kernels.w4a16_gemv import GemvTile
 from kernels.w4a16_layout import W4Weight, pair, prepare, restore
 from kernels.w4a16_prefill import PrefillTile
-from kernels.w4a16_schedule import GemmTile
+from kernels.w4a16_schedule import GemmTile, WgmmaTile
 from kernels.w4a16_split import SplitTile
 
 pytestmark = [
@@ -159,6 +159,85 @@ def test_split_products(rows: int, cols: int, group_size: int, dtype: torch.dtyp
                 out = torch.full((tokens, rows), float("nan"), dtype=dtype, device="cuda")
                 run_tile(tile, x, weight, out, is_dependent=is_dependent)
                 assert relative_error(out, x.double() @ dense.t()) < TOLERANCE[dtype], (tokens, tile)
+
+
+WGMMA_TILES = [
+    WgmmaTile(128, 256, 2, 4, 0),
+    WgmmaTile(128, 256, 2, 4, 1, pending=2),
+    WgmmaTile(64, 256, 2, 5, 1),
+    WgmmaTile(64, 128, 1, 3, 2),
+    WgmmaTile(256, 128, 2, 3, 0.25),
+]
+
+
+@pytest.fixture
+def hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0) or not has_wgmma(torch.cuda.current_device()):
+        pytest.skip("no device of compute capability 9.0, or a Triton without a Gluon that compiles w4_wgmma")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("tile", WGMMA_TILES)
+@pytest.mark.usefixtures("hopper")
+def test_wgmma_products(tile: WgmmaTile, group_size: int, dtype: torch.dtype) -> None:
+    """Shapes that fit the tiles and shapes that do not; x with rows at odd places; the same bits each time."""
+    for rows, cols in ((2048, 4096), (1000, 1088), (64, 128), (4104, 2048)):
+        quantized = make(rows, cols, min(group_size, cols & -cols))
+        weight = prepare(quantized)
+        dense = quantized.dequantize().double()
+        for tokens in (1, 64, 135, 300):
+            x = torch.randn(tokens, cols, device="cuda").to(dtype)
+            outs = []
+            for operand in (x, x, torch.cat([x[:, :3], x], dim=1)[:, 3:]):
+                outs.append(torch.full((tokens, rows), float("nan"), dtype=dtype, device="cuda"))
+                run_tile(tile, operand, weight, outs[-1])
+            assert relative_error(outs[0], x.double() @ dense.t()) < TOLERANCE[dtype], (rows, cols, tokens)
+            assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2]), (rows, cols, tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("is_paired", [False, True])
+@pytest.mark.parametrize("tile", WGMMA_TILES)
+@pytest.mark.usefixtures("hopper")
+def test_wgmma_epilogue(tile: WgmmaTile, is_paired: bool, dtype: torch.dtype) -> None:
+    bias = torch.randn(520, device="cuda")
+    first = prepare(make(520, 1024, 128, 1), bias)
+    weight = pair(first, prepare(make(520, 1024, 128, 2))) if is_paired else first
+    for tokens in (3, 70, 260):
+        x = torch.randn(tokens, 1024, device="cuda").to(dtype)
+        residual = torch.randn(tokens, 520, device="cuda").to(dtype)
+        out = torch.full_like(residual, float("nan"))
+        run_tile(tile, x, weight, out, residual)
+        assert relative_error(out, w4a16_reference(x.float(), weight, residual.float())) < TOLERANCE[dtype], (
+            tokens
+        )
+
+
+@pytest.mark.usefixtures("hopper")
+def test_wgmma_gives_the_same_bits_in_a_graph_and_beside_other_work() -> None:
+    weight = prepare(make(1536, 8192, 128))
+    x = torch.randn(200, 8192, device="cuda").half()
+    for tile in WGMMA_TILES:
+        out = torch.empty(200, 1536, dtype=torch.float16, device="cuda")
+        run_tile(tile, x, weight, out)
+        expected = out.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(10):
+                run_tile(tile, x, weight, out)
+        for _ in range(10):
+            out.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(out, expected), tile
+
+
+@pytest.mark.usefixtures("hopper")
+def test_wgmma_refuses_what_bulk_copies_cannot_take() -> None:
+    weight = prepare(make(62, 128, 128))
+    x, out = torch.ones(8, 128, device="cuda").half(), torch.empty(8, 62, device="cuda").half()
+    with pytest.raises(ValueError, match="multiples of 8 and 4"):
+        run_tile(WGMMA_TILES[0], x, weight, out)
 
 
 def test_chains_of_each_way_of_starting_the_kernel_behind() -> None:
