@@ -42,6 +42,7 @@ from throughput_report import START, Report, log, runs_of  # noqa: E402
 from throughput_served import run_served  # noqa: E402
 
 from engine.device_limits import copy_bandwidth  # noqa: E402
+from engine.throughput import free_device  # noqa: E402
 from engine.throughput_rows import rows_table  # noqa: E402
 
 # Seconds that a part may take, about twice what it should.
@@ -91,7 +92,7 @@ def run_parts(
             failed += 1
             traceback.print_exc()
             report.note(f"part {name} failed: {type(error).__name__}: {error}")
-        torch.cuda.set_per_process_memory_fraction(1.0)
+        free_device(torch.device("cuda"))
     return failed
 
 

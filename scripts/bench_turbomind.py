@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,10 @@ from turbomind_rows import merge_rows, provenance  # noqa: E402
 
 from convert.readers import open_checkpoint  # noqa: E402
 from convert.workspace_write import write_workspace  # noqa: E402
+from engine.config import EngineConfig  # noqa: E402
+from engine.source import ModelSource  # noqa: E402
+from engine.throughput import Contender, open_bench  # noqa: E402
+from engine.throughput_rows import row_document  # noqa: E402
 
 LIMITS = {"float16": 5e-3, "int4": 5e-3, "bfloat16": 2e-2}  # relative error of the logits
 ARGMAX = 0.99
@@ -56,6 +61,7 @@ LLAMA3 = {
     },
 }
 SPEED_TOKENS = 128  # the oracle's: it times 136 new tokens less 8
+SPEED_PROMPT = 16  # tokens, as in the command
 
 
 @dataclass(frozen=True)
@@ -307,7 +313,7 @@ def device() -> str:
 
 
 def run_speed(args: argparse.Namespace, oracle: list[str]) -> None:
-    """Decode tokens/s of the engine on a 7B-shape int4 workspace of random words, batch 1, 8 and 16, for each kind of KV cache."""
+    """Decode tokens/s of the engine, and of ours, on one 7B-shape int4 workspace of random words, batch 1, 8 and 16, for each KV cache."""
     work = Path(tempfile.mkdtemp(prefix="turbomind-speed-", dir=args.work))
     begin = time.perf_counter()
     write_packed_source(work / "awq", SHAPES[args.shape])
@@ -330,11 +336,40 @@ def run_speed(args: argparse.Namespace, oracle: list[str]) -> None:
         for batch, speed in found.get("speed", {}).items():
             row = {"impl": "turbomind", "shape": args.shape, "tp": 1, "mode": "static", "weights": "int4"}
             row |= {"kv": kv, "kv_mode": "dynamic" if policy else None, "batch": int(batch)}
-            rows.append({**row, "input_len": 16, "output_len": SPEED_TOKENS, "tok_per_s": speed})
+            rows.append({**row, "input_len": SPEED_PROMPT, "output_len": SPEED_TOKENS, "tok_per_s": speed})
+        for row in own_speed(work / "workspace", args.shape, 16 if kv == "fp16" else 8):
+            rows.append(row)
+            print(f"ours, KV {row['kv']}, batch {row['batch']}: {row['tok_per_s']:,.1f} tok/s", flush=True)
         document = provenance(device()) | {"pack_s": packed.elapsed_s, "rows": rows}
         (args.out / "turbomind_speed.json").write_text(json.dumps(document, indent=1) + "\n")
     shutil.rmtree(work)
-    print(json.dumps(rows, indent=1))
+    print(speed_table(rows))
+
+
+def own_speed(workspace: Path, shape: str, kv_bits: int) -> Iterator[dict[str, Any]]:
+    """Rows of our engine on the same workspace: median of the decode steps of SPEED_TOKENS tokens behind the same short prompt."""
+    batches = (1, 8, 16)
+    config = EngineConfig(
+        max_batch=max(batches), context_length=512, kv_bits=kv_bits, graph_batches=batches, warm_up=False
+    )
+    with open_bench(Contender(ModelSource(str(workspace)), config)) as bench:
+        for batch in batches:
+            bench.settle(batch, SPEED_PROMPT)
+            row = row_document(bench.static(batch, SPEED_PROMPT, SPEED_TOKENS))
+            yield {**row, "shape": shape}
+
+
+def speed_table(rows: list[dict[str, Any]]) -> str:
+    """Both engines side by side, as Markdown."""
+    speeds = {(row["impl"], row["kv"], row["batch"]): row["tok_per_s"] for row in rows}
+    lines = [
+        "| KV | batch | TurboMind tok/s | ours tok/s | ours over TurboMind |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for (impl, kv, batch), speed in speeds.items():
+        if impl == "turbomind" and (own := speeds.get(("ours", kv, batch))):
+            lines.append(f"| {kv} | {batch} | {speed:,.0f} | {own:,.0f} | {own / speed:.2f}x |")
+    return "\n".join(lines)
 
 
 def main() -> None:

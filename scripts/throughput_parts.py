@@ -228,6 +228,7 @@ def run_peer(report: Report, batches: tuple[int, ...]) -> None:
             report.judge(
                 f"our fp16 over transformers' at batch {batch}", ours[0].tok_per_s / row.tok_per_s, 1.0
             )
+    torch.compiler.reset()  # compiled code holds the model
 
 
 def run_tp(report: Report) -> None:
