@@ -14,7 +14,7 @@ from torch import Tensor
 from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
 from engine.attention import causal_attend
-from quant.ahead import Ahead
+from quant.ahead import Ahead, EvenGradients
 from quant.chunks import chunks
 from quant.config import QuantConfig
 from quant.gram import fast_products
@@ -52,6 +52,7 @@ class Learning:
     pull: float = 0.0  # of codes to their start: share of a step's rate for each step of the grid away
     ahead: int = 0  # float blocks behind which errors are judged, fewer at the end of the model
     ahead_share: float = 1.0  # of that loss; the rest is the block's own, each relative to its start
+    ahead_limit: float = 1.0  # of a token's gradient through those blocks, in means over the tokens
     noise: float = 0.0  # share of tokens whose inputs are the float stream with the error of another token
     average: float = 0.0  # weight of the past in a running mean of what is trained, judged beside it; 0: none
 
@@ -60,6 +61,8 @@ class Learning:
             raise ValueError(f"ahead is {self.ahead}: expected 0 or more blocks.")
         if not 0 < self.ahead_share <= 1:
             raise ValueError(f"ahead_share is {self.ahead_share}: expected more than 0 and at most 1.")
+        if not self.ahead_limit > 0:
+            raise ValueError(f"ahead_limit is {self.ahead_limit}: expected more than 0 mean lengths.")
         if not 0 <= self.noise <= 1:
             raise ValueError(f"noise is {self.noise}: expected a share of the tokens, 0 to 1.")
         if not 0 <= self.average < 1:
@@ -151,7 +154,7 @@ def learn_block(
         out = parts.block(inputs, weights, attend=attend)
         deltas = [out - y[part].float()]
         if following:
-            deltas.append(behind(out) - deep_y[part].float())
+            deltas.append(behind(EvenGradients.apply(out, learning.ahead_limit)) - deep_y[part].float())
         pairs = zip(deltas, metrics, strict=False)
         return [(delta if m is None else delta @ m).pow(2).mean() for delta, m in pairs]
 

@@ -168,6 +168,7 @@ class Bench:
         blocks: list[BlockWeights] = []
         ranges: list[HeadRanges] = []
         above: list[str] = []
+        unlearned: list[str] = []
         warned: set[str] = set()
         for step in walk(self.ckpt, quant, streams, device, self.dtype, tokens=read):
             blocks.append(step.result.weights)
@@ -177,8 +178,11 @@ class Bench:
                 warned |= set(report.warnings)
                 if report.loss_after > report.loss_rtn * (1 + 1e-6) + 1e-20:
                     above.append(f"{step.index}.{report.role}")
+            if any("block_before" in r.values and "rounding" not in r.steps for r in step.result.reports):
+                unlearned.append(str(step.index))
         seconds = self._elapsed(started)
-        notes = [f"above plain rounding: {', '.join(above[:6])} ({len(above)})"] if above else []
+        notes = [f"nothing learned in blocks {' '.join(unlearned)}"] if unlearned else []
+        notes += [f"above plain rounding: {', '.join(above[:6])} ({len(above)})"] if above else []
         self._judge(arm, quant.preset, blocks, None, ranges, seconds, notes + sorted(warned)[:4])
         for following in arm.passes:
             with in_force(following):

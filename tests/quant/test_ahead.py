@@ -10,7 +10,7 @@ from convert.checkpoint import BlockWeights
 from convert.readers import open_checkpoint
 from kernels.int4 import Quantized
 from quant import rounding
-from quant.ahead import Ahead, Upcoming
+from quant.ahead import Ahead, EvenGradients, Upcoming
 from quant.blocks import quantize_block
 from quant.config import QuantConfig
 from quant.parts import Parts
@@ -56,6 +56,15 @@ def bytes_of(result: BlockResult) -> bytes:
         if isinstance(weight, Quantized)
         for tensor in (weight.codes, weight.scales)
     )
+
+
+def test_no_token_leads_the_steps() -> None:
+    h = torch.zeros(1, 3, 2, requires_grad=True)
+    given = torch.tensor([[[3.0, 4.0], [0.0, 1.0], [0.0, 0.0]]])  # 5, 1 and 0 long, 2 in the mean
+    EvenGradients.apply(h, 1.5).backward(given)
+    assert h.grad is not None
+    torch.testing.assert_close(h.grad, torch.tensor([[[1.8, 2.4], [0.0, 1.0], [0.0, 0.0]]]))
+    assert torch.equal(EvenGradients.apply(given, 1.0), given)
 
 
 @pytest.mark.parametrize("depth", (1, 2))
@@ -151,6 +160,7 @@ def test_the_walk_looks_as_far_ahead_as_there_are_blocks_and_reads_each_once(
         ({"ahead": -1}, "ahead is -1: expected 0 or more"),
         ({"ahead_share": 0.0}, "ahead_share is 0.0"),
         ({"ahead_share": 1.5}, "ahead_share is 1.5"),
+        ({"ahead_limit": 0.0}, "ahead_limit is 0.0"),
         ({"noise": -0.1}, "noise is -0.1"),
         ({"noise": 1.1}, "noise is 1.1: expected a share"),
         ({"average": 1.0}, "average is 1.0"),
