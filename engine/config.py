@@ -26,7 +26,7 @@ class EngineConfig:
     max_step_tokens: int = 2048  # tokens of one step: the prefill chunk, with the decoding sequences
     cuda_graphs: bool = True
     graph_batches: tuple[int, ...] = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128)
-    warm_up: bool = True  # capture all graphs before the first request
+    warm_up: bool = True  # on a GPU: capture all graphs and compile all kernels before the first request
     memory_cap_bytes: int | None = None  # upper limit of what torch allocates on the GPU
     tp: int = 1
     seed: int = 0  # source of the seeds of requests that bring none

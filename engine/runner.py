@@ -5,6 +5,7 @@ for one row (oneDNN) or for one to three a thread (MKL, without packed weights):
 sequence alone, a row of a linear has the same bits whoever shares its batch.
 """
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from engine.sampled import PendingSample
 from engine.sampling import Sampler
 from engine.scheduler import Segment, StepPlan
 from engine.transfer import upload
+from engine.warm_up import warm_up_plans
 from kernels.products import at_most_threads, threads_worth
 
 Ints = npt.NDArray[np.int64]
@@ -79,9 +81,18 @@ class ModelRunner:
         return self._run_eagerly(plan, rows)
 
     def warm_up(self) -> None:
-        """Capture all CUDA graphs before the first request."""
+        """On a GPU: capture all CUDA graphs, and run steps of every kind that a graph does not hold."""
         if self._graphs is not None:
             self._graphs.warm_up()
+        if self.device.type == "cuda":
+            self.take_steps(warm_up_plans(self.config, self.num_blocks, self.context_length))
+
+    def take_steps(self, plans: Iterable[StepPlan]) -> None:
+        """Run steps whose tokens nobody wants."""
+        for plan in plans:
+            pending = self.run(plan)
+            assert pending is not None
+            pending.wait()
 
     def close(self) -> None:
         """Let go of model, cache and graphs: whoever still holds the runner, or a core around it, holds no device memory."""

@@ -15,6 +15,7 @@ from engine.core import EngineCore
 from engine.loading import make_core
 from engine.model import Model, causal_attend
 from engine.random_weights import SHAPES, RandomCheckpoint, random_checkpoint
+from engine.warm_up import warm_up_plans
 
 CPU = torch.device("cpu")
 TINY = replace(SHAPES["tiny"], hidden_size=64, intermediate_size=96, num_heads=4, head_dim=16, vocab_size=300)
@@ -185,3 +186,34 @@ def test_a_cache_without_room_for_one_block_is_refused_with_numbers():
 def test_a_context_beyond_the_models_is_refused():
     with pytest.raises(InputError, match="40000"):
         engine(context_length=40000)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "context", "most"), [(40, 64, 48), (3, 64, 48), (1, 8, 8), (40, 512, 48), (200, 7, 7)]
+)
+def test_steps_before_the_first_request_fit_and_leave_nothing(blocks, context, most):
+    config = EngineConfig(device="cpu", max_batch=5, max_step_tokens=48, block_size=16)
+    plans = list(warm_up_plans(config, blocks, context))
+    assert max(plan.tokens for plan in plans) == most
+    for plan in plans:
+        rows = [segment.row for segment in plan.segments]
+        used = [block for segment in plan.segments for block in segment.blocks]
+        assert rows == list(range(len(rows))) and len(rows) <= config.max_batch
+        assert len(used) == len(set(used)) and max(used) < blocks
+        for segment in plan.segments:
+            assert segment.length in (1, len(segment.token_ids)) and segment.start + segment.length <= context
+            assert segment.start + segment.length <= len(segment.blocks) * config.block_size
+    assert {sum(not s.token_ids for s in plan.segments) for plan in plans} >= ({0, 1} if blocks > 1 else {0})
+
+
+def test_a_request_after_the_warm_up_is_answered_as_without():
+    batch = requests(6, SamplingParams(temperature=0.8, seed=3, max_tokens=12, ignore_eos=True))
+    answers = []
+    for warm in (False, True):
+        core = engine(kv_bits=8)
+        if warm:
+            runner = core.runner
+            runner.take_steps(warm_up_plans(core.config, runner.num_blocks, runner.context_length))
+        answers.append(generate(core, batch))
+        core.close()
+    assert answers[0] == answers[1]
