@@ -20,8 +20,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels import w4a16_unpack
 from kernels.w4a16_layout import BLOCK, W4Weight
 from kernels.w4a16_schedule import WgmmaTile, Workspace, schedule
+from kernels.w4a16_wgmma_store import finish, merge
 
-CHUNK = gl.constexpr(16)  # tokens that the epilogue moves through shared memory at a time
 _fetch = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # the name before and after 3.7
 _barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 _centred, _times, _scale_of, _zero_of = (
@@ -86,43 +86,6 @@ def _first_operand(
 
 
 @gluon.jit
-def _finish(
-    acc, out, bias, residual, m0, n0, M, N,
-    HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, PAIRED: gl.constexpr, TOKENS: gl.constexpr,
-):  # fmt: skip
-    """`store_tile` of w4a16_unpack for acc (ROWS, TOKENS) float32, rows n0 .. by tokens m0 .., CHUNK tokens at a time."""
-    ROWS: gl.constexpr = acc.shape[0]
-    if TOKENS > CHUNK:
-        HALF: gl.constexpr = TOKENS // 2
-        low, high = gl.split(gl.permute(gl.reshape(acc, [ROWS, 2, HALF]), (0, 2, 1)))
-        _finish(low, out, bias, residual, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL, PAIRED, HALF)
-        _finish(high, out, bias, residual, m0 + HALF, n0, M, N, HAS_BIAS, HAS_RESIDUAL, PAIRED, HALF)
-    else:
-        FLAT: gl.constexpr = gl.BlockedLayout([ROWS // 32, 1], [32, 1], [1, 4], [0, 1])
-        value = gl.convert_layout(acc, FLAT)
-        if HAS_BIAS:
-            n = n0 + gl.arange(0, ROWS, gl.SliceLayout(1, FLAT))
-            added = gl.load(bias + n, mask=n < N, other=0.0).to(gl.float32)
-            value = value + gl.expand_dims(added, 1)
-        if PAIRED:
-            gate, up = gl.split(gl.permute(gl.reshape(value, [ROWS // 2, 2, TOKENS]), (0, 2, 1)))
-            HALVED: gl.constexpr = gl.BlockedLayout([ROWS // 64, 1], [32, 1], [1, 4], [0, 1])
-            value = gl.convert_layout(gate / (1.0 + gl.exp(-gate)) * up, HALVED)
-            column = n0 // 2 + gl.arange(0, ROWS // 2, gl.SliceLayout(1, HALVED))
-            m = m0 + gl.arange(0, TOKENS, gl.SliceLayout(0, HALVED))
-            width = N // 2
-        else:
-            column = n0 + gl.arange(0, ROWS, gl.SliceLayout(1, FLAT))
-            m = m0 + gl.arange(0, TOKENS, gl.SliceLayout(0, FLAT))
-            width = N
-        offset = gl.expand_dims(m, 0) * width + gl.expand_dims(column, 1)
-        mask = (gl.expand_dims(m, 0) < M) & (gl.expand_dims(column, 1) < width)
-        if HAS_RESIDUAL:
-            value = value + gl.load(residual + offset, mask=mask, other=0.0).to(gl.float32)
-        gl.store(out + offset, value.to(out.dtype.element_ty), mask=mask)
-
-
-@gluon.jit
 def _consume(
     out, bias, residual, partial, arrived, xs, words, params, full, empty,
     begin, end, run, M, N, KB, m_tiles,
@@ -144,44 +107,38 @@ def _consume(
         for block in range(blocks):
             stage = turn % STAGES
             x = xs.index(stage)
-            token = warpgroup_mma(a, x.slice(0, 32, 1).permute((1, 0)), acc, is_async=True)
+            pending = warpgroup_mma(a, x.slice(0, 32, 1).permute((1, 0)), acc, is_async=True)
             codes = words.index(stage).slice(PART * ROWS, ROWS).load(LEFT)
             scales = _params_of(params, stage, PART * ROWS, ROWS, P, ROW)
             for plane in gl.static_range(1, 4):
                 a = _operand(codes, scales, plane, GROUP, BF16)
-                acc = warpgroup_mma_wait(PENDING, deps=(token,))
-                token = warpgroup_mma(a, x.slice(plane * 32, 32, 1).permute((1, 0)), acc, is_async=True)
+                acc = warpgroup_mma_wait(PENDING, deps=(pending,))
+                pending = warpgroup_mma(a, x.slice(plane * 32, 32, 1).permute((1, 0)), acc, is_async=True)
             turn += 1
             if block + 1 < blocks:
                 a = _first_operand(full, words, params, turn, PART * ROWS, ROWS, LEFT, GROUP, BF16, STAGES)
-            acc = warpgroup_mma_wait(0, deps=(token,))
+            acc = warpgroup_mma_wait(0, deps=(pending,))
             mbarrier.arrive(empty.index((turn + STAGES - 1) % STAGES))
-        complete = True
+        m0 = tile % m_tiles * BM
+        n0 = tile // m_tiles * BN + PART * ROWS
+        is_whole = True
         if SHARED:
             first = tile * KB // run
-            segments = (tile * KB + KB - 1) // run - first + 1
-            if segments > 1:
-                SIZE: gl.constexpr = ROWS * BM
-                row = gl.arange(0, ROWS, gl.SliceLayout(1, SUM))
-                inner = gl.expand_dims(row, 1) * BM + gl.expand_dims(
-                    gl.arange(0, BM, gl.SliceLayout(0, SUM)), 0
-                )
-                program = gl.program_id(0)
-                slot = (program * 2 + (tile != begin // KB).to(gl.int32)) * PARTS + PART
-                gl.store(partial + slot * SIZE + inner, acc)
+            last = (tile * KB + KB - 1) // run + 1
+            is_whole = last - first == 1
+            if not is_whole:
+                row = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, SUM)), 1)
+                token = gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(0, SUM)), 0)
+                slot = (gl.program_id(0) * 2 + (tile != begin // KB).to(gl.int32)) * PARTS + PART
+                gl.store(partial + slot * (ROWS * BM) + token * ROWS + row, acc)
                 _barrier()
                 order = gl.atomic_add(arrived + tile * PARTS + PART, 1, sem="acq_rel")
-                complete = order == segments - 1
-                if complete:
-                    acc = gl.zeros([ROWS, BM], gl.float32, SUM)
-                    for other in range(first, first + segments):
-                        slot = (other * 2 + (tile != other * run // KB).to(gl.int32)) * PARTS + PART
-                        acc += gl.load(partial + slot * SIZE + inner, cache_modifier=".cg")
+                if order == last - first - 1:
+                    merge(partial, out, bias, residual, first, last, tile, run, m0, n0, M, N, KB, PART, PARTS,
+                           HAS_BIAS, HAS_RESIDUAL, PAIRED, ROWS, BM)  # fmt: skip
                     gl.store(arrived + tile * PARTS + PART, 0)
-        if complete:
-            m0 = tile % m_tiles * BM
-            n0 = tile // m_tiles * BN + PART * ROWS
-            _finish(acc, out, bias, residual, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL, PAIRED, BM)
+        if is_whole:
+            finish(acc, out, bias, residual, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL, PAIRED, BM)
 
 
 @gluon.jit(do_not_specialize=["M", "run"])
