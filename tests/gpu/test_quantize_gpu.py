@@ -6,8 +6,10 @@ import pytest
 import torch
 from tiny_runs import LAYERS, files_of, write_runnable, write_text
 
+from quant import rounding
 from quant.calibrate import block_file
 from quant.commands import evaluate, quantize
+from quant.rounding import Learning
 from quant.statistics import load_statistics
 from quant.training import Steps
 
@@ -45,6 +47,15 @@ def test_two_runs_of_one_seed_are_byte_identical(preset, place, tmp_path):
     ]
     for name in ("one", "two"):
         call(quantize, *base, "-o", tmp_path / name)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+def test_every_setting_of_learned_rounding_is_captured_and_repeats(place, tmp_path, monkeypatch):
+    how = Learning(ahead=2, ahead_share=0.5, noise=0.3, average=0.9, drop=0.1, pull=0.1)
+    monkeypatch.setattr(rounding, "LEARNING", how)
+    base = ["awq", place / "model", "--calib-data", place / "text.txt", *SETTINGS, "--device", "cuda"]
+    for name in ("one", "two"):
+        call(quantize, *base, "--preset", "best", "-o", tmp_path / name)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
