@@ -96,7 +96,9 @@ def run_tile(
         )
     elif isinstance(tile, WgmmaTile):
         launch = importlib.import_module("kernels.w4a16_wgmma").launch_wgmma  # only where Triton has Gluon
-        launch(x, weight, tile, multiprocessors(x.device), workspace_of(x.device), out, residual)
+        launch(
+            x, weight, tile, multiprocessors(x.device), workspace_of(x.device), out, residual, is_dependent
+        )
     elif weight.is_paired or weight.bias is not None or residual is not None:
         product = torch.empty(x.shape[0], weight.rows, dtype=x.dtype, device=x.device)
         dequantize_then_matmul(x, weight, tile, product)

@@ -51,7 +51,7 @@ class WgmmaTile:
     """How `w4_wgmma` cuts a product: tiles of BM tokens by BN rows, `parts` warp groups of BN / parts rows each.
 
     `stages` blocks are kept in shared memory; up to `pending` groups of products run while the next operand is unpacked.
-    `programs_per_sm` as in `GemmTile`. Raises ValueError on what the kernel does not compile for.
+    `programs_per_sm` and `dependent` as in `GemmTile`. Raises ValueError on what the kernel does not compile for.
     """
 
     bm: int
@@ -60,8 +60,10 @@ class WgmmaTile:
     stages: int
     programs_per_sm: float
     pending: int = 1
+    dependent: str = "never"
 
     def __post_init__(self) -> None:
+        check_dependent(self.dependent)
         if self.parts not in (1, 2) or self.bn // self.parts not in (64, 128) or self.bn % self.parts:
             raise ValueError(
                 f"bn {self.bn} for {self.parts} warp groups: 1 or 2 groups of 64 or 128 rows each."

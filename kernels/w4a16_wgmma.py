@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import w4a16_unpack
 from kernels.w4a16_layout import BLOCK, W4Weight
@@ -30,25 +31,47 @@ _centred, _times, _scale_of, _zero_of = (
 
 
 @gluon.jit
+def _fetch_weights(
+    word_desc, param_desc, words, params, full, unit, stage, N, KB, m_tiles,
+    GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+):  # fmt: skip
+    """Announce all bytes of a stage, then ask for its words (BN, 32) and P times params (BN,)."""
+    P: gl.constexpr = 128 // GROUP
+    n0 = unit // KB // m_tiles * BN
+    block = unit % KB
+    ready = full.index(stage)
+    mbarrier.expect(ready, BM * 256 + BN * 64 + P * BN * 4)
+    _fetch(word_desc, [block * N + n0, 0], ready, words.index(stage))
+    for group in gl.static_range(P):
+        _fetch(param_desc, [(block * P + group) * N + n0], ready, params.index(stage * P + group))
+
+
+@gluon.jit
 def _produce(
     x_desc, word_desc, param_desc, xs, words, params, full, empty, begin, end, N, KB, m_tiles,
-    GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
-    """Fetch units begin .. end - 1 into the ring: x (BM, 128), words (BN, 32) and P times params (BN,) each."""
-    P: gl.constexpr = 128 // GROUP
+    """Fetch units begin .. end - 1 into the ring; weights, which no kernel ahead writes, before waiting for that kernel."""
+    for unit in range(begin, gl.minimum(begin + STAGES, end)):
+        _fetch_weights(
+            word_desc, param_desc, words, params, full, unit, unit - begin, N, KB, m_tiles, GROUP, BM, BN
+        )
+    if DEPENDENT != "never":
+        gdc_wait()
+        if DEPENDENT == "waited":
+            gdc_launch_dependents()
     for unit in range(begin, end):
         turn = unit - begin
         stage = turn % STAGES
-        tile = unit // KB
-        block = unit % KB
-        n0 = tile // m_tiles * BN
-        ready = full.index(stage)
-        mbarrier.wait(empty.index(stage), (turn // STAGES & 1) ^ 1)
-        mbarrier.expect(ready, BM * 256 + BN * 64 + P * BN * 4)
-        _fetch(word_desc, [block * N + n0, 0], ready, words.index(stage))
-        _fetch(x_desc, [tile % m_tiles * BM, block * 128], ready, xs.index(stage))
-        for group in gl.static_range(P):
-            _fetch(param_desc, [(block * P + group) * N + n0], ready, params.index(stage * P + group))
+        if turn >= STAGES:
+            mbarrier.wait(empty.index(stage), (turn // STAGES & 1) ^ 1)
+            _fetch_weights(
+                word_desc, param_desc, words, params, full, unit, stage, N, KB, m_tiles, GROUP, BM, BN
+            )
+        m0 = unit // KB % m_tiles * BM
+        _fetch(x_desc, [m0, unit % KB * 128], full.index(stage), xs.index(stage))
+    if DEPENDENT == "late":
+        gdc_launch_dependents()
 
 
 @gluon.jit
@@ -91,7 +114,7 @@ def _consume(
     begin, end, run, M, N, KB, m_tiles,
     PART: gl.constexpr, PARTS: gl.constexpr, SHARED: gl.constexpr, BF16: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, PAIRED: gl.constexpr,
-    GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, PENDING: gl.constexpr,
+    GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, PENDING: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """Units begin .. end - 1, rows PART * ROWS .. of each tile: multiply, then store the tile or its partial sum."""
     P: gl.constexpr = 128 // GROUP
@@ -99,6 +122,8 @@ def _consume(
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUM, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, LEFT)
+    if DEPENDENT != "never":
+        gdc_wait()
     turn = 0
     for tile in range(begin // KB, (end + KB - 1) // KB):
         blocks = gl.minimum(end - tile * KB, KB) - gl.maximum(begin - tile * KB, 0)
@@ -141,13 +166,13 @@ def _consume(
             finish(acc, out, bias, residual, m0, n0, M, N, HAS_BIAS, HAS_RESIDUAL, PAIRED, BM)
 
 
-@gluon.jit(do_not_specialize=["M", "run"])
+@gluon.jit(do_not_specialize=["M", "KB", "run"])
 def w4_wgmma(
     x_desc, word_desc, param_desc, out, bias, residual, partial, arrived,
     M, N, KB, run,
     GROUP: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_RESIDUAL: gl.constexpr, PAIRED: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, PENDING: gl.constexpr,
-    SHARED: gl.constexpr,
+    SHARED: gl.constexpr, DEPENDENT: gl.constexpr,
 ):  # fmt: skip
     """out[m, n] = f(sum_k x[m, k] * (q[n, k] - z[n, g]) * s[n, g] + bias[n]) + residual[m, n], f of `store_tile`.
 
@@ -159,6 +184,8 @@ def w4_wgmma(
     issued. SHARED: programs may share a tile; else each program has whole tiles. Needs 4 warps and compute capability 9.0.
     Ragged edges: rows beyond a block belong to the next block or are zero, and are not stored.
     """
+    if DEPENDENT == "early":
+        gdc_launch_dependents()
     BF16: gl.constexpr = x_desc.dtype == gl.bfloat16
     P: gl.constexpr = 128 // GROUP
     m_tiles = (M + BM - 1) // BM
@@ -178,12 +205,12 @@ def w4_wgmma(
             [
                 (_consume, (out, bias, residual, partial, arrived, xs, words, params, full, empty,
                             begin, end, run, M, N, KB, m_tiles, 0, PARTS, SHARED, BF16,
-                            HAS_BIAS, HAS_RESIDUAL, PAIRED, GROUP, BM, BN, STAGES, PENDING)),
+                            HAS_BIAS, HAS_RESIDUAL, PAIRED, GROUP, BM, BN, STAGES, PENDING, DEPENDENT)),
                 (_consume, (out, bias, residual, partial, arrived, xs, words, params, full, empty,
                             begin, end, run, M, N, KB, m_tiles, 1, PARTS, SHARED, BF16,
-                            HAS_BIAS, HAS_RESIDUAL, PAIRED, GROUP, BM, BN, STAGES, PENDING)),
+                            HAS_BIAS, HAS_RESIDUAL, PAIRED, GROUP, BM, BN, STAGES, PENDING, DEPENDENT)),
                 (_produce, (x_desc, word_desc, param_desc, xs, words, params, full, empty,
-                            begin, end, N, KB, m_tiles, GROUP, BM, BN, STAGES)),
+                            begin, end, N, KB, m_tiles, GROUP, BM, BN, STAGES, DEPENDENT)),
             ],
             [4, 1],
             [232, 40],
@@ -193,9 +220,9 @@ def w4_wgmma(
             [
                 (_consume, (out, bias, residual, partial, arrived, xs, words, params, full, empty,
                             begin, end, run, M, N, KB, m_tiles, 0, PARTS, SHARED, BF16,
-                            HAS_BIAS, HAS_RESIDUAL, PAIRED, GROUP, BM, BN, STAGES, PENDING)),
+                            HAS_BIAS, HAS_RESIDUAL, PAIRED, GROUP, BM, BN, STAGES, PENDING, DEPENDENT)),
                 (_produce, (x_desc, word_desc, param_desc, xs, words, params, full, empty,
-                            begin, end, N, KB, m_tiles, GROUP, BM, BN, STAGES)),
+                            begin, end, N, KB, m_tiles, GROUP, BM, BN, STAGES, DEPENDENT)),
             ],
             [1],
             [40],
@@ -219,10 +246,11 @@ def launch_wgmma(
     workspace: Workspace,
     out: Tensor,
     residual: Tensor | None = None,
+    is_dependent: bool = False,
 ) -> None:
     """Write the product of x (M, K) and `weight` to out (M, out_features). Operands as `w4a16_linear` has checked them.
 
-    x is copied where its rows do not start at multiples of 16 bytes. Always a plain launch.
+    x is copied where its rows do not start at multiples of 16 bytes.
     Raises ValueError for K that is no multiple of 8 or N that is none of 4: a bulk copy starts at multiples of 16 bytes.
     """
     tokens, cols = x.shape
@@ -231,6 +259,12 @@ def launch_wgmma(
     if x.data_ptr() % 16 or x.stride(0) % 8:
         x = x.clone(memory_format=torch.contiguous_format)
     plan = schedule(tokens, weight.rows, weight.blocks, tile, multiprocessors)
+    dependent = tile.dependent if is_dependent else "never"
+    options = {"num_warps": 4}
+    if tile.parts == 1:
+        options["maxnreg"] = 128  # two programs to a multiprocessor
+    if dependent != "never":
+        options["launch_pdl"] = True
     words = weight.words.view(-1, weight.words.shape[-1])
     params = weight.params.view(-1)
     x_layout, word_layout, param_layout = operand_layouts()
@@ -243,5 +277,5 @@ def launch_wgmma(
         GROUP=weight.group_size, HAS_BIAS=weight.bias is not None, HAS_RESIDUAL=residual is not None,
         PAIRED=weight.is_paired,
         BM=tile.bm, BN=tile.bn, PARTS=tile.parts, STAGES=tile.stages_for(weight.group_size), PENDING=tile.pending,
-        SHARED=plan.segments > 1, num_warps=4, maxnreg=128 if tile.parts == 1 else None,
+        SHARED=plan.segments > 1, DEPENDENT=dependent, **options,
     )  # fmt: skip

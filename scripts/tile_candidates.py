@@ -33,8 +33,10 @@ def kind_of(tile: Tile) -> str:
 
 def modes_of(tile: Tile, tokens: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Ways of starting the kernel behind: those that a tile is timed with, and more for the fastest tiles of a cell."""
-    if isinstance(tile, PrefillTile | WgmmaTile):
+    if isinstance(tile, PrefillTile):
         return ("never",), ()
+    if isinstance(tile, WgmmaTile):
+        return ("never", "waited"), ("early", "late")
     if isinstance(tile, GemmTile) and tokens > 32:  # it fills the card alone: nothing can start beside it
         return ("never", "late"), ()
     if isinstance(tile, GemmTile):

@@ -25,7 +25,6 @@ from kernels.int4 import Quantized
 from kernels.w4a16 import TILE_KINDS, Tile, multiprocessors, run_tile
 from kernels.w4a16_layout import W4Weight, prepare
 from kernels.w4a16_prefill import PrefillTile
-from kernels.w4a16_schedule import WgmmaTile
 from kernels.w4a16_unpack import DEPENDENT_MODES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +52,7 @@ Job = tuple[Tile, str, int, int, int, int]  # tile, way of starting, tokens, row
 
 def started(tile: Tile, mode: str) -> Tile:
     """The tile with its way of starting the kernel behind it."""
-    return tile if isinstance(tile, PrefillTile | WgmmaTile) else replace(tile, dependent=mode)
+    return tile if isinstance(tile, PrefillTile) else replace(tile, dependent=mode)
 
 
 def compile_worker(path: str) -> None:

@@ -164,8 +164,8 @@ def test_split_products(rows: int, cols: int, group_size: int, dtype: torch.dtyp
 WGMMA_TILES = [
     WgmmaTile(128, 256, 2, 4, 0),
     WgmmaTile(128, 256, 2, 4, 1, pending=2),
-    WgmmaTile(64, 256, 2, 5, 1),
-    WgmmaTile(64, 128, 1, 3, 2),
+    WgmmaTile(64, 256, 2, 5, 1, dependent="waited"),
+    WgmmaTile(64, 128, 1, 3, 2, dependent="early"),
     WgmmaTile(256, 128, 2, 3, 0.25),
 ]
 
@@ -191,7 +191,7 @@ def test_wgmma_products(tile: WgmmaTile, group_size: int, dtype: torch.dtype) ->
             outs = []
             for operand in (x, x, torch.cat([x[:, :3], x], dim=1)[:, 3:]):
                 outs.append(torch.full((tokens, rows), float("nan"), dtype=dtype, device="cuda"))
-                run_tile(tile, operand, weight, outs[-1])
+                run_tile(tile, operand, weight, outs[-1], is_dependent=True)
             assert relative_error(outs[0], x.double() @ dense.t()) < TOLERANCE[dtype], (rows, cols, tokens)
             assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2]), (rows, cols, tokens)
 
@@ -225,7 +225,7 @@ def test_wgmma_gives_the_same_bits_in_a_graph_and_beside_other_work() -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(10):
-                run_tile(tile, x, weight, out)
+                run_tile(tile, x, weight, out, is_dependent=True)
         for _ in range(10):
             out.fill_(float("nan"))
             graph.replay()
@@ -246,6 +246,8 @@ def test_chains_of_each_way_of_starting_the_kernel_behind() -> None:
         weight.params.copy_(weight.params & -65536 | 0x1000)  # scale 4.9e-4: the chain stays in range
     chains: list[tuple[Tile, int]] = [(GemvTile(8, 8, 4), 1), (SplitTile(128, 8, 4, 4), 6)]
     chains += [(GemmTile(8, 128, 4, 4, True, True, 1), 6)]
+    if torch.cuda.get_device_capability() == (9, 0) and has_wgmma(torch.cuda.current_device()):
+        chains += [(WgmmaTile(64, 256, 2, 5, 1), 64), (WgmmaTile(128, 128, 2, 5, 0), 200)]
     for tile, tokens in chains:
         x = torch.randn(tokens, 2048, device="cuda").half()
         buffers = [torch.empty_like(x) for _ in weights]

@@ -21,7 +21,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from kernels import w4a16_wgmma
 
 def build(half, parts, **constants):
-    constants = dict(GROUP=128, HAS_BIAS=True, HAS_RESIDUAL=True, PAIRED=False, PENDING=1, SHARED=True, PARTS=parts) | constants
+    constants = dict(GROUP=128, HAS_BIAS=True, HAS_RESIDUAL=True, PAIRED=False, PENDING=1, SHARED=True, PARTS=parts, DEPENDENT="never") | constants
     x, words, params = w4a16_wgmma.operand_layouts()
     kinds = {
         "x_desc": f"tensordesc<{half}[{constants['BM']}, 128],{x!r}>",
@@ -38,7 +38,7 @@ def build(half, parts, **constants):
     assert "wgmma.wait_group.sync.aligned 1" in built.asm["ptx"]
 
 build("fp16", 2, BM=128, BN=256, STAGES=4)
-build("bf16", 2, BM=64, BN=256, STAGES=5, GROUP=32, PAIRED=True)
+build("bf16", 2, BM=64, BN=256, STAGES=5, GROUP=32, PAIRED=True, DEPENDENT="waited")
 build("fp16", 1, BM=64, BN=128, STAGES=3, GROUP=64, SHARED=False)
 print("compiled")
 """
