@@ -7,7 +7,7 @@ The fetching warp keeps a ring of STAGES blocks in shared memory full (bulk tens
 "empty" a stage). Each warp group owns BN / PARTS rows of the tile: it unpacks 32 k into registers, the left operand of `wgmma`,
 while the products of the 32 k before run, and the first 32 k of the next block while the last of this one run.
 Products cross no turn of the loop in flight: ptxas would put them one after the other.
-Units of work and the sums of shared tiles are those of `w4a16_gemm`. Import this where Gluon exists (`is_supported` of w4a16).
+Units of work and the sums of shared tiles are those of `w4a16_gemm`. Import this where Gluon exists (`has_wgmma` of w4a16 tells).
 """
 
 import torch
@@ -250,13 +250,13 @@ def launch_wgmma(
 ) -> None:
     """Write the product of x (M, K) and `weight` to out (M, out_features). Operands as `w4a16_linear` has checked them.
 
-    x is copied where its rows do not start at multiples of 16 bytes.
+    x is copied where its rows overlap or do not start at multiples of 16 bytes.
     Raises ValueError for K that is no multiple of 8 or N that is none of 4: a bulk copy starts at multiples of 16 bytes.
     """
     tokens, cols = x.shape
     if cols % 8 or weight.rows % 4:
         raise ValueError(f"K = {cols}, N = {weight.rows}: w4_wgmma takes multiples of 8 and 4.")
-    if x.data_ptr() % 16 or x.stride(0) % 8:
+    if x.data_ptr() % 16 or x.stride(0) % 8 or x.stride(0) < cols:
         x = x.clone(memory_format=torch.contiguous_format)
     plan = schedule(tokens, weight.rows, weight.blocks, tile, multiprocessors)
     dependent = tile.dependent if is_dependent else "never"
