@@ -11,7 +11,6 @@ from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
 from convert.errors import InputError
 from engine.block import Tap
-from quant.ahead import Ahead
 from quant.awq_published import quantize_published
 from quant.block_search import BlockSearch
 from quant.config import QuantConfig
@@ -32,7 +31,6 @@ def quantize_block(
     *,
     tap: Tap | None = None,
     metric: Tensor | None = None,
-    ahead: Ahead | None = None,
 ) -> BlockResult:
     """Quantize the linears of one block.
 
@@ -40,7 +38,6 @@ def quantize_block(
         inputs: hidden states before the block; statistics of the float stream for `fast` alone; None for `rtn`.
         dtype: of the forward passes; the search itself computes in float32.
         metric: (H, H), what errors of the block's output cost (`measure_sensitivity`); `best` alone reads it; None: the same.
-        ahead: the float blocks that follow, behind which `best` judges its errors; None: at the output of the block.
         tap: sees "k" and "v" of the quantized block, for KV parameters.
 
     Returns linears as Quantized with folded norms, float16 throughout (a router and, with `keep_ragged`, linears whose K
@@ -62,4 +59,4 @@ def quantize_block(
         raise InputError(f"The preset {quant.preset} needs calibration text.")
     if quant.preset == "awq":
         return quantize_published(search.weights, config, quant, inputs, tap)
-    return search_on_streams(search, inputs, tap, metric, ahead)
+    return search_on_streams(search, inputs, tap, metric)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from engine.block import Tap
 from quant import rounding
-from quant.ahead import Ahead
 from quant.block_search import BlockSearch
 from quant.experts import quantize_experts
 from quant.folding import Fold, fold_norm, kv_fold, no_fold, norm_fold, row_fold
@@ -36,9 +35,8 @@ def search_on_streams(
     inputs: Streams,
     tap: Tap | None,
     metric: Tensor | None,
-    ahead: Ahead | None = None,
 ) -> BlockResult:
-    """Quantize the block on its two streams; learned rounding, where the plan has it, reads `metric` (H, H) and `ahead`."""
+    """Quantize the block on its two streams; learned rounding, where the plan has it, reads `metric` (H, H)."""
     x = inputs.quantized
     parts = Parts(search.config, x)
     keep_float = inputs.fp is not x
@@ -62,7 +60,6 @@ def search_on_streams(
             search.reports,
             metric,
             float_x=inputs.fp,
-            ahead=ahead,
         )
         dense = parts.dense(done)
         out = parts.map(lambda h: parts.block(h, dense, tap), x)

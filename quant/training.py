@@ -218,19 +218,6 @@ class Adam:
             p.sub_((m / first_bias) / ((v / second_bias).sqrt() + 1e-20) * (schedule * rate))
 
 
-@dataclass
-class SignDescent:
-    """p -= rate * sign(grad): the update of signed rounding (Cheng et al., AutoRound, 2023)."""
-
-    params: list[Tensor]
-    rates: list[float]
-
-    def step(self, grads: Sequence[Tensor], schedule: Tensor) -> None:
-        """One update; schedule: a factor on all rates, a tensor of one element."""
-        for p, grad, rate in zip(self.params, grads, self.rates, strict=True):
-            p.sub_(grad.sign() * (schedule * rate))
-
-
 class Steps:
     """Runs a step again and again: on a GPU it is captured once as a CUDA graph and replayed, so that launches cost nothing.
 

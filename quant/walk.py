@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from convert.checkpoint import BlockWeights, Checkpoint
-from quant import rounding
-from quant.ahead import Ahead, Upcoming
 from quant.blocks import quantize_block
 from quant.calibrate import StatisticsFolder
 from quant.chunks import ChunkMemory
@@ -89,11 +87,10 @@ def walk(
     """
     streams = source if isinstance(source, Streams) else None
     metrics = error_metrics(ckpt, quant, tokens, device)
-    upcoming = Upcoming(ckpt, rounding.LEARNING.ahead if _learns(quant) else 0, metrics)
     memory = ChunkMemory(device, None if streams is None else streams.quantized.shape[1])
 
     def search(
-        weights: BlockWeights, saved: SavedStatistics | None, metric: Tensor | None, ahead: Ahead | None
+        weights: BlockWeights, saved: SavedStatistics | None, metric: Tensor | None
     ) -> tuple[BlockResult, HeadRanges | None, tuple[float, float] | None]:
         inputs = saved.grams if saved else streams
         channels = dict(saved.ranges) if saved else {}
@@ -107,18 +104,16 @@ def walk(
             moved = float(factors.min()), float(factors.max())
         seen = BlockStatistics(weights.index, with_grams=False)
         tap = seen.tap_ranges if isinstance(inputs, Streams) else None
-        result = quantize_block(
-            weights, ckpt.config, quant, inputs, device, dtype, tap=tap, metric=metric, ahead=ahead
-        )
+        result = quantize_block(weights, ckpt.config, quant, inputs, device, dtype, tap=tap, metric=metric)
         if saved is not None:
             return result, folded_ranges(channels, weights, result.weights), moved
         ranges = {name: (low.cpu(), high.cpu()) for name, (low, high) in seen.head_ranges().items()}
         return result, ranges or None, moved
 
     for index in range(first, ckpt.config.num_layers):
-        weights, ahead = upcoming.block(index), upcoming.after(index)
+        weights = ckpt.block(index)
         saved = source.block(index) if isinstance(source, StatisticsFolder) else None
-        step = partial(search, weights, saved, metrics[index] if metrics else None, ahead)
+        step = partial(search, weights, saved, metrics[index] if metrics else None)
         (result, ranges, moved), note = memory.run(step, f"layer {index}")
         streams = result.streams
         padding = padding_of(weights) if ckpt.config.padded_from is not None else {}

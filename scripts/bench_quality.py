@@ -163,14 +163,13 @@ class Bench:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         started = time.time()
-        read = arm.joined(tokens)
-        streams = first_streams(self.ckpt, read, quant, device, self.dtype) if quant.needs_text else None
+        streams = first_streams(self.ckpt, tokens, quant, device, self.dtype) if quant.needs_text else None
         blocks: list[BlockWeights] = []
         ranges: list[HeadRanges] = []
         above: list[str] = []
         unlearned: list[str] = []
         warned: set[str] = set()
-        for step in walk(self.ckpt, quant, streams, device, self.dtype, tokens=read):
+        for step in walk(self.ckpt, quant, streams, device, self.dtype, tokens=tokens):
             blocks.append(step.result.weights)
             if step.ranges is not None:
                 ranges.append(step.ranges)

@@ -1,10 +1,8 @@
 """Arms and models of `bench_quality.py`: how they are written on the command line, and settings that hold for one arm alone.
 
 An arm is PRESET[:name=value]..., a name being a field of QuantConfig, `group` (group_size), or a setting of a step: plan.NAME, learn.NAME,
-distill.NAME, effort.NAME, `metric` (share of the identity), `ridges` (numbers joined by +); `join=K` reads the same tokens as samples
-K times as long, K to one, outside the end-to-end passes. ARM/settings/settings adds end-to-end passes,
-each from the blocks of ARM, with these settings. A model is PATH[:pad][:group=N][:calib=FILE],
-FILE `self` being text that the model writes.
+distill.NAME, effort.NAME, `metric` (share of the identity), `ridges` (numbers joined by +). ARM/settings/settings adds end-to-end passes,
+each from the blocks of ARM, with these settings. A model is PATH[:pad][:group=N][:calib=FILE], FILE `self` being text that the model writes.
 """
 
 from collections.abc import Iterator
@@ -12,8 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from quant import block_search, distill, presets, rounding, sensitivity, targets
 from quant.config import QuantConfig
@@ -29,11 +25,6 @@ class Arm:
     quant: QuantConfig
     settings: dict[str, str]
     passes: tuple["Arm", ...] = ()
-    join: int = 1
-
-    def joined(self, tokens: Tensor) -> Tensor:
-        """Calibration tokens (S, L) as (S / join, L * join): each row is `join` rows one after another."""
-        return tokens.reshape(len(tokens) // self.join, -1)
 
 
 @dataclass(frozen=True)
@@ -70,7 +61,7 @@ def parse_arm(text: str, base: QuantConfig) -> Arm:
     first, *others = text.split("/")
     preset, *options = first.split(":")
     values: dict[str, Any] = {"preset": preset}
-    settings, join = {}, 1
+    settings = {}
     for option in options:
         name, _, value = option.partition("=")
         name = {"group": "group_size"}.get(name, name)
@@ -78,13 +69,9 @@ def parse_arm(text: str, base: QuantConfig) -> Arm:
             values[name] = _converted(value, CONFIG_TYPES[name])
         elif name.split(".")[0] in ("plan", "learn", "distill", "effort", "metric", "ridges"):
             settings[name] = value
-        elif name == "join":
-            join = int(value)
         else:
             raise ValueError(f"{text}: {name} is no setting.")
-    arm = Arm(first, replace(base, **values), settings, join=join)
-    if join < 1 or arm.quant.samples % join:
-        raise ValueError(f"{text}: {arm.quant.samples} samples cannot be joined {join} to one.")
+    arm = Arm(first, replace(base, **values), settings)
     passes = [parse_arm(f"{first}:distill=1{':' if other else ''}{other}", base) for other in others]
     return replace(arm, passes=(arm,) * arm.quant.distill + tuple(passes))
 

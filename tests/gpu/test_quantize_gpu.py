@@ -51,8 +51,7 @@ def test_two_runs_of_one_seed_are_byte_identical(preset, place, tmp_path):
 
 
 def test_every_setting_of_learned_rounding_is_captured_and_repeats(place, tmp_path, monkeypatch):
-    how = Learning(ahead=2, ahead_share=0.5, noise=0.3, average=0.9, drop=0.1, pull=0.1)
-    monkeypatch.setattr(rounding, "LEARNING", how)
+    monkeypatch.setattr(rounding, "LEARNING", Learning(noise=0.3, average=0.9))
     base = ["awq", place / "model", "--calib-data", place / "text.txt", *SETTINGS, "--device", "cuda"]
     for name in ("one", "two"):
         call(quantize, *base, "--preset", "best", "-o", tmp_path / name)

@@ -17,30 +17,18 @@ quality_arms = sys.modules["quality_arms"]
 
 def test_an_arm_sets_what_it_names_while_it_runs() -> None:
     arm = quality_arms.parse_arm(
-        "best:bits=3:group=32:plan.toward_float=0.5:learn.drop=0.25:distill.swap=0:effort.rounds=1:ridges=0.1+1",
+        "best:bits=3:group=32:plan.toward_float=0.5:learn.noise=0.25:distill.swap=0:effort.rounds=1:ridges=0.1+1",
         QuantConfig(seed=2),
     )
     assert (arm.quant.preset, arm.quant.bits, arm.quant.group_size, arm.quant.seed) == ("best", 3, 32, 2)
     before = dict(presets.PLANS)
     with quality_arms.in_force(arm):
-        assert presets.PLANS["best"].toward_float == 0.5 and rounding.LEARNING.drop == 0.25
+        assert presets.PLANS["best"].toward_float == 0.5 and rounding.LEARNING.noise == 0.25
         assert distill.DISTILLING.swap == 0.0 and targets.RIDGES == (0.1, 1.0)
         assert block_search.effort_on(torch.device("cpu")).rounds == 1
-    assert before == presets.PLANS and rounding.LEARNING.drop == rounding.Learning().drop
+    assert before == presets.PLANS and rounding.Learning() == rounding.LEARNING
     with pytest.raises(ValueError, match="speed is no setting"):
         quality_arms.parse_arm("fast:speed=1", QuantConfig())
-
-
-def test_an_arm_reads_the_same_tokens_in_longer_samples() -> None:
-    arm = quality_arms.parse_arm("best:join=4:learn.ahead=2:learn.noise=0.5", QuantConfig(samples=8))
-    tokens = torch.arange(8 * 6).view(8, 6)
-    assert arm.joined(tokens).shape == (2, 24) and arm.joined(tokens).flatten().tolist() == list(range(48))
-    assert torch.equal(quality_arms.parse_arm("best", QuantConfig(samples=8)).joined(tokens), tokens)
-    with quality_arms.in_force(arm):
-        assert (rounding.LEARNING.ahead, rounding.LEARNING.noise) == (2, 0.5)
-    for count in (3, 0, -1):
-        with pytest.raises(ValueError, match=f"8 samples cannot be joined {count} to one"):
-            quality_arms.parse_arm(f"best:join={count}", QuantConfig(samples=8))
 
 
 def test_passes_follow_an_arm_with_its_settings_and_their_own() -> None:
@@ -64,7 +52,7 @@ def test_rows_of_several_models_texts_and_caches(tmp_path: Path) -> None:
     text.write_text("".join(f"row {i} of a text\n\n" for i in range(700)))
     out = tmp_path / "rows.json"
     options = "--group-size 32 --samples 8 --seqlen 32 --windows 2 --kl-windows 1 --window 128 --device cpu"
-    arms = "rtn,fast:bits=3,best:rounding_steps=2:join=2:learn.ahead=1/distill_steps=2/distill_steps=3:distill.swap=0"
+    arms = "rtn,fast:bits=3,best:rounding_steps=2:learn.average=0.5/distill_steps=2/distill_steps=3:distill.swap=0"
     texts = f"--calib {text} --test {text} --test {text}:rows --kv 8:static,4 --kv-presets best"
     run = f"{first} {second}:pad {texts} --arms {arms} {options} --out {out}"
     bench_quality.main(run.split())
