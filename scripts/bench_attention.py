@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -21,13 +20,13 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
+from provenance import provenance
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -334,18 +333,6 @@ def fastest(
     return min(behind, key=lambda config: behind[config])
 
 
-def versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "triton": triton.__version__, "cuda": str(torch.version.cuda)}
-
-
-def commit() -> str:
-    """Short hash of the checkout, or nothing where it is no git checkout."""
-    if shutil.which("git") is None or not (ROOT / ".git").exists():
-        return ""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    return done.stdout.strip()
-
-
 def table(rows: list[dict[str, Any]], header: str) -> str:
     """Markdown, one line a shape: ours at both widths, the same under programmatic launch, and SDPA."""
     lines = [
@@ -377,9 +364,7 @@ def run(args: argparse.Namespace) -> None:
     tuning: list[dict[str, Any]] = []
 
     def save() -> None:
-        head = {
-            "command": "python " + " ".join(["scripts/bench_attention.py", *sys.argv[1:]]), "commit": commit(),
-            "date": date.today().isoformat(), "device": device, "versions": versions(),
+        head = provenance(device, triton=triton.__version__, cuda=str(torch.version.cuda)) | {
             "copy_tb_per_s": bandwidth / 1e6, "configs": {f"{b} bits, shared {s}": asdict(c) for (b, s), c in CONFIGS.items()},
         }  # fmt: skip
         (args.out / "attention.json").write_text(

@@ -23,9 +23,9 @@ import torch
 import triton
 from kernel_peers import MODULES, PEERS, Cublas, Ours, OursDependent, Peer
 from kernel_timing import Peaks, copies_for, measure_peaks, quiet_capture, time_graph
+from provenance import provenance
 from triton.errors import TritonError
 from tune_kernels import precompile, random_weight
-from turbomind_rows import provenance
 
 from kernels.w4a16 import has_wgmma, pick, table_of
 from kernels.w4a16_layout import prepare

@@ -24,10 +24,10 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from provenance import provenance  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tiny_checkpoints import document, shapes  # noqa: E402
 from torch import Tensor  # noqa: E402
-from turbomind_rows import provenance  # noqa: E402
 
 SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}

@@ -8,10 +8,8 @@ first --kl-windows of them. The text of --valid is measured too, to choose setti
 """
 
 import argparse
-import datetime
 import json
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -23,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from provenance import provenance
 from quality_arms import Arm, ModelSpec, in_force, parse_arm, parse_model
 from torch import Tensor
 
@@ -317,15 +316,8 @@ def main(arguments: list[str] | None = None) -> None:
     specs = [parse_model(text) for text in args.models]
     torch.backends.cuda.matmul.allow_tf32 = True  # streams and judging; Cholesky is float32 in any case
     rows: list[dict[str, Any]] = []
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    document = {
-        "command": "python scripts/bench_quality.py " + " ".join(arguments or sys.argv[1:]),
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
-        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
-        "rows": rows,
-    }
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
+    document = provenance(device) | {"rows": rows}
 
     def say(row: dict[str, Any]) -> None:
         rows.append(row)

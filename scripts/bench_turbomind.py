@@ -27,10 +27,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from bench_pack import SHAPES, write_packed_source  # noqa: E402
+from provenance import provenance  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tiny_checkpoints import quantize_source, write_source  # noqa: E402
 from torch import Tensor  # noqa: E402
-from turbomind_rows import merge_rows, provenance  # noqa: E402
+from turbomind_rows import merge_rows  # noqa: E402
 
 from convert.readers import open_checkpoint  # noqa: E402
 from convert.workspace_write import write_workspace  # noqa: E402

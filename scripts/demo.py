@@ -8,18 +8,17 @@ whose dimensions are multiples of the group of 128 that TurboMind wants.
 import argparse
 import json
 import os
-import platform
 import resource
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
 from demo_model import fetch
+from provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 SEARCH = ["--pad", "--samples", "32", "--seqlen", "256", "--device", "cpu"]
@@ -51,18 +50,6 @@ def run_step(name: str, command: list[str], rows: list[dict[str, object]], captu
     )
     print(f"  [{name}: {seconds:.1f} s, {peak_gib:.2f} GiB]", flush=True)
     return output
-
-
-def provenance() -> dict[str, object]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    packages = ("torch", "transformers", "safetensors", "gguf")
-    return {
-        "command": "bash scripts/demo.sh",
-        "commit": commit.stdout.strip() or "unknown",
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "device": f"CPU, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-    }
 
 
 def main() -> None:
@@ -102,8 +89,9 @@ def main() -> None:
     rows.append(
         {"step": "total", "seconds": round(total, 2), "cpu_seconds": cpu, "peak_rss_gib": peak_of(rows)}
     )
+    versions = {name: version(name) for name in ("transformers", "safetensors", "gguf")}
     document = {
-        **provenance(),
+        **provenance(f"CPU, {os.cpu_count()} cores", "bash scripts/demo.sh", **versions),
         "seed": options.seed,
         "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
         "rows": rows,

@@ -8,13 +8,12 @@ usage: pytest --junitxml=report.xml; python scripts/fault_table.py report.xml
 import json
 import platform
 import re
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
+
+from provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "faults.json"
@@ -94,13 +93,8 @@ def main() -> int:
         print(__doc__, file=sys.stderr)
         return 2
     rows = rows_of(outcomes_of(Path(sys.argv[1])))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
-    document = {
-        "command": "pytest -m 'not e2e' --junitxml=report.xml; python scripts/fault_table.py report.xml",
-        "commit": commit.stdout.strip() or "unknown",
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "device": f"CPU, {platform.machine()}",
-        "versions": {"python": platform.python_version(), "torch": version("torch")},
+    command = "pytest -m 'not e2e' --junitxml=report.xml; python scripts/fault_table.py report.xml"
+    document = provenance(f"CPU, {platform.machine()}", command) | {
         "groups": {letter: about for letter, (_, about) in GROUPS.items()},
         "rows": rows,
     }

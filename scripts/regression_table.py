@@ -10,13 +10,11 @@ usage: python scripts/regression_table.py MODEL --demo DEMO.json
 import argparse
 import json
 import platform
-import subprocess
 import sys
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from provenance import provenance
 
 from convert.readers import open_checkpoint
 from convert.tokenizer import load_tokenizer
@@ -63,15 +61,8 @@ def main() -> int:
             found = demo_figures(demos[number]) | found
         runs.append(found)
     if options.record:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT
-        )
-        document = {
-            "command": "python scripts/regression_table.py MODEL --record --demo A.json B.json C.json",
-            "commit": commit.stdout.strip() or "unknown",
-            "date": datetime.now(timezone.utc).date().isoformat(),
-            "device": f"CPU, {platform.machine()}",
-            "versions": {"python": platform.python_version(), "torch": version("torch")},
+        command = "python scripts/regression_table.py MODEL --record --demo A.json B.json C.json"
+        document = provenance(f"CPU, {platform.machine()}", command) | {
             "arms": [{"seed": seed, "threads": threads} for seed, threads in ARMS],
             "rows": record_rows(runs),
         }

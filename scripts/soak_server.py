@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import random
 import re
 import signal
@@ -23,12 +22,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import httpx
 import torch
+from provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -349,14 +348,8 @@ def main() -> int:
         "no open file left": files_left <= files + 2,
         "ended by SIGTERM with 0": code == 0,
     }
-    document = {
-        "command": f"python scripts/soak_server.py --minutes {args.minutes:g} --clients {args.clients} --seed {args.seed}",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip(),
-        "date": date.today().isoformat(),
-        "device": f"CPU, {os.cpu_count()} cores, busy with other work",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    command = f"python scripts/soak_server.py --minutes {args.minutes:g} --clients {args.clients} --seed {args.seed}"
+    document = provenance(f"CPU, {os.cpu_count()} cores, busy with other work", command) | {
         "rows": [row],
         "holds": holds,
         "samples": samples[:: max(1, len(samples) // 20)],

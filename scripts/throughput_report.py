@@ -1,17 +1,16 @@
 """What a throughput run found, written as it is found; the models and settings that its parts share."""
 
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
+from provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -119,21 +118,7 @@ def opened(kind: str, config: EngineConfig, report: Report, shape: str = "7b") -
 
 
 def document(report: Report) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    import triton
-
-    return {
-        "command": " ".join(["python", "scripts/bench_throughput.py", *sys.argv[1:]]),
-        "commit": commit,
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(0),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-        },
+    return provenance(torch.cuda.get_device_name(0), triton=triton.__version__) | {
         "copy_bandwidth_tb_per_s": report.bandwidth / 1e12,
         "rows": [row_document(row) for row in report.rows],
         "must_hold": report.held,

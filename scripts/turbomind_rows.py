@@ -1,16 +1,12 @@
 """benchmarks/turbomind.json: rows of several runs in one document, and its table. A run replaces the rows of its own checks."""
 
 import json
-import platform
-import subprocess
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
+from provenance import command_line, provenance
 
-ROOT = Path(__file__).resolve().parents[1]
 ORDER = ("names", "bytes", "emulate", "logits", "greedy", "truncated", "exporter")
 
 
@@ -22,34 +18,13 @@ def merge_rows(out: Path, rows: list[dict[str, Any]], device: str, note: str) ->
     kept = [row for row in document["rows"] if _key(row) not in ours]
     script = Path(sys.argv[0]).name
     runs = document["runs"] | {script: {"command": command_line(), "device": device, "note": note}}
-    document = provenance(device) | {
+    document = provenance(device, lmdeploy="0.6.5") | {
         "runs": runs,
         "rows": sorted(kept + rows, key=lambda row: (*_key(row)[:3], ORDER.index(row["check"]))),
     }
-    document["versions"]["lmdeploy"] = "0.6.5"
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
     (out / "turbomind.md").write_text(table(document))
-
-
-def provenance(device: str) -> dict[str, Any]:
-    """What every record of figures begins with."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return {
-        "command": command_line(),
-        "commit": commit.stdout.strip(),
-        "date": date.today().isoformat(),
-        "device": device,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-    }
-
-
-def command_line() -> str:
-    """The command that runs, without the folders of this machine."""
-    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
-    return " ".join(["python", "scripts/" + Path(sys.argv[0]).name, *words])
 
 
 def _key(row: dict[str, Any]) -> tuple[str, str, int, str]:
