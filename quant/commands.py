@@ -45,7 +45,7 @@ def quantize() -> None:
     """
 
 
-@quantize.command()
+@quantize.command(short_help="Keep statistics of what every linear of MODEL reads.")
 @model_argument
 @output_option
 @together(text_options, device_options, run_options, family_option, json_option, debug_option)
@@ -67,7 +67,7 @@ def calibrate(model: str, output: str, **flags: Any) -> None:
     finish(outcome, flags["as_json"])
 
 
-@quantize.command()
+@quantize.command(short_help="Quantize MODEL to a 4-bit AWQ checkpoint.")
 @model_argument
 @output_option
 @together(quant_options)
@@ -123,7 +123,7 @@ def awq(model: str, output: str, **flags: Any) -> None:
     finish(outcome, flags["as_json"])
 
 
-@quantize.command()
+@quantize.command(short_help="Pack a checkpoint into a TurboMind workspace.")
 @click.argument("path")
 @click.option(
     "-o", "--output", required=True, metavar="WORKSPACE", help="Folder to write; absent, empty or unfinished."
@@ -170,7 +170,7 @@ def pack(path: str, output: str, **flags: Any) -> None:
     finish(outcome, flags["as_json"])
 
 
-@quantize.command()
+@quantize.command(short_help="Turn a TurboMind workspace back into a checkpoint.")
 @click.argument("workspace")
 @output_option
 @click.option(
@@ -193,7 +193,7 @@ def unpack(workspace: str, output: str, **flags: Any) -> None:
     finish(outcome, flags["as_json"])
 
 
-@quantize.command()
+@quantize.command(short_help="Check every byte of a checkpoint or workspace.")
 @click.argument("path")
 @click.option(
     "--source", metavar="MODEL", help="What PATH was made from: sampled weights are compared with it."
@@ -210,7 +210,7 @@ def verify(path: str, **flags: Any) -> None:
     finish(run_verify(path, flags), flags["as_json"])
 
 
-@quantize.command()
+@quantize.command(short_help="Show what PATH is: family, sizes, tensors, bits.")
 @click.argument("path")
 @together(family_option, json_option, debug_option)
 def inspect(path: str, **flags: Any) -> None:

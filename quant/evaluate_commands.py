@@ -48,7 +48,7 @@ def evaluate() -> None:
     """
 
 
-@evaluate.command()
+@evaluate.command(short_help="Perplexity of models on the same text.")
 @click.argument("paths", nargs=-1, required=True)
 @together(eval_text_options)
 @click.option(
@@ -95,7 +95,7 @@ def ppl(paths: tuple[str, ...], **flags: Any) -> None:
     print_json(outcome.document) if flags["as_json"] else outcome.show()
 
 
-@evaluate.command()
+@evaluate.command(short_help="The perplexity table of one MODEL, method by method.")
 @click.argument("model")
 @click.option("--methods", default=TABLE_METHODS, show_default=True, help=f"Rows, of {', '.join(METHODS)}.")
 @click.option("--bits", default="4,3", show_default=True, help="Widths, of 4, 3 and 2.")
@@ -152,7 +152,7 @@ def table(model: str, **flags: Any) -> None:
     print_json(outcome.document) if flags["as_json"] else outcome.show()
 
 
-@evaluate.command()
+@evaluate.command(short_help="Speed and memory of models in one run.")
 @click.argument("paths", nargs=-1)
 @click.option(
     "--batch",
@@ -253,7 +253,7 @@ def throughput(paths: tuple[str, ...], **flags: Any) -> int:
     return outcome.exit_code
 
 
-@evaluate.command()
+@evaluate.command(short_help="One page with tables and plots from results.")
 @click.argument("runs", nargs=-1, required=True)
 @click.option(
     "-o", "--output", required=True, metavar="FILE", callback=writable_file, help="The page to write."

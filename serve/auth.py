@@ -20,8 +20,9 @@ def read_keys(path: Path) -> tuple[str, ...]:
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
+        reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8"
         raise InputError(
-            f"The key file {path} cannot be read: {e}. Expected a text file with one key per line."
+            f"The key file {path} cannot be read: {reason}. Expected a text file with one key per line."
         ) from e
     keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
     if not keys:
