@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,15 @@ if not torch.cuda.is_available():  # read when a kernel module is imported: set 
 
 
 sys.path.append(str(Path(__file__).parent))  # for `tiny_models`, which several folders of tests use
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """torch on one thread while the tests of a module run, so that it adds in one order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

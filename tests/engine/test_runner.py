@@ -122,8 +122,7 @@ def test_greedy_tokens_equal_those_of_full_forward_passes(config):
         assert got[request.id] == tuple(ids[len(request.prompt_ids) :])
 
 
-def test_logits_of_a_decode_step_are_bit_equal_alone_and_in_a_batch():
-    torch.set_num_threads(1)
+def test_logits_of_a_decode_step_are_bit_equal_alone_and_in_a_batch(one_thread):
     seen: dict[str, list[torch.Tensor]] = {"alone": [], "batch": []}
 
     def spy(core, name, row):

@@ -6,13 +6,11 @@ import resource
 import stat
 
 import pytest
-import torch
 from tiny_runs import FAST, files_of, run, write_runnable, write_text
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    torch.set_num_threads(1)
+def place(tmp_path_factory, one_thread):
     folder = tmp_path_factory.mktemp("disk")
     write_runnable(folder / "model", layers=3)
     write_text(folder / "text.txt")

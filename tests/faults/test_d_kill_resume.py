@@ -19,8 +19,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    torch.set_num_threads(1)
+def place(tmp_path_factory, one_thread):
     folder = tmp_path_factory.mktemp("kill")
     write_runnable(folder / "model", layers=3)
     write_text(folder / "text.txt")

@@ -24,8 +24,7 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    torch.set_num_threads(1)
+def place(tmp_path_factory, one_thread):
     folder = tmp_path_factory.mktemp("devices")
     write_runnable(folder / "model", layers=3)
     write_text(folder / "text.txt")

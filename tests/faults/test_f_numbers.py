@@ -21,8 +21,7 @@ from tests.quant.toy_blocks import config_of
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    torch.set_num_threads(1)
+def place(tmp_path_factory, one_thread):
     folder = tmp_path_factory.mktemp("numbers")
     write_runnable(folder / "model", layers=2)
     write_text(folder / "text.txt")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import click
 import pytest
-import torch
 from tiny_runs import FAST, files_of, run, write_runnable, write_text
 
 from quant.cli import Commands, describe
@@ -21,8 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    torch.set_num_threads(1)
+def place(tmp_path_factory, one_thread):
     folder = tmp_path_factory.mktemp("commands")
     write_runnable(folder / "model", layers=2)
     write_text(folder / "text.txt")

@@ -49,8 +49,7 @@ def test_rows_of_the_real_split(shared_data):
     assert len(text.text) == 1_294_336 and text.name == "wikitext2"
 
 
-def test_the_interval_comes_from_the_same_windows(tmp_path):
-    torch.set_num_threads(1)
+def test_the_interval_comes_from_the_same_windows(tmp_path, one_thread):
     ckpt = open_checkpoint(write_runnable(tmp_path / "model", layers=1))
     model = Model.from_checkpoint(ckpt, "cpu", torch.float32)
     ids = torch.randint(0, 256, (600,), generator=torch.Generator().manual_seed(0))

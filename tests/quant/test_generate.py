@@ -9,8 +9,7 @@ from quant.generate import SelfGenerator, sample_by
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    torch.set_num_threads(1)
+def folder(tmp_path_factory, one_thread):
     return write_runnable(tmp_path_factory.mktemp("generate") / "model")
 
 

@@ -175,8 +175,7 @@ def test_runs_with_and_without_smoothing_are_told_apart() -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    torch.set_num_threads(1)
+def place(tmp_path_factory, one_thread):
     folder = tmp_path_factory.mktemp("keys")
     write_runnable(folder / "model", layers=3)
     write_text(folder / "text.txt")

@@ -49,9 +49,8 @@ def test_missing_new_and_too_good_rows_are_faults():
     assert "has changed" in regression.compare(RUNS[0] | {"demo: fp16": 20.0}, rows)[0]
 
 
-def test_a_method_that_is_broken_is_noticed(tmp_path, monkeypatch):
+def test_a_method_that_is_broken_is_noticed(tmp_path, monkeypatch, one_thread):
     """The real computation, on a tiny model: with the search's result spoilt, the check fails."""
-    torch.set_num_threads(1)
     ckpt = open_checkpoint(write_runnable(tmp_path / "model"))
     tokenizer = load_tokenizer(ckpt.tokenizer_dir)
     text = write_text(tmp_path / "text.txt")

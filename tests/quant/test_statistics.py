@@ -17,9 +17,8 @@ TOKENS = torch.randint(0, VOCAB, (3, 24), generator=torch.Generator().manual_see
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def saved(tmp_path_factory, one_thread):
     """(model folder, statistics folder) of the tiny model on TOKENS."""
-    torch.set_num_threads(1)
     place = tmp_path_factory.mktemp("statistics")
     model = write_runnable(place / "model")
     ckpt = open_checkpoint(model)
