@@ -7,6 +7,7 @@ the next is planned: tokens stay on the device, and a sequence that turns out to
 import logging
 import math
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -185,6 +186,7 @@ class EngineCore:
 
     def _run_halves(self, plan: StepPlan, error: Exception) -> list[tuple[StepPlan, PendingSample]]:
         is_memory = isinstance(error, torch.OutOfMemoryError)
+        traceback.clear_frames(error.__traceback__)  # they hold the activations of the step that failed
         log.warning("a step of %d tokens in %d sequences failed: %s", plan.tokens, len(plan.sequences), error)
         if is_memory:
             torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import random
+import weakref
 from collections import defaultdict
 from pathlib import Path
 
@@ -272,6 +273,30 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing():
         core.add(request)
     events, _ = run_all(core)
     assert all(tokens_of(events[r.id]) == fake.alone(r)[0] for r in requests)
+
+
+def test_a_step_that_failed_holds_nothing_while_its_halves_run():
+    """Its activations would otherwise be alive with those of the halves, by way of the error's traceback."""
+
+    class Activations:
+        pass
+
+    alive = weakref.WeakSet()
+    seen = []
+
+    def faults(plan):
+        seen.append(len(alive))
+        activations = Activations()
+        alive.add(activations)
+        if plan.tokens > 2:
+            raise torch.OutOfMemoryError("injected")
+
+    core = make_core(num_blocks=300, faults=faults)
+    request = random_request(random.Random(0), "r", longest=20)
+    core.add(request)
+    events, _ = run_all(core)
+    assert tokens_of(events["r"]) == fake.alone(request)[0]
+    assert len(seen) > 3 and set(seen) == {0}
 
 
 def test_out_of_memory_at_one_token_fails_that_request_only():
