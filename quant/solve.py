@@ -92,7 +92,8 @@ def _refine(
     judge = Judge(target, stats)
     size, bits = config.group_size, config.bits
     scaled = target * solution.column_scale
-    gram = stats.fit / solution.column_scale[:, None] / solution.column_scale
+    seen = stats.fit if plan.scale else stats.gram  # as published: nothing is judged, so nothing is held out
+    gram = seen / solution.column_scale[:, None] / solution.column_scale
     if plan.compensate == "static":
         found = gptq_static(scaled, gram, solution.scale, solution.zero, size, bits)
         if found is None:

@@ -5,9 +5,14 @@ import torch
 
 from kernels.gptq import descent_sweep, gptq_sweep
 from kernels.int4 import qparams, quantize
+from quant.config import QuantConfig
 from quant.descent import descend, expand, refit_scales
+from quant.folding import no_fold
 from quant.gptq import act_order, gptq_published, gptq_static
-from quant.gram import damped, loss_rows
+from quant.gram import damped, loss_rows, observe
+from quant.presets import PLANS, effort_on
+from quant.solution import Stack, round_to_nearest
+from quant.solve import solve
 
 
 def problem(rows: int = 24, cols: int = 64, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,3 +119,20 @@ def test_the_sweeps_refuse_operands_that_do_not_fit() -> None:
         descent_sweep(weight, weight.double(), square, weight, weight, 15)
     with pytest.raises(ValueError, match="multiple of 16"):
         gptq_sweep(torch.zeros(20, 4), torch.eye(20), torch.ones(20, 4), torch.zeros(20, 4), 15)
+
+
+def test_published_methods_fit_on_all_tokens_where_nothing_is_judged() -> None:
+    """Every eighth sample is held out from steps that are judged; gptq-r judges none."""
+    weight, _ = problem()
+    generator = torch.Generator().manual_seed(5)
+    samples = torch.randn(16, 512, 64, generator=generator) * torch.rand(16, 1, 64, generator=generator) * 3
+    stats = observe([samples], "toy")
+    assert not torch.equal(stats.fit, stats.gram)
+    config = QuantConfig(preset="gptq-r", group_size=32)
+    stack = Stack(weight, ("o",), (24,))
+    found, _ = solve(stack, stats, no_fold(), PLANS["gptq-r"], effort_on(torch.device("cpu")), config)
+    _, scale, zero = round_to_nearest(weight, config)
+    expected = gptq_static(weight, stats.gram, scale, zero, 32, 4)
+    assert expected is not None and torch.equal(found.codes, expected[0])
+    other = gptq_static(weight, stats.fit, scale, zero, 32, 4)
+    assert other is not None and not torch.equal(found.codes, other[0])
