@@ -26,10 +26,12 @@ WARM_UP_STEPS = 2  # eager runs before a capture: kernels are compiled and works
 
 @dataclass(frozen=True)
 class _Captured:
-    """One bucket: its graph, the fields (4, B) int64 that it reads, the logits (B, V) float32 and likeliest tokens that it writes."""
+    """One bucket: its graph, the fields (4, B) int64 that it reads, and what it writes: a copy of the tokens (B,) that it took as
+    inputs, the logits (B, V) float32 and the likeliest tokens."""
 
     graph: torch.cuda.CUDAGraph
     fields: Tensor
+    inputs: Tensor
     logits: Tensor
     greedy: Greedy
 
@@ -49,7 +51,10 @@ class DecodeGraphs:
         self._padding = np.array([[len(last_tokens) - 1], [-1], [-1], [0]])
         self._uploaded = np.empty((0, width), dtype=np.int32)  # what the tables hold
         self._captured: dict[int, _Captured] = {}
+        self._latest: tuple[_Captured, int]
         self._pool = torch.cuda.graph_pool_handle()
+        # One for all buckets: cuBLAS keeps a workspace of up to 32 MiB for each stream that it was ever called in.
+        self._stream = torch.cuda.Stream(device)
 
     def run(
         self, fields: npt.NDArray[np.int64], tables: npt.NDArray[np.int32]
@@ -68,8 +73,14 @@ class DecodeGraphs:
             upload_into(self._tables[:count], tables)
             self._uploaded = tables
         captured.graph.replay()
+        self._latest = (captured, count)
         peak, tokens = captured.greedy
         return captured.logits[:count], captured.fields[0, :count], Greedy(peak[:count], tokens[:count])
+
+    def take_back(self) -> None:
+        """Give the rows of the last run the last tokens that they had before it, so that its step can be run again."""
+        captured, count = self._latest
+        self._last_tokens.index_copy_(0, captured.fields[0, :count], captured.inputs[:count])
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -82,26 +93,26 @@ class DecodeGraphs:
         """Record one step on a batch of padding."""
         fields = torch.empty(4, size, dtype=torch.int64, device=self._model.device)
         upload_into(fields, np.repeat(self._padding, size, axis=1))
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for _ in range(WARM_UP_STEPS):
                 self._step(fields)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            logits, greedy = self._step(fields)
-        self._captured[size] = _Captured(graph, fields, logits, greedy)
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            inputs, logits, greedy = self._step(fields)
+        self._captured[size] = _Captured(graph, fields, inputs, logits, greedy)
         return self._captured[size]
 
-    def _step(self, fields: Tensor) -> tuple[Tensor, Greedy]:
+    def _step(self, fields: Tensor) -> tuple[Tensor, Tensor, Greedy]:
         rows, positions, slots, prompt_lengths = fields
         size = len(rows)
         lengths = torch.add(positions, 1, out=self._lengths[:size])
         batch = StepBatch(slots, self._tables[:size], lengths, size)
         attend = PagedAttend(self._cache, batch)
-        hidden = self._model.hidden(self._last_tokens[rows], positions, attend, prompt_lengths)
+        inputs = self._last_tokens[rows]
+        hidden = self._model.hidden(inputs, positions, attend, prompt_lengths)
         logits = self._model.head(hidden)
         greedy = likeliest(logits)
         self._last_tokens[rows] = greedy.tokens
-        return logits, greedy
+        return inputs, logits, greedy

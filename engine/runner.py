@@ -77,7 +77,11 @@ class ModelRunner:
             starts = np.array([segment.start for segment in plan.segments])
             fields = np.stack([rows, starts, self._slots(rows, starts), self._prompt_lengths[rows]])
             logits, index, greedy = self._graphs.run(fields, self._tables[rows])
-            return self.sampler.sample(logits, tuple(rows.tolist()), index, greedy)
+            try:
+                return self.sampler.sample(logits, tuple(rows.tolist()), index, greedy)
+            except Exception:
+                self._graphs.take_back()
+                raise
         return self._run_eagerly(plan, rows)
 
     def warm_up(self) -> None:

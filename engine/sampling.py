@@ -104,8 +104,9 @@ class Sampler:
         batch = self._prepared[1]
         logprobs = top_ids = top_logprobs = None
         if batch.is_plain_greedy and greedy is not None:
+            pending = PendingSample((greedy.tokens, greedy.peak))
             self._drawn[list(rows)] += np.uint64(1)
-            return PendingSample((greedy.tokens, greedy.peak))
+            return pending
         if batch.is_plain_greedy:
             peak, tokens = likeliest(logits)
         else:
@@ -118,14 +119,16 @@ class Sampler:
             tokens = self._draw(self._shape(logits, batch, index), batch)
             if logprobs is not None:
                 logprobs = logprobs.gather(1, tokens[:, None])[:, 0]
-        self.last_tokens[index] = tokens
+        pending = PendingSample((tokens, peak, logprobs, top_ids, top_logprobs))
+        # Only now does the state change: a step that fails above can be taken again.
         if batch.penalties is not None and self._counts is not None and self._seen is not None:
             self._counts.index_put_(
                 (index, tokens), torch.ones_like(tokens, dtype=torch.int32), accumulate=True
             )
             self._seen.index_put_((index, tokens), torch.ones_like(tokens, dtype=torch.bool))
+        self.last_tokens[index] = tokens
         self._drawn[list(rows)] += np.uint64(1)
-        return PendingSample((tokens, peak, logprobs, top_ids, top_logprobs))
+        return pending
 
     def _history(self) -> tuple[Tensor, Tensor]:
         if self._counts is None or self._seen is None:

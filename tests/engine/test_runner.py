@@ -15,6 +15,7 @@ from engine.core import EngineCore
 from engine.loading import make_core
 from engine.model import Model, causal_attend
 from engine.random_weights import SHAPES, RandomCheckpoint, random_checkpoint
+from engine.sampled import PendingSample
 from engine.warm_up import warm_up_plans
 
 CPU = torch.device("cpu")
@@ -105,6 +106,21 @@ def test_sampled_tokens_under_batching_equal_those_alone():
     together = generate(engine(), batch)
     apart = engine()
     assert all(generate(apart, [r])[r.id] == together[r.id] for r in batch)
+
+
+def test_steps_whose_sampling_fails_are_taken_again_from_the_same_state(monkeypatch):
+    """Where the tokens of several rows cannot be handed out, one row at a time can: with the inputs they had."""
+    batch = requests(6, SamplingParams(temperature=0.9, top_p=0.9, max_tokens=16, repetition_penalty=1.3))
+    batch += [replace(r, id=f"greedy-{r.id}") for r in requests(6, GREEDY)]
+    expected = generate(engine(), batch)
+
+    def failing(tensors):
+        if len(tensors[0]) > 1:
+            raise torch.OutOfMemoryError("injected")
+        return PendingSample(tensors)
+
+    monkeypatch.setattr("engine.sampling.PendingSample", failing)
+    assert generate(engine(), batch) == expected
 
 
 @pytest.mark.parametrize("config", [TINY, WINDOW], ids=["full", "window"])

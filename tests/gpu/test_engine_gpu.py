@@ -17,6 +17,7 @@ from engine.core import EngineCore
 from engine.loading import make_core
 from engine.model import Model, causal_attend
 from engine.random_weights import random_checkpoint
+from engine.sampled import PendingSample
 from engine.sampling import Sampler
 
 pytestmark = [
@@ -127,6 +128,36 @@ def test_the_same_run_gives_the_same_tokens():
         for i, r in enumerate(prompts(8))
     ]
     assert generate(engine("int4", kv_bits=8), batch) == generate(engine("int4", kv_bits=8), batch)
+
+
+def test_a_captured_step_whose_sampling_fails_is_taken_again_from_the_same_tokens(monkeypatch):
+    """A replay writes the likeliest tokens over its inputs: where drawing fails behind it, the halves need these back."""
+    drawn = SamplingParams(temperature=0.8, top_p=0.9, max_tokens=24, ignore_eos=True)
+    batch = [replace(r, sampling=replace(drawn, seed=i)) for i, r in enumerate(prompts(4, longest=60))]
+    apart = engine()
+    expected = {r.id: generate(apart, [r])[r.id] for r in batch}  # one row a step, as the halves have
+
+    def failing(tensors):
+        if len(tensors[0]) > 1:
+            raise torch.OutOfMemoryError("injected")
+        return PendingSample(tensors)
+
+    monkeypatch.setattr("engine.sampling.PendingSample", failing)
+    got = generate(engine(), batch)
+    same = sum(got[r.id] == expected[r.id] for r in batch)
+    assert same >= 3  # prompts share their chunks, and round otherwise
+
+
+def test_capturing_all_buckets_keeps_one_workspace_of_the_libraries():
+    core = engine(max_batch=64, graph_batches=tuple(range(4, 65, 4)))
+    graphs = core.runner._graphs
+    with torch.inference_mode():
+        graphs._capture(4)
+    before = torch.cuda.memory_allocated()
+    graphs.warm_up()
+    kept = 15 * (64 * 1000 * 4 + 2**21)  # logits of each bucket, and what allocations are rounded to
+    assert torch.cuda.memory_allocated() - before < kept
+    core.close()
 
 
 def test_random_aborts_and_preemptions_leak_nothing():
