@@ -60,6 +60,14 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def use_device(name: str) -> torch.device:
+    """`resolve_device`, and this thread's CUDA device from here on: Triton launches there, wherever its tensors lie."""
+    device = resolve_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
 def open_source(source: ModelSource, config: EngineConfig, rank: int = 0) -> Checkpoint:
     """The checkpoint that `source` names; random weights are made on the device of this rank."""
     if source.random_weights is None:

@@ -12,7 +12,7 @@ from convert.checkpoint import Checkpoint
 from convert.errors import UsageError
 from convert.files import write_json
 from convert.readers import open_checkpoint
-from engine.loading import resolve_device
+from engine.loading import use_device
 from engine.model import Model, compute_dtype
 from engine.perplexity import PerplexityResult, Reference
 from kernels.int4 import bits_per_weight
@@ -41,7 +41,7 @@ Flags = Mapping[str, Any]
 def run_ppl(paths: Sequence[str], flags: Flags) -> Outcome:
     """`evaluate ppl`: the first path is the reference of the others."""
     text = load_eval_text(flags["dataset"], flags["text"])
-    device = resolve_device(flags["device"])
+    device = use_device(flags["device"])
     how = Judgement(flags["seqlen"], flags["windows"], flags["kl_windows"] if len(paths) > 1 else 0)
     rows: list[Judged] = []
     first: PerplexityResult | None = None
@@ -108,7 +108,7 @@ def run_table(model: str, flags: Flags) -> Outcome:
     for arm in request.arms():
         if arm is not None:
             refuse_ragged(ckpt.config, arm)
-    device = resolve_device(flags["device"])
+    device = use_device(flags["device"])
     dtype = compute_dtype(ckpt.config, device, flags["dtype"])
     tokenizer = tokenizer_of(ckpt, flags)
     eval_tokens = tokens_of(load_eval_text(flags["dataset"], flags["text"]), tokenizer, ckpt)

@@ -17,7 +17,7 @@ from convert.files import check_free_space, check_output_place
 from convert.gguf import default_cache
 from convert.manifest import OutputFolder, folder_state, read_manifest
 from convert.readers import open_checkpoint
-from engine.loading import resolve_device
+from engine.loading import use_device
 from engine.model import compute_dtype
 from quant.config import QuantConfig
 from quant.fingerprint import run_fingerprint
@@ -80,7 +80,7 @@ def make_job(
     ckpt = open_source(model, flags, pad_to)
     check_output_place(out, ckpt.path)
     quant = fit_seqlen(quant, ckpt.config, seqlen_given)
-    device = resolve_device(flags["device"])
+    device = use_device(flags["device"])
     request = TextRequest(
         flags["calib_data"],
         quant.samples,

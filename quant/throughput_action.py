@@ -10,7 +10,7 @@ from convert.errors import ResourceError, UsageError
 from convert.files import write_json
 from engine.comparison import Comparison, Workload, compare
 from engine.config import GIB, EngineConfig
-from engine.loading import resolve_device
+from engine.loading import use_device
 from engine.source import ModelSource
 from engine.throughput import Contender
 from engine.throughput_rows import ThroughputRow, row_document, rows_table
@@ -23,7 +23,7 @@ Flags = Mapping[str, Any]
 
 def run_throughput(paths: Sequence[str], flags: Flags) -> Outcome:
     """Every path and random model, with every width of cache, under one load; exit code 4 where nothing could run."""
-    device = resolve_device(flags["device"])
+    device = use_device(flags["device"])
     workload = workload_of(flags)
     contenders = contenders_of(paths, flags, workload, device)
     with Progress("evaluate throughput") as progress:

@@ -12,7 +12,7 @@ from convert.errors import InputError, ResourceError
 from engine.api import Request, SamplingParams
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.loading import make_core
+from engine.loading import make_core, use_device
 from engine.model import Model, causal_attend
 from engine.random_weights import SHAPES, RandomCheckpoint, random_checkpoint
 from engine.sampled import PendingSample
@@ -65,6 +65,15 @@ def requests(count: int, sampling: SamplingParams, longest: int = 60) -> list[Re
 
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+
+
+def test_a_named_gpu_becomes_the_device_of_triton(monkeypatch):
+    """Triton launches on the current device: on another one than its tensors', a kernel is not ordered behind what made them."""
+    chosen = []
+    monkeypatch.setattr("engine.loading.resolve_device", torch.device)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    assert use_device("cuda:1") == torch.device("cuda", 1) and use_device("cpu") == CPU
+    assert chosen == [torch.device("cuda", 1)]
 
 
 def test_a_closed_runner_holds_no_model_and_no_cache():
