@@ -8,12 +8,14 @@ same tokens. A rank that fails ends the group, since the others cannot know how 
 import json
 import logging
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +36,8 @@ from engine.source import ModelSource
 from engine.subprocesses import child_environment, claim_output, ignore_signals, log_format
 
 GROUP_TIMEOUT = timedelta(minutes=10)  # for the slowest rank to load its weights
+STOP_GRACE_S = 5.0  # for a rank to come to its end once rank 0 has ended
+LOSS_GRACE_S = 2.0  # while loading: for rank 0 to say itself what is wrong, where another rank has ended
 
 
 def encode_plan(plan: StepPlan) -> str:
@@ -66,18 +70,35 @@ def _join(raw: dict[str, Any]) -> Join:
     )
 
 
+class _Watch:
+    """Ends this process when another rank ends that is still wanted: it may wait for the lost one inside a collective operation."""
+
+    def __init__(self, others: Sequence["subprocess.Popen[str]"]) -> None:
+        self.is_loading, self.is_closing = True, False
+        for process in others:
+            threading.Thread(target=self._wait, args=(process,), daemon=True).start()
+
+    def _wait(self, process: "subprocess.Popen[str]") -> None:
+        code = process.wait()
+        if self.is_loading:
+            time.sleep(LOSS_GRACE_S)
+        if not self.is_closing:
+            logging.getLogger(__name__).error("a tensor-parallel rank ended with code %d", code)
+            os._exit(1)
+
+
 class GroupRunner:
     """A `Runner` over a group: each plan goes to the other ranks, then runs here."""
 
-    def __init__(self, runner: ModelRunner, others: Sequence["subprocess.Popen[str]"], folder: str) -> None:
+    def __init__(
+        self, runner: ModelRunner, others: Sequence["subprocess.Popen[str]"], folder: str, watch: _Watch
+    ) -> None:
         """`folder` holds the file through which the ranks met; it goes with the group."""
-        self.local, self._others, self._folder = runner, others, folder
+        self.local, self._others, self._folder, self._watch = runner, others, folder, watch
         self.num_blocks, self.block_size = runner.num_blocks, runner.block_size
         self.context_length, self.vocab_size = runner.context_length, runner.vocab_size
         self.lookahead = runner.lookahead
-        self._closing = False
-        for process in others:
-            threading.Thread(target=self._watch, args=(process,), daemon=True).start()
+        watch.is_loading = False
 
     def run(self, plan: StepPlan) -> PendingSample | None:
         line = encode_plan(plan) + "\n"
@@ -92,7 +113,7 @@ class GroupRunner:
 
     def close(self) -> None:
         """End the other ranks and leave the group."""
-        self._closing = True
+        self._watch.is_closing = True
         for process in self._others:
             assert process.stdin is not None
             process.stdin.close()
@@ -101,12 +122,6 @@ class GroupRunner:
         dist.destroy_process_group()
         shutil.rmtree(self._folder, ignore_errors=True)
         self.local.close()
-
-    def _watch(self, process: "subprocess.Popen[str]") -> None:
-        code = process.wait()
-        if not self._closing:
-            logging.getLogger(__name__).error("a tensor-parallel rank ended with code %d", code)
-            os._exit(1)  # this rank may be waiting for the lost one inside a collective operation
 
 
 def start_group(source: ModelSource, config: EngineConfig) -> GroupRunner:
@@ -128,9 +143,11 @@ def start_group(source: ModelSource, config: EngineConfig) -> GroupRunner:
         process.stdin.write(json.dumps(first) + "\n")
         process.stdin.flush()
         others.append(process)
+    watch = _Watch(others)
     try:
-        return GroupRunner(_join_group(source, config, 0, store), others, folder)
+        return GroupRunner(_join_group(source, config, 0, store), others, folder, watch)
     except BaseException:
+        watch.is_closing = True
         for process in others:
             process.kill()
         shutil.rmtree(folder, ignore_errors=True)
@@ -165,11 +182,21 @@ def main() -> int:
     first = json.loads(sys.stdin.readline())
     first["config"]["graph_batches"] = tuple(first["config"]["graph_batches"])
     config = EngineConfig(**first["config"])
+    plans: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(sys.stdin, plans), daemon=True).start()
     runner = _join_group(ModelSource(**first["source"]), config, first["rank"], first["store"])
-    for line in sys.stdin:
+    while (line := plans.get()) is not None:
         runner.run(decode_plan(line))
     dist.destroy_process_group()
     return 0
+
+
+def _listen(lines: Iterable[str], plans: "queue.SimpleQueue[str | None]") -> None:
+    for line in lines:
+        plans.put(line)
+    plans.put(None)
+    time.sleep(STOP_GRACE_S)
+    os._exit(1)  # rank 0 is gone, and what this rank waits for does not come
 
 
 if __name__ == "__main__":

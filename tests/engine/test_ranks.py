@@ -1,5 +1,10 @@
 """Tensor parallelism on the CPU: two gloo ranks give the tokens of one process."""
 
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
 import pytest
 
 from engine.api import Request, SamplingParams
@@ -9,6 +14,7 @@ from engine.launch import load_source
 from engine.ranks import decode_plan, encode_plan
 from engine.scheduler import Join, Segment, StepPlan
 from engine.source import ModelSource
+from engine.subprocesses import child_environment
 
 
 def generate(core: EngineCore) -> dict[str, tuple[int, ...]]:
@@ -41,6 +47,43 @@ def test_two_ranks_give_the_tokens_of_one(weights, kv_bits):
         assert generate(core) == expected
     finally:
         core.close()
+
+
+def test_a_rank_ends_soon_after_rank_0_even_while_it_waits_for_it(tmp_path):
+    """Else a killed engine leaves processes that hold their GPUs until the group's time is up, ten minutes later."""
+    config = EngineConfig(device="cpu", tp=2)
+    first = {"source": asdict(ModelSource(random_weights="tiny")), "config": asdict(config), "rank": 1}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "engine.ranks"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=child_environment(),
+    )
+    try:
+        process.communicate(json.dumps({**first, "store": str(tmp_path / "store")}) + "\n", timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+
+
+LOSES_A_RANK = """
+import sys
+sys.executable = sys.argv[1]
+from engine.config import EngineConfig
+from engine.ranks import start_group
+from engine.source import ModelSource
+start_group(ModelSource(random_weights="tiny"), EngineConfig(device="cpu", tp=2))
+"""
+
+
+def test_rank_0_does_not_wait_for_a_rank_that_has_ended_while_loading(tmp_path):
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\nread line\nexit 3\n")
+    broken.chmod(0o755)
+    command = [sys.executable, "-c", LOSES_A_RANK, str(broken)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=child_environment())
+    assert done.returncode == 1 and "rank ended with code 3" in done.stderr
 
 
 def test_plans_survive_the_pipe():
