@@ -243,8 +243,10 @@ def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | N
         # Imported here because it brings in torch._dynamo, which takes seconds that no other path needs.
         from torch.nn.attention.bias import causal_lower_right
 
-        # A chunk after others: torch aligns `is_causal` to the first key, this class to the last. It takes no enable_gqa.
+        # A chunk after others: torch aligns `is_causal` to the first key, this class to the last.
         mask = causal_lower_right(tokens, length)
+    if mask is not None and q.shape[1] != k.shape[0]:
+        # With a mask, only torch's path that holds all scores takes enable_gqa.
         keys, values = (x.repeat_interleave(q.shape[1] // k.shape[0], 1) for x in (keys, values))
     result = F.scaled_dot_product_attention(
         query,

@@ -154,6 +154,19 @@ def test_prefill_equals_decode_of_its_last_tokens(kind: str, window: int | None)
             assert relative(ours[end - back], expected[0]) < 2e-3
 
 
+def test_prefill_within_a_window_holds_no_scores():
+    """With shared heads and a mask torch may fall back to a path that holds them all: (Hq, T, L), here 268 MB in fp16."""
+    num_heads, heads, head_dim = LAYOUTS["70b"]
+    cache, tables, _ = filled("float", [4096], heads, head_dim, torch.float16)
+    q = torch.randn(512, num_heads, head_dim, device="cuda", dtype=torch.float16)
+    prefill_attention(q, cache, tables, [512], [4096], 0.1, 1000)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    prefill_attention(q, cache, tables, [512], [4096], 0.1, 1000)
+    assert torch.cuda.max_memory_allocated() - before < 220e6  # keys and values of all heads: 134 MB
+
+
 @pytest.mark.parametrize("pdl", [False, True])
 @pytest.mark.parametrize("kind", ["float", "dynamic", "static"])
 @pytest.mark.parametrize("tokens", [1, 300])
