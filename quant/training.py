@@ -98,7 +98,10 @@ def fp16_norm(norm: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FlatLinears:
-    """The quantized linears of some blocks as rows of groups: codes (R, g), scales and zeros (R, 1), float32 or int8."""
+    """The quantized linears of some blocks as rows of groups: codes (R, g), scales and zeros (R, 1), float32 or int8.
+
+    What else the blocks hold lies on the same device: a step that is captured as a graph may copy nothing from the host.
+    """
 
     blocks: tuple[BlockWeights, ...]
     names: tuple[tuple[int, str], ...]  # (position in blocks, role)
@@ -126,7 +129,7 @@ class FlatLinears:
                 scales.append(weight.scales.to(device).reshape(-1, 1).float())
                 zeros.append(zero.float())
         return FlatLinears(
-            tuple(blocks),
+            tuple(_floats_on(block, device) for block in blocks),
             tuple(names),
             torch.cat(codes),
             torch.cat(scales),
@@ -190,6 +193,19 @@ class FlatLinears:
             )
             for position, (block, linears) in enumerate(zip(self.blocks, blocks, strict=True))
         ]
+
+
+def _floats_on(block: BlockWeights, device: torch.device | str) -> BlockWeights:
+    """The block with its biases, its norms and the linears that are not quantized on the device."""
+    linears = {
+        role: LinearWeights(
+            part.weight if isinstance(part.weight, Quantized) else part.weight.to(device),
+            None if part.bias is None else part.bias.to(device),
+        )
+        for role, part in block.linears.items()
+    }
+    norms = {role: norm.to(device) for role, norm in block.norms.items()}
+    return replace(block, linears=linears, norms=norms)
 
 
 @dataclass

@@ -69,6 +69,20 @@ def test_flat_weights_are_the_weights_and_come_back_unchanged() -> None:
         assert torch.equal(part.weight.codes, back.codes) and torch.equal(part.weight.scales, back.scales)
 
 
+def test_what_a_captured_step_reads_beside_the_codes_lies_on_the_device() -> None:
+    """Held blocks come from files: a bias copied from the host inside a step would end its capture on a GPU."""
+    config = config_of("qwen2")
+    with torch.no_grad():
+        done = quantize_block(
+            block_of(config), config, QuantConfig(preset="rtn", group_size=32), None, "cpu", torch.float32
+        ).weights
+    loose = LinearWeights(done.linears["down"].weight.dequantize(), None)
+    flat = FlatLinears.of([replace(done, linears={**done.linears, "down": loose})], "meta")
+    (block,) = flat.blocks
+    assert block.linears["q"].bias is not None and block.linears["q"].bias.is_meta
+    assert block.linears["down"].weight.is_meta and all(norm.is_meta for norm in block.norms.values())
+
+
 def test_learned_rounding_lowers_the_error_of_the_block_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     # 1,536 tokens: far fewer than the rates of the preset are made for
     monkeypatch.setattr(rounding, "LEARNING", GENTLE)
