@@ -119,9 +119,9 @@ class GroupRunner:
             process.stdin.close()
         for process in self._others:
             process.wait()
+        self.local.close()  # first: NCCL ends a communicator when the graphs that hold its operations are gone
         dist.destroy_process_group()
         shutil.rmtree(self._folder, ignore_errors=True)
-        self.local.close()
 
 
 def start_group(source: ModelSource, config: EngineConfig) -> GroupRunner:
@@ -187,6 +187,7 @@ def main() -> int:
     runner = _join_group(ModelSource(**first["source"]), config, first["rank"], first["store"])
     while (line := plans.get()) is not None:
         runner.run(decode_plan(line))
+    runner.close()
     dist.destroy_process_group()
     return 0
 
