@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -234,6 +235,12 @@ class Adam:
             p.sub_((m / first_bias) / ((v / second_bias).sqrt() + 1e-20) * (schedule * rate))
 
 
+@lru_cache(maxsize=8)
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all steps: for each stream, cuBLAS keeps a workspace of up to 32 MiB and torch the memory freed in it."""
+    return torch.cuda.Stream(device)
+
+
 class Steps:
     """Runs a step again and again: on a GPU it is captured once as a CUDA graph and replayed, so that launches cost nothing.
 
@@ -262,7 +269,7 @@ class Steps:
         if self._device.type != "cuda":
             self._step()
             return
-        stream = torch.cuda.Stream(self._device)
+        stream = _side_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             self._step()
@@ -271,7 +278,7 @@ class Steps:
 
     def _capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(self._device)
+        stream = _side_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         torch.cuda.synchronize(self._device)
         with torch.cuda.stream(stream):

@@ -142,7 +142,28 @@ def test_a_step_that_fails_while_it_is_captured_leaves_the_device_usable():
     with pytest.raises(MemoryError, match="too large"):
         Steps(step, device).run(10)
     assert not torch.cuda.is_current_stream_capturing()
-    runner = Steps(lambda: x.add_(1) and None, device)  # the next one runs, captured too
+
+    def sound():
+        x.add_(1)
+
+    runner = Steps(sound, device)  # the next one runs, captured too
     before = float(x[0])
     runner.run(10)
     assert float(x[0]) == before + 10
+
+
+def test_steps_of_one_block_after_another_keep_no_more_memory():
+    """cuBLAS has a workspace for each stream that it is called in: with a new stream for each step they add up."""
+    device = torch.device("cuda")
+    x, y = torch.ones(2, 512, 512, device=device)
+
+    def step():
+        torch.mm(x, x, out=y)
+
+    def held():
+        Steps(step, device).run(6)
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    first = held()
+    assert [held() - first for _ in range(8)] == [0] * 8
