@@ -123,13 +123,16 @@ class Schedule:
     segments: int
 
 
-def schedule(tokens: int, rows: int, blocks: int, tile: Cut, multiprocessors: int) -> Schedule:
-    """Deal tiles * blocks units out in equal runs. Whole tiles where sharing would not fit the workspace."""
+def schedule(
+    tokens: int, rows: int, blocks: int, tile: Cut, multiprocessors: int, counters: int = 1
+) -> Schedule:
+    """Deal tiles * blocks units out in equal runs. Whole tiles where sharing would not fit the workspace, of which a tile takes
+    `counters` counters."""
     tiles = -(-tokens // tile.bm) * -(-rows // tile.bn)
     total = tiles * blocks
     programs = min(round(tile.programs_per_sm * multiprocessors), total)
     slots = PARTIAL_FLOATS // (2 * tile.bm * tile.bn)
-    if programs == 0 or programs > slots or tiles > MAX_TILES:
+    if programs == 0 or programs > slots or tiles * counters > MAX_TILES:
         return Schedule(tiles, blocks, 1)
     run = max(-(-total // programs), -(-blocks // (MAX_SEGMENTS - 1)))
     most = 1 if run % blocks == 0 else (blocks - 1) // run + 2 - (blocks % run == 0)

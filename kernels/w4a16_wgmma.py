@@ -258,7 +258,7 @@ def launch_wgmma(
         raise ValueError(f"K = {cols}, N = {weight.rows}: w4_wgmma takes multiples of 8 and 4.")
     if x.data_ptr() % 16 or x.stride(0) % 8 or x.stride(0) < cols:
         x = x.clone(memory_format=torch.contiguous_format)
-    plan = schedule(tokens, weight.rows, weight.blocks, tile, multiprocessors)
+    plan = schedule(tokens, weight.rows, weight.blocks, tile, multiprocessors, tile.parts)
     dependent = tile.dependent if is_dependent else "never"
     options = {"num_warps": 4}
     if tile.parts == 1:

@@ -10,7 +10,7 @@ import pytest
 
 from kernels import w4a16
 from kernels.w4a16_prefill import PrefillTile
-from kernels.w4a16_schedule import MAX_SEGMENTS, GemmTile, WgmmaTile, schedule
+from kernels.w4a16_schedule import MAX_SEGMENTS, MAX_TILES, GemmTile, WgmmaTile, schedule
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
@@ -121,3 +121,11 @@ def test_a_table_may_name_it() -> None:
     row = {"k": 1, "n": 1, "tokens": 64, "kernel": "wgmma", "bm": 64, "bn": 256, "parts": 2, "stages": 5}
     row |= {"programs_per_sm": 1, "pending": 2}
     assert w4a16.parse_table({"entries": [row]})[0].tile == WgmmaTile(64, 256, 2, 5, 1, 2)
+
+
+def test_a_product_with_more_shared_tiles_than_counters_keeps_its_tiles_whole():
+    tile = WgmmaTile(64, 128, 2, 3, 1)
+    rows = 128 * (MAX_TILES // 2)
+    assert schedule(64, rows, 8, tile, 131, tile.parts).segments > 1
+    assert schedule(64, rows + 128, 8, tile, 131, tile.parts).segments == 1
+    assert schedule(64, rows + 128, 8, tile, 131).segments > 1
