@@ -17,6 +17,7 @@ from engine.attention import causal_attend
 from engine.block import block_forward
 from engine.ops import rms_norm
 from engine.rope import rotary
+from quant.captured_steps import Steps
 from quant.config import QuantConfig
 from quant.gram import fast_products
 from quant.parts import float_block
@@ -24,7 +25,6 @@ from quant.training import (
     Adam,
     FlatLinears,
     ScaleCodes,
-    Steps,
     fp16_norm,
     fp16_scale,
     repeatable,

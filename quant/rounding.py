@@ -13,6 +13,7 @@ from torch import Tensor
 from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
 from engine.attention import causal_attend
+from quant.captured_steps import Steps
 from quant.chunks import chunks
 from quant.config import QuantConfig
 from quant.gram import fast_products
@@ -22,7 +23,6 @@ from quant.training import (
     Adam,
     FlatLinears,
     RoundToGrid,
-    Steps,
     batches,
     fp16_norm,
     fp16_scale,

@@ -1,4 +1,4 @@
-"""What learned rounding and distillation share: the quantizer with its straight-through gradient, flat weights, steps as a graph.
+"""What learned rounding and distillation share: the quantizer with its straight-through gradient, flat weights, Adam, batches.
 
 N out features, K in features, g group size. All linears of a block lie in one flat tensor (rows of g), so that quantizing them
 takes a handful of kernels. Knows no loss.
@@ -6,9 +6,8 @@ takes a handful of kernels. Knows no loss.
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -233,65 +232,6 @@ class Adam:
             m.lerp_(grad, 1 - self.betas[0])
             v.mul_(self.betas[1]).addcmul_(grad, grad, value=1 - self.betas[1])
             p.sub_((m / first_bias) / ((v / second_bias).sqrt() + 1e-20) * (schedule * rate))
-
-
-@lru_cache(maxsize=8)
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all steps: for each stream, cuBLAS keeps a workspace of up to 32 MiB and torch the memory freed in it."""
-    return torch.cuda.Stream(device)
-
-
-class Steps:
-    """Runs a step again and again: on a GPU it is captured once as a CUDA graph and replayed, so that launches cost nothing.
-
-    The step must read everything that changes from tensors. The first runs are ordinary ones and count as steps.
-    """
-
-    def __init__(self, step: Callable[[], None], device: torch.device) -> None:
-        self._step, self._device = step, device
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._warm = 0
-
-    def run(self, count: int) -> None:
-        """`count` further steps."""
-        while count and (self._device.type != "cuda" or self._warm < 3):
-            self._eager()
-            count -= 1
-        if not count:
-            return
-        if self._graph is None:
-            self._capture()
-        assert self._graph is not None
-        for _ in range(count):
-            self._graph.replay()
-
-    def _eager(self) -> None:
-        if self._device.type != "cuda":
-            self._step()
-            return
-        stream = _side_stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            self._step()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        self._warm += 1
-
-    def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        stream = _side_stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        torch.cuda.synchronize(self._device)
-        with torch.cuda.stream(stream):
-            graph.capture_begin()
-            try:
-                self._step()
-            except BaseException:
-                with suppress(RuntimeError):  # the capture is void: what it says of itself hides the cause
-                    graph.capture_end()  # without it the process captures for ever
-                raise
-            graph.capture_end()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        self._graph = graph
 
 
 def batches(samples: int, size: int, steps: int, seed: int) -> Tensor:

@@ -8,10 +8,10 @@ from tiny_runs import LAYERS, files_of, write_runnable, write_text
 
 from quant import rounding
 from quant.calibrate import block_file
+from quant.captured_steps import Steps
 from quant.commands import evaluate, quantize
 from quant.rounding import Learning
 from quant.statistics import load_statistics
-from quant.training import Steps
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,11 +10,12 @@ from convert.errors import UsageError
 from kernels.int4 import Quantized
 from quant import rounding
 from quant.blocks import quantize_block
+from quant.captured_steps import Steps
 from quant.config import QuantConfig
 from quant.distill import Distilling, distill, splice
 from quant.records import Streams
 from quant.sensitivity import measure_sensitivity
-from quant.training import Adam, FlatLinears, RoundToGrid, ScaleCodes, Steps, batches
+from quant.training import Adam, FlatLinears, RoundToGrid, ScaleCodes, batches
 from tests.quant.toy_blocks import block_of, config_of, stream_of
 
 GENTLE = rounding.Learning(code_rate=0.3, scale_rate=0.03, norm_rate=0.03)
