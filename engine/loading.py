@@ -27,8 +27,9 @@ from engine.scheduler import Join, Segment, StepPlan
 from engine.source import ModelSource
 from kernels.kv_cache import StaticKV
 
-# Bytes for each logit while tokens are drawn: float32 logits, scaled and sorted, float64 probabilities and their sums.
-SAMPLING_BYTES = 40
+# Bytes for each logit while tokens are drawn, at most: float32 logits as they came, shaped, their log-probabilities, scaled and cut
+# (20), sorted values and places (12), float64 probabilities and their sums (16), and masks (4).
+SAMPLING_BYTES = 52
 GRAPH_BYTES = (
     256 * 1024**2
 )  # activations and workspaces that CUDA graphs keep, beside the logits of each bucket

@@ -19,6 +19,9 @@ from quant.presets import PLANS
 GIB = 2**30
 FP16_BYTES = 2
 FLOAT_BYTES = 4
+LEARNABLE_TOKENS = (
+    16384  # on 8,192 learned rounding made a block of the demo model worse on other text, on these better
+)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,11 @@ class Plan:
         if self.bits is not None and self.bits < 4:
             lines.append(
                 f"int{self.bits} codes are held in 4-bit nibbles: for evaluation, they save nothing over int4"
+            )
+        if self.preset == "best" and self.samples * self.seqlen < LEARNABLE_TOKENS:
+            lines.append(
+                f"little text: from {self.samples * self.seqlen:,} tokens, best may learn what fits them and not other text, and end worse "
+                f"than default; give it {LEARNABLE_TOKENS:,} tokens or more (--samples, --seqlen)"
             )
         return lines
 

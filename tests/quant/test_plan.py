@@ -105,3 +105,13 @@ def test_a_terminal_that_is_gone_does_not_end_the_run():
     progress.start(2, 0)
     progress.layer(0, (), ["warning"])
     progress.layer(1, (), [])
+
+
+def test_best_says_where_the_text_is_too_little_to_learn_from() -> None:
+    def lines(preset: str, samples: int) -> str:
+        quant = QuantConfig(preset=preset, samples=samples, seqlen=512)  # type: ignore[arg-type]
+        plan = plan_quantization(LLAMA_7B, quant, torch.device("cpu"), torch.float32, False, True)
+        return "\n".join(plan.lines())
+
+    assert "little text: from 8,192 tokens, best" in lines("best", 16)
+    assert "little text" not in lines("best", 32) + lines("default", 16)
