@@ -193,7 +193,17 @@ def _free_bytes(model: Model, config: EngineConfig, context_length: int) -> int:
     free = min(free, cap - torch.cuda.memory_reserved(device))
     sampling = config.max_batch * model.vocab_size * SAMPLING_BYTES
     graphs = GRAPH_BYTES + sum(config.graph_batches) * model.vocab_size * 6 if config.cuda_graphs else 0
-    return max(0, free - activations - sampling - graphs)
+    gathered = gathered_bytes(model.config, context_length - config.max_step_tokens, model.dtype)
+    return max(0, free - activations - sampling - graphs - gathered)
+
+
+def gathered_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:
+    """What a chunk of a prompt takes besides, in one layer, for keys and values of `tokens` tokens before it: they are read from
+    their pages as floats and, where heads share them within a window, given to each query head."""
+    heads = config.num_kv_heads
+    if config.sliding_window is not None and config.num_heads > heads:
+        heads += config.num_heads
+    return max(0, tokens) * 2 * heads * config.head_dim * dtype.itemsize
 
 
 def _largest_step(model: Model, config: EngineConfig) -> None:

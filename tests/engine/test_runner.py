@@ -12,7 +12,7 @@ from convert.errors import InputError, ResourceError
 from engine.api import Request, SamplingParams
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.loading import make_core, use_device
+from engine.loading import gathered_bytes, make_core, use_device
 from engine.model import Model, causal_attend
 from engine.random_weights import SHAPES, RandomCheckpoint, random_checkpoint
 from engine.sampled import PendingSample
@@ -241,3 +241,15 @@ def test_a_request_after_the_warm_up_is_answered_as_without():
         answers.append(generate(core, batch))
         core.close()
     assert answers[0] == answers[1]
+
+
+def test_room_is_left_for_the_keys_and_values_that_a_long_prompt_reads_again():
+    shared = replace(SHAPES["70b"], max_position=32768)  # 8 heads of 128 behind 64
+    assert gathered_bytes(shared, 1000, torch.float16) == 1000 * 2 * 8 * 128 * 2
+    assert (
+        gathered_bytes(replace(shared, sliding_window=4096), 1000, torch.float16) == 1000 * 2 * 72 * 128 * 2
+    )
+    assert (
+        gathered_bytes(replace(SHAPES["7b"], sliding_window=9), 10, torch.bfloat16) == 10 * 2 * 32 * 128 * 2
+    )
+    assert gathered_bytes(shared, -5, torch.float16) == 0  # the context ends within the first step
