@@ -34,8 +34,16 @@ def command_line() -> str:
 
 
 def commit() -> str:
-    """Hash of the checkout; "unknown" where it is none or git is not here."""
+    """Hash of the checkout, with "-dirty" where its files differ from it (figures in benchmarks/ apart); "unknown" where it is none or git
+    is not here."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         return "unknown"
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    head = _git("rev-parse", "--verify", "--quiet", "HEAD")
+    changed = _git("status", "--porcelain", "--", ".", ":(exclude)benchmarks")
+    return head + "-dirty" * bool(changed) if head else "unknown"
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(
+        ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
