@@ -16,6 +16,7 @@ from engine.loading import gathered_bytes, make_core, use_device
 from engine.model import Model, causal_attend
 from engine.random_weights import SHAPES, RandomCheckpoint, random_checkpoint
 from engine.sampled import PendingSample
+from engine.scheduler import Segment, StepPlan
 from engine.warm_up import warm_up_plans
 
 CPU = torch.device("cpu")
@@ -253,3 +254,30 @@ def test_room_is_left_for_the_keys_and_values_that_a_long_prompt_reads_again():
         gathered_bytes(replace(SHAPES["7b"], sliding_window=9), 10, torch.bfloat16) == 10 * 2 * 32 * 128 * 2
     )
     assert gathered_bytes(shared, -5, torch.float16) == 0  # the context ends within the first step
+
+
+def test_a_captured_step_whose_sampling_fails_gets_its_inputs_back(monkeypatch):
+    """A replay writes over the tokens that it read: without them, the step that is taken again would begin from others."""
+    core = engine()
+    runner, calls = core.runner, []
+
+    class Graphs:
+        largest = 8
+
+        def run(self, fields, tables):
+            calls.append("run")
+            return torch.zeros(1, 300), torch.tensor([0]), None
+
+        def take_back(self):
+            calls.append("take back")
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no room to sort")
+
+    runner._graphs = Graphs()
+    monkeypatch.setattr(runner.sampler, "sample", fail)
+    plan = StepPlan((Segment(0, 3, 1, (), (0,), samples=True),), (), ())
+    with pytest.raises(torch.OutOfMemoryError, match="sort"):
+        runner.run(plan)
+    assert calls == ["run", "take back"]
+    core.close()
