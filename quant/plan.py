@@ -19,9 +19,8 @@ from quant.presets import PLANS
 GIB = 2**30
 FP16_BYTES = 2
 FLOAT_BYTES = 4
-LEARNABLE_TOKENS = (
-    16384  # on 8,192 learned rounding made a block of the demo model worse on other text, on these better
-)
+# On 8,192 tokens learned rounding made a block of the demo model worse on other text, on 16,384 better (benchmarks/NOTES.md).
+LEARNABLE_TOKENS = 16384
 
 
 @dataclass(frozen=True)
