@@ -92,7 +92,7 @@ def run_parts(
             failed += 1
             traceback.print_exc()
             report.note(f"part {name} failed: {type(error).__name__}: {error}")
-        free_device(torch.device("cuda"))
+        free_device(torch.device("cuda", 0))
     return failed
 
 

@@ -16,14 +16,21 @@ GEMV = [(4, 8, 2), (8, 8, 2), (8, 16, 4), (4, 16, 4)]
 SPLIT = [(128, 4, 4, 8), (64, 2, 5, 8), (128, 4, 4, 2)]  # bn, warps, stages, ahead
 
 
-# w4_wgmma, not timed yet: bm, bn, parts, stages, programs a multiprocessor; least and most tokens
+# w4_wgmma: bm, bn, parts, stages, programs a multiprocessor; least and most tokens
 WGMMA = [
-    (64, 256, 2, 5, (0, 1), 64, 128),
-    (64, 128, 1, 3, (0, 2), 64, 64),
-    (64, 128, 2, 6, (0, 1), 64, 64),
-    (128, 128, 2, 5, (0, 1), 128, 256),
-    (128, 256, 2, 4, (0, 1), 128, 2048),
-    (256, 128, 2, 3, (0, 1), 256, 2048),
+    (16, 64, 1, 8, (2,), 9, 16),
+    (32, 64, 1, 6, (2,), 17, 32),
+    (32, 128, 1, 5, (2,), 17, 32),
+    (32, 256, 2, 6, (1,), 17, 32),
+    (64, 64, 1, 4, (2,), 33, 64),
+    (64, 128, 1, 3, (2,), 33, 64),
+    (64, 256, 2, 5, (1,), 33, 64),
+    (128, 64, 1, 3, (1,), 65, 128),
+    (128, 64, 1, 2, (2,), 65, 128),
+    (128, 128, 2, 5, (0, 1), 65, 128),
+    (128, 256, 2, 4, (0, 1), 65, 2048),
+    (128, 128, 1, 2, (0,), 257, 512),
+    (256, 128, 2, 3, (0, 1), 129, 2048),
 ]
 
 
@@ -36,7 +43,7 @@ def modes_of(tile: Tile, tokens: int) -> tuple[tuple[str, ...], tuple[str, ...]]
     if isinstance(tile, PrefillTile):
         return ("never",), ()
     if isinstance(tile, WgmmaTile):
-        return ("never", "waited"), ("early", "late")
+        return ("waited",), ("never", "early")
     if isinstance(tile, GemmTile) and tokens > 32:  # it fills the card alone: nothing can start beside it
         return ("never", "late"), ()
     if isinstance(tile, GemmTile):

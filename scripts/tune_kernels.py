@@ -2,6 +2,7 @@
 
 Candidates are compiled in parallel processes first, checked against float32 products, then timed. Every measurement goes to
 a JSON file as it is made, so that a run that is cut short still yields a table: `--from FILE` makes one without a GPU.
+`--refine` times the tiles of `w4_wgmma` beside the present choice alone and keeps what the table says of other cells.
 """
 
 import argparse
@@ -11,18 +12,19 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from kernel_timing import copies_for, measure_peaks, quiet_capture, time_graph
-from tile_candidates import binary_key, candidates, kind_of, modes_of
+from tile_candidates import binary_key, candidates, is_worth_trying, kind_of, modes_of, wgmma_tiles
 from torch import Tensor
 from triton.errors import TritonError
 
 from kernels.int4 import Quantized
-from kernels.w4a16 import TILE_KINDS, Tile, multiprocessors, run_tile
+from kernels.w4a16 import TILE_KINDS, Tile, has_wgmma, multiprocessors, pick, run_tile, table_of
 from kernels.w4a16_layout import W4Weight, prepare
 from kernels.w4a16_prefill import PrefillTile
 from kernels.w4a16_unpack import DEPENDENT_MODES
@@ -32,7 +34,9 @@ SHAPES = [
     (4096, 4096), (4096, 12288), (4096, 22016), (11008, 4096),
     (8192, 8192), (8192, 28672), (28672, 8192), (8192, 10240), (8192, 57344), (4096, 6144), (4096, 28672), (14336, 4096),
 ]  # fmt: skip
-TOKENS = [1, 8, 16, 32, 64, 128, 256, 512, 1024]
+TOKENS = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
+END = 1 << 20  # tokens of the entry behind the measured ones
+TILES = Callable[[int, int, int], list[Tile]]  # candidates of tokens, rows, cols
 START = time.time()
 
 
@@ -45,6 +49,11 @@ def random_weight(rows: int, cols: int, group_size: int = 128, device: str = "cu
         torch.randint(0, 16, (rows, groups), dtype=torch.uint8, device=device),
         group_size,
     )
+
+
+class Size(NamedTuple):
+    rows: int
+    in_features: int
 
 
 Job = tuple[Tile, str, int, int, int, int]  # tile, way of starting, tokens, rows, cols, group size
@@ -162,18 +171,40 @@ def time_tile(tile: Tile, cell: Cell) -> float:
     return time_graph(call, len(cell.copies), 1.5 * cell.roof_us, 3).us
 
 
+def all_tiles(device: torch.device) -> TILES:
+    sms = multiprocessors(device)
+    return lambda tokens, rows, cols: candidates(tokens, rows, cols, sms)
+
+
+def refining_tiles(device: torch.device) -> TILES:
+    """What the table says without `w4_wgmma`, then the tiles of `w4_wgmma`."""
+    sms, table = multiprocessors(device), table_of(device)
+    if not has_wgmma(device.index or 0):
+        raise SystemExit("--refine: this GPU or this Triton has no w4_wgmma.")
+
+    def tiles(tokens: int, rows: int, cols: int) -> list[Tile]:
+        present = pick(table, tokens, Size(rows, cols))
+        return [present] + [t for t in wgmma_tiles(tokens) if is_worth_trying(t, tokens, rows, cols, sms)]
+
+    return tiles
+
+
 def tune(
-    shapes: list[tuple[int, int]], tokens: list[int], output: Path, limit_s: float, compile_s: float
+    shapes: list[tuple[int, int]],
+    tokens: list[int],
+    output: Path,
+    limit_s: float,
+    compile_s: float,
+    tiles: TILES,
 ) -> None:
     quiet_capture()
-    sms = multiprocessors(torch.device("cuda"))
 
     precompile(
         [
             (tile, mode, m, n, k, 128)
             for k, n in shapes
             for m in tokens
-            for tile in candidates(m, n, k, sms)
+            for tile in tiles(m, n, k)
             for mode in sum(modes_of(tile, m), ())
         ],
         compile_s,
@@ -193,7 +224,7 @@ def tune(
                 x, copies, torch.empty(m, n, dtype=x.dtype, device="cuda"), x.float() @ dense.t(), roof
             )
             head = {"k": k, "n": n, "tokens": m}
-            rows += measure_cell(candidates(m, n, k, sms), cell, head, limit_s)
+            rows += measure_cell(tiles(m, n, k), cell, head, limit_s)
             output.write_text(
                 json.dumps({"gpu": peaks.name, "copy_gbps": peaks.copy_bytes_per_us / 1e3, "rows": rows})
             )
@@ -210,28 +241,36 @@ def clone(weight: W4Weight) -> W4Weight:
     )
 
 
-def make_table(measured: dict[str, Any]) -> dict[str, Any]:
-    """The fastest tile of each cell, launched as it was fastest; beyond the measured tokens, dequantize-then-cuBLAS."""
-    best: dict[tuple[int, int, int], dict[str, Any]] = {}
+def make_table(measured: dict[str, Any], kept: list[dict[str, Any]]) -> dict[str, Any]:
+    """The fastest tile of each cell, launched as it was fastest; beyond the measured tokens, dequantize-then-cuBLAS.
+
+    Where `w4_wgmma` is the fastest, the fastest of the others stands behind it, for a Triton without Gluon. `kept` are
+    entries of the table before; those of measured cells are left out.
+    """
+    fastest: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
     for row in measured["rows"]:
-        cell = (row["k"], row["n"], row["tokens"])
-        if (
-            "failure" not in row
-            and times_of(row)
-            and (cell not in best or fastest_us(row) < fastest_us(best[cell]))
-        ):
-            best[cell] = row
-    entries = []
-    for cell in sorted(best):
-        row = best[cell]
-        fields = TILE_KINDS[row["kernel"]].__dataclass_fields__
-        entry = {key: row[key] for key in ("k", "n", "tokens", "kernel", *fields) if key in row}
-        if "dependent" in fields:
-            entry["dependent"] = min(times_of(row), key=lambda mode: times_of(row)[mode])
-        entries.append(entry)
-    shapes = sorted({(k, n) for k, n, _ in best})
-    entries += [{"k": k, "n": n, "tokens": 1 << 20, "kernel": "prefill", "rows": 8192} for k, n in shapes]
+        if "failure" not in row and times_of(row):
+            fastest.setdefault((row["k"], row["n"], row["tokens"]), []).append(row)
+    entries = [entry for entry in kept if (entry["k"], entry["n"], entry["tokens"]) not in fastest]
+    for rows in fastest.values():
+        best = min(rows, key=fastest_us)
+        entries.append(entry_of(best))
+        others = [row for row in rows if row["kernel"] != "wgmma"]
+        if best not in others and others:
+            entries.append(entry_of(min(others, key=fastest_us)))
+    ended = {(entry["k"], entry["n"]) for entry in entries if entry["tokens"] == END}
+    shapes = {(k, n) for k, n, _ in fastest} - ended
+    entries += [{"k": k, "n": n, "tokens": END, "kernel": "prefill", "rows": 8192} for k, n in shapes]
+    entries.sort(key=lambda entry: (entry["k"], entry["n"], entry["tokens"]))
     return {"gpu": measured["gpu"], "note": "Written by scripts/tune_kernels.py.", "entries": entries}
+
+
+def entry_of(row: dict[str, Any]) -> dict[str, Any]:
+    fields = TILE_KINDS[row["kernel"]].__dataclass_fields__
+    entry = {key: row[key] for key in ("k", "n", "tokens", "kernel", *fields) if key in row}
+    if "dependent" in fields:
+        entry["dependent"] = min(times_of(row), key=lambda mode: times_of(row)[mode])
+    return entry
 
 
 def times_of(row: dict[str, Any]) -> dict[str, float]:
@@ -243,9 +282,10 @@ def fastest_us(row: dict[str, Any]) -> float:
     return min(times_of(row).values())
 
 
-def write_table(measured: dict[str, Any], folder: Path) -> Path:
+def write_table(measured: dict[str, Any], folder: Path, keep: bool) -> Path:
     name = re.sub(r"[^a-z0-9]+", "-", measured["gpu"].lower()) + ".json"
-    table = make_table(measured)
+    kept = json.loads((folder / name).read_text())["entries"] if keep else []
+    table = make_table(measured, kept)
     lines = ",\n".join("    " + json.dumps(entry) for entry in table["entries"])
     head = f'  "gpu": {json.dumps(table["gpu"])},\n  "note": {json.dumps(table["note"])},\n'
     (folder / name).write_text("{\n" + head + '  "entries": [\n' + lines + "\n  ]\n}\n")
@@ -271,6 +311,7 @@ def main() -> None:
     parser.add_argument(
         "--compile-s", type=float, default=600.0, help="stop compiling after this many seconds"
     )
+    parser.add_argument("--refine", action="store_true", help="w4_wgmma and the present choice alone")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -281,8 +322,10 @@ def main() -> None:
         if arguments.shapes:
             shapes = [(int(k), int(n)) for k, n in (text.split("x") for text in arguments.shapes.split(","))]
         tokens = TOKENS if not arguments.tokens else [int(m) for m in arguments.tokens.split(",")]
-        tune(shapes, tokens, arguments.output, arguments.limit_s, arguments.compile_s)
-    print(write_table(json.loads((arguments.source or arguments.output).read_text()), arguments.table_dir))
+        tiles = (refining_tiles if arguments.refine else all_tiles)(torch.device("cuda", 0))
+        tune(shapes, tokens, arguments.output, arguments.limit_s, arguments.compile_s, tiles)
+    measured = json.loads((arguments.source or arguments.output).read_text())
+    print(write_table(measured, arguments.table_dir, arguments.refine))
 
 
 if __name__ == "__main__":

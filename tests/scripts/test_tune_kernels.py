@@ -1,0 +1,60 @@
+"""Tables of tiles made of measurements: what a refinement keeps, replaces and leaves for a Triton without Gluon."""
+
+import dataclasses
+from typing import Any
+
+from tune_kernels import END, Size, make_table
+
+from kernels.w4a16 import Tile, parse_table, pick
+from kernels.w4a16_prefill import PrefillTile
+from kernels.w4a16_schedule import GemmTile, WgmmaTile
+
+
+def row(kernel: str, tile: Tile, tokens: int, **times: float) -> dict[str, Any]:
+    return {
+        "k": 4096,
+        "n": 4096,
+        "tokens": tokens,
+        "kernel": kernel,
+        **dataclasses.asdict(tile),
+        "roof_us": 3.0,
+        "error": 3e-4,
+        **times,
+    }
+
+
+WGMMA = row("wgmma", WgmmaTile(64, 64, 1, 4, 2), 64, waited_us=10.5, early_us=10.1)
+GEMM = row("gemm", GemmTile(64, 64, 4, 4, True, True, 1, False), 64, never_us=14.6, late_us=15.0)
+OLD = {**row("gemm", GemmTile(32, 64, 4, 4, False, True, 2, False), 64)}
+KEPT = [
+    {key: value for key, value in OLD.items() if key not in ("roof_us", "error")},
+    {**OLD, "tokens": 8},
+    {"k": 4096, "n": 4096, "tokens": END, "kernel": "prefill", "rows": 8192},
+]
+KEPT = [{key: value for key, value in entry.items() if key not in ("roof_us", "error")} for entry in KEPT]
+HERE = Size(4096, 4096)
+
+
+def test_the_fastest_tile_stands_first_and_another_behind_it_for_a_triton_without_gluon() -> None:
+    table = parse_table(make_table({"gpu": "any", "rows": [GEMM, WGMMA]}, []))
+    assert pick(table, 40, HERE, has_wgmma=True) == WgmmaTile(64, 64, 1, 4, 2, dependent="early")
+    assert pick(table, 40, HERE) == GemmTile(64, 64, 4, 4, True, True, 1, False)
+    assert pick(table, 65, HERE, has_wgmma=True) == PrefillTile(8192)
+
+
+def test_a_refinement_keeps_the_cells_that_it_has_not_measured() -> None:
+    made = make_table({"gpu": "any", "rows": [GEMM, WGMMA]}, KEPT)
+    assert [(entry["tokens"], entry["kernel"]) for entry in made["entries"]] == [
+        (8, "gemm"),
+        (64, "wgmma"),
+        (64, "gemm"),
+        (END, "prefill"),
+    ]
+
+
+def test_a_failed_or_slower_tile_leaves_nothing_behind() -> None:
+    wrong = {**WGMMA, "failure": "relative error 1"}
+    slow = {**WGMMA, "waited_us": 20.0, "early_us": 21.0}
+    for other in (wrong, slow):
+        made = make_table({"gpu": "any", "rows": [GEMM, other]}, KEPT)
+        assert [entry["kernel"] for entry in made["entries"] if entry["tokens"] == 64] == ["gemm"]
