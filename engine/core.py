@@ -4,10 +4,10 @@ A step is four lines: schedule, run, wait for the oldest step in flight, collect
 the next is planned: tokens stay on the device, and a sequence that turns out to have ended has run one step for nothing.
 """
 
+import gc
 import logging
 import math
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -179,25 +179,28 @@ class EngineCore:
         try:
             pending = self.runner.run(plan)
         except SURVIVABLE as error:
-            if isinstance(error, torch.AcceleratorError):
-                raise EngineDied("The device reported an error that it does not recover from.") from error
-            return self._run_halves(plan, error)
-        return [] if pending is None else [(plan, pending)]
-
-    def _run_halves(self, plan: StepPlan, error: Exception) -> list[tuple[StepPlan, PendingSample]]:
-        is_memory = isinstance(error, torch.OutOfMemoryError)
-        traceback.clear_frames(error.__traceback__)  # they hold the activations of the step that failed
-        log.warning("a step of %d tokens in %d sequences failed: %s", plan.tokens, len(plan.sequences), error)
-        if is_memory:
+            parts, is_memory = self._parts_of(plan, error), isinstance(error, torch.OutOfMemoryError)
+        else:
+            return [] if pending is None else [(plan, pending)]
+        if is_memory:  # outside of `except`: the error's traceback held the activations of the step that failed
+            gc.collect()
             torch.cuda.empty_cache()
+        return [started for part in parts for started in self._run(part)]
+
+    def _parts_of(self, plan: StepPlan, error: Exception) -> tuple[StepPlan, ...]:
+        """The halves of a step that failed; none where it cannot be divided, and its request has ended with an error."""
+        if isinstance(error, torch.AcceleratorError):
+            raise EngineDied("The device reported an error that it does not recover from.") from error
+        is_memory = isinstance(error, torch.OutOfMemoryError)
+        what = str(error)  # the record must not hold the error
+        log.warning("a step of %d tokens in %d sequences failed: %s", plan.tokens, len(plan.sequences), what)
         parts = plan.halves() if is_memory or len(plan.sequences) > 1 else ()
         if not parts:
             log.error("a request failed", exc_info=error)
             reason = "The device is out of memory" if is_memory else f"It failed with {type(error).__name__}"
             message = f"The engine could not run this request. {reason}; the engine's log has the details."
             self._finish(self._live[plan.sequences[0].request.id], "error", message)
-            return []
-        return [started for part in parts for started in self._run(part)]
+        return parts
 
     def _next_ready(self, idle: bool) -> list[tuple[StepPlan, PendingSample]]:
         """The oldest step in flight once `lookahead` younger ones are, or once there is nothing else to do."""

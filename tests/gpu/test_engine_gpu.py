@@ -205,8 +205,8 @@ def test_sampling_on_the_gpu_draws_what_the_cpu_draws():
 
 def test_running_out_of_memory_halves_the_step_and_answers_everything():
     """E48 with the real allocator: a chunk whose activations do not fit under the cap is cut until it does."""
-    core = engine("fp16", max_step_tokens=8192, context_length=8192, max_batch=2, cuda_graphs=False)
-    request = Request("r", tuple(i % 1000 for i in range(6000)), replace(GREEDY, max_tokens=4))
+    core = engine("fp16", max_step_tokens=32768, context_length=32768, max_batch=2, cuda_graphs=False)
+    request = Request("r", tuple(i % 1000 for i in range(24000)), replace(GREEDY, max_tokens=4))
     generate(core, [request])  # compiles, and takes its workspaces
     torch.cuda.reset_peak_memory_stats()
     resting = torch.cuda.memory_allocated()
@@ -222,11 +222,12 @@ def test_running_out_of_memory_halves_the_step_and_answers_everything():
     core.runner.run = watched
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    # Of what the step needs 0.7 are there: the holes in what is reserved already, left by other tests, count too.
+    # Of what the step needs 0.7 are there: the holes in what is reserved already, left by other tests, count too. It has to be
+    # large beside the 20 MiB that the allocator takes at a time.
     torch.cuda.set_per_process_memory_fraction((resting + 0.7 * needed) / total)
     try:
         assert len(generate(core, [request])["r"]) == 4
-        assert len(steps) > 4 and steps[0] == 6000 and steps[1] == 3000
+        assert len(steps) > 4 and steps[0] == 24000 and steps[1] == 12000
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     core.close()
