@@ -175,7 +175,9 @@ class Shape(Protocol):
     def in_features(self) -> int: ...
 
 
-class _Size(NamedTuple):
+class Size(NamedTuple):
+    """A weight of which only the shape matters: a `Shape`."""
+
     rows: int
     in_features: int
 
@@ -210,7 +212,7 @@ def _tile(index: int, tokens: int, rows: int, in_features: int) -> Tile:
     """`pick` on the table of a device, remembered: it costs more than the launch, and a step asks again for each layer."""
     table = table_for(_device_name(index))
     named = any(isinstance(entry.tile, WgmmaTile) for entry in table)  # the trial costs some seconds
-    return pick(table, tokens, _Size(rows, in_features), named and has_wgmma(index))
+    return pick(table, tokens, Size(rows, in_features), named and has_wgmma(index))
 
 
 @functools.cache

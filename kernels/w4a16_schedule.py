@@ -64,9 +64,9 @@ class WgmmaTile:
 
     def __post_init__(self) -> None:
         check_dependent(self.dependent)
-        if self.parts not in (1, 2) or self.bn // self.parts not in (64, 128) or self.bn % self.parts:
+        if self.parts not in (1, 2, 4) or self.bn not in (64 * self.parts, 128 * self.parts) or self.bn > 256:
             raise ValueError(
-                f"bn {self.bn} for {self.parts} warp groups: 1 or 2 groups of 64 or 128 rows each."
+                f"bn {self.bn} for {self.parts} warp groups: 1, 2 or 4 groups of 64 or 128 rows each, 256 in all."
             )
         if self.bm not in (16, 32, 64, 128, 256) or self.bm * self.bn // self.parts > 128 * 128:
             raise ValueError(

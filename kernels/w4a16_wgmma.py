@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
 # ruff: noqa: RUF005 (kernels add tuples; they cannot unpack one into another)
-"""W4A16 product on Hopper's warp-group tensor cores, in Gluon: one warp fetches, one or two warp groups unpack and multiply.
+"""W4A16 product on Hopper's warp-group tensor cores, in Gluon: one warp fetches; one, two or four warp groups unpack and multiply.
 
 M tokens, N rows of the weight, K in features, KB = ceil(K / 128) blocks, P groups in a block. A tile is BN rows by BM tokens.
 The fetching warp keeps a ring of STAGES blocks in shared memory full (bulk tensor copies, one barrier for "full" and one for
@@ -180,7 +180,7 @@ def w4_wgmma(
     param_desc: params (KB * P * N,) int32 in boxes (BN,); out, residual (M, N) or (M, N / 2) row-major, dtype of x; bias (N,);
     partial: float32, two tiles for each program; arrived: int32, PARTS for each tile, zero before and after.
     Rounding: (q - z) * s once to the dtype of x (for bf16 also s); products accumulate in float32; one rounding at the end.
-    Tiles: BM 16 to 256, BN / PARTS 64 or 128 with PARTS 1 or 2; PENDING 1 to 3 groups of products in flight when the next is
+    Tiles: BM 16 to 256, BN / PARTS 64 or 128 with PARTS 1, 2 or 4 and BN at most 256; PENDING 1 to 3 groups of products in flight when the next is
     issued. SHARED: programs may share a tile; else each program has whole tiles. Needs 4 warps and compute capability 9.0.
     Ragged edges: rows beyond a block belong to the next block or are zero, and are not stored.
     """
@@ -200,7 +200,28 @@ def w4_wgmma(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=PARTS)
-    if PARTS == 2:
+    if PARTS == 4:
+        gl.warp_specialize(
+            [
+                (_consume, (out, bias, residual, partial, arrived, xs, words, params, full, empty,
+                            begin, end, run, M, N, KB, m_tiles, 0, PARTS, SHARED, BF16,
+                            HAS_BIAS, HAS_RESIDUAL, PAIRED, GROUP, BM, BN, STAGES, PENDING, DEPENDENT)),
+                (_consume, (out, bias, residual, partial, arrived, xs, words, params, full, empty,
+                            begin, end, run, M, N, KB, m_tiles, 1, PARTS, SHARED, BF16,
+                            HAS_BIAS, HAS_RESIDUAL, PAIRED, GROUP, BM, BN, STAGES, PENDING, DEPENDENT)),
+                (_consume, (out, bias, residual, partial, arrived, xs, words, params, full, empty,
+                            begin, end, run, M, N, KB, m_tiles, 2, PARTS, SHARED, BF16,
+                            HAS_BIAS, HAS_RESIDUAL, PAIRED, GROUP, BM, BN, STAGES, PENDING, DEPENDENT)),
+                (_consume, (out, bias, residual, partial, arrived, xs, words, params, full, empty,
+                            begin, end, run, M, N, KB, m_tiles, 3, PARTS, SHARED, BF16,
+                            HAS_BIAS, HAS_RESIDUAL, PAIRED, GROUP, BM, BN, STAGES, PENDING, DEPENDENT)),
+                (_produce, (x_desc, word_desc, param_desc, xs, words, params, full, empty,
+                            begin, end, N, KB, m_tiles, GROUP, BM, BN, STAGES, DEPENDENT)),
+            ],
+            [4, 4, 4, 1],
+            [112, 112, 112, 40],
+        )  # fmt: skip
+    elif PARTS == 2:
         gl.warp_specialize(
             [
                 (_consume, (out, bias, residual, partial, arrived, xs, words, params, full, empty,

@@ -120,7 +120,7 @@ def run_served(
     """The engine alone at a rate above what it can serve, the server at the same, then the server at a rate below."""
     trace = read_trace(TRACE)[:requests]
     with opened(kind, config, report, shape) as bench:
-        bench.dynamic(trace[: requests // 2], rate=200.0)  # compiles and loads
+        bench.dynamic(trace, rate=200.0)  # compiles and loads what the trace needs
         own = report.add(bench.dynamic(trace, rate=200.0))
         vocab_size = bench.core.runner.vocab_size
     assert own.req_per_s is not None
@@ -129,7 +129,7 @@ def run_served(
     server = subprocess.Popen([sys.executable, __file__, first], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         port = _port_of(server)
-        asyncio.run(_quiet(Client(port, trace[: requests // 2], 200.0, vocab_size)))  # compiles and loads
+        asyncio.run(_quiet(Client(port, trace, 200.0, vocab_size)))  # loads the same here
         busy = _measure(report, own, port, trace, 200.0, vocab_size)
         report.judge(
             "requests per second through the server over the engine's own",

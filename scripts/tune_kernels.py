@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from kernel_timing import copies_for, measure_peaks, quiet_capture, time_graph
@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from kernels.int4 import Quantized
-from kernels.w4a16 import TILE_KINDS, Tile, has_wgmma, multiprocessors, pick, run_tile, table_of
+from kernels.w4a16 import TILE_KINDS, Size, Tile, has_wgmma, multiprocessors, pick, run_tile, table_of
 from kernels.w4a16_layout import W4Weight, prepare
 from kernels.w4a16_prefill import PrefillTile
 from kernels.w4a16_unpack import DEPENDENT_MODES
@@ -49,11 +49,6 @@ def random_weight(rows: int, cols: int, group_size: int = 128, device: str = "cu
         torch.randint(0, 16, (rows, groups), dtype=torch.uint8, device=device),
         group_size,
     )
-
-
-class Size(NamedTuple):
-    rows: int
-    in_features: int
 
 
 Job = tuple[Tile, str, int, int, int, int]  # tile, way of starting, tokens, rows, cols, group size

@@ -166,6 +166,7 @@ WGMMA_TILES = [
     WgmmaTile(128, 256, 2, 4, 1, pending=2),
     WgmmaTile(64, 256, 2, 5, 1, dependent="waited"),
     WgmmaTile(64, 128, 1, 3, 2, dependent="early"),
+    WgmmaTile(64, 256, 4, 5, 1),
     WgmmaTile(256, 128, 2, 3, 0.25),
 ]
 

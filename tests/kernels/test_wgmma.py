@@ -40,6 +40,7 @@ def build(half, parts, **constants):
 build("fp16", 2, BM=128, BN=256, STAGES=4)
 build("bf16", 2, BM=64, BN=256, STAGES=5, GROUP=32, PAIRED=True, DEPENDENT="waited")
 build("fp16", 1, BM=64, BN=128, STAGES=3, GROUP=64, SHARED=False)
+build("fp16", 4, BM=64, BN=256, STAGES=5)
 print("compiled")
 """
 
@@ -109,11 +110,11 @@ def test_fewer_stages_where_groups_are_small() -> None:
 def test_entries_are_passed_over_where_the_kernel_cannot_run() -> None:
     hopper, plain = WgmmaTile(128, 256, 2, 4, 1), GemmTile(128, 64, 4, 3, True, True, 1)
     table = (w4a16.Entry(4096, 4096, 128, hopper), w4a16.Entry(4096, 4096, 256, plain))
-    size = w4a16._Size(4096, 4096)
+    size = w4a16.Size(4096, 4096)
     assert w4a16.pick(table, 100, size, has_wgmma=True) == hopper
     assert w4a16.pick(table, 100, size) == plain
-    assert w4a16.pick(table, 100, w4a16._Size(4098, 4096), has_wgmma=True) == plain
-    assert w4a16.pick(table, 100, w4a16._Size(4096, 4100), has_wgmma=True) == plain
+    assert w4a16.pick(table, 100, w4a16.Size(4098, 4096), has_wgmma=True) == plain
+    assert w4a16.pick(table, 100, w4a16.Size(4096, 4100), has_wgmma=True) == plain
     assert w4a16.pick(table[:1], 100, size) == PrefillTile(0)
 
 

@@ -1,13 +1,17 @@
 """Tables of tiles made of measurements: what a refinement keeps, replaces and leaves for a Triton without Gluon."""
 
 import dataclasses
+import sys
+from pathlib import Path
 from typing import Any
 
-from tune_kernels import END, Size, make_table
-
-from kernels.w4a16 import Tile, parse_table, pick
+from kernels.w4a16 import Size, Tile, parse_table, pick
 from kernels.w4a16_prefill import PrefillTile
 from kernels.w4a16_schedule import GemmTile, WgmmaTile
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from tune_kernels import END, make_table
 
 
 def row(kernel: str, tile: Tile, tokens: int, **times: float) -> dict[str, Any]:
@@ -25,20 +29,24 @@ def row(kernel: str, tile: Tile, tokens: int, **times: float) -> dict[str, Any]:
 
 WGMMA = row("wgmma", WgmmaTile(64, 64, 1, 4, 2), 64, waited_us=10.5, early_us=10.1)
 GEMM = row("gemm", GemmTile(64, 64, 4, 4, True, True, 1, False), 64, never_us=14.6, late_us=15.0)
-OLD = {**row("gemm", GemmTile(32, 64, 4, 4, False, True, 2, False), 64)}
+OLD = {
+    "k": 4096,
+    "n": 4096,
+    "kernel": "gemm",
+    **dataclasses.asdict(GemmTile(32, 64, 4, 4, False, True, 2, False)),
+}
 KEPT = [
-    {key: value for key, value in OLD.items() if key not in ("roof_us", "error")},
+    {**OLD, "tokens": 64},
     {**OLD, "tokens": 8},
     {"k": 4096, "n": 4096, "tokens": END, "kernel": "prefill", "rows": 8192},
 ]
-KEPT = [{key: value for key, value in entry.items() if key not in ("roof_us", "error")} for entry in KEPT]
 HERE = Size(4096, 4096)
 
 
 def test_the_fastest_tile_stands_first_and_another_behind_it_for_a_triton_without_gluon() -> None:
     table = parse_table(make_table({"gpu": "any", "rows": [GEMM, WGMMA]}, []))
     assert pick(table, 40, HERE, has_wgmma=True) == WgmmaTile(64, 64, 1, 4, 2, dependent="early")
-    assert pick(table, 40, HERE) == GemmTile(64, 64, 4, 4, True, True, 1, False)
+    assert pick(table, 40, HERE) == GemmTile(64, 64, 4, 4, True, True, 1, dependent="never")
     assert pick(table, 65, HERE, has_wgmma=True) == PrefillTile(8192)
 
 
