@@ -128,6 +128,8 @@ def make_runner(
         cache = _make_cache(model, config, blocks, _static(ckpt, config, parallel))
         runner = ModelRunner(model, cache, config, context_length)
         if config.warm_up:
+            if device.type == "cuda":
+                log.info("compiling and loading kernels; a minute or two the first time on a machine, seconds later")
             runner.warm_up()
         return runner
     except torch.OutOfMemoryError as error:

@@ -36,6 +36,7 @@ SHAPES = [
 ]  # fmt: skip
 TOKENS = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048]
 END = 1 << 20  # tokens of the entry behind the measured ones
+NEAR = 1.01  # a tile may be so much slower than the fastest where it is that of other shapes too
 TILES = Callable[[int, int, int], list[Tile]]  # candidates of tokens, rows, cols
 START = time.time()
 
@@ -236,36 +237,62 @@ def clone(weight: W4Weight) -> W4Weight:
     )
 
 
-def make_table(measured: dict[str, Any], kept: list[dict[str, Any]]) -> dict[str, Any]:
-    """The fastest tile of each cell, launched as it was fastest; beyond the measured tokens, dequantize-then-cuBLAS.
+Place = tuple[int, int, int]  # K, N, tokens
 
-    Where `w4_wgmma` is the fastest, the fastest of the others stands behind it, for a Triton without Gluon. `kept` are
+
+def make_table(measured: dict[str, Any], kept: list[dict[str, Any]]) -> dict[str, Any]:
+    """A tile for each cell, launched as it was fastest; beyond the measured tokens, dequantize-then-cuBLAS.
+
+    Where `w4_wgmma` is chosen, the fastest of the others stands behind it, for a Triton without Gluon. `kept` are
     entries of the table before; those of measured cells are left out.
     """
-    fastest: dict[tuple[int, int, int], list[dict[str, Any]]] = {}
+    cells: dict[Place, dict[str, tuple[float, dict[str, Any]]]] = {}  # by cell and entry: time
     for row in measured["rows"]:
-        if "failure" not in row and times_of(row):
-            fastest.setdefault((row["k"], row["n"], row["tokens"]), []).append(row)
-    entries = [entry for entry in kept if (entry["k"], entry["n"], entry["tokens"]) not in fastest]
-    for rows in fastest.values():
-        best = min(rows, key=fastest_us)
-        entries.append(entry_of(best))
-        others = [row for row in rows if row["kernel"] != "wgmma"]
-        if best not in others and others:
-            entries.append(entry_of(min(others, key=fastest_us)))
+        if "failure" not in row:
+            for mode, us in times_of(row).items():
+                entry = entry_of(row, mode)
+                cells.setdefault((row["k"], row["n"], row["tokens"]), {})[key_of(entry)] = us, entry
+    entries = [entry for entry in kept if (entry["k"], entry["n"], entry["tokens"]) not in cells]
+    for cell, chosen in few_tiles(cells).items():
+        entries.append(chosen)
+        others = [pair for pair in cells[cell].values() if pair[1]["kernel"] != "wgmma"]
+        if chosen["kernel"] == "wgmma" and others:
+            entries.append(min(others, key=lambda pair: pair[0])[1])
     ended = {(entry["k"], entry["n"]) for entry in entries if entry["tokens"] == END}
-    shapes = {(k, n) for k, n, _ in fastest} - ended
+    shapes = {(k, n) for k, n, _ in cells} - ended
     entries += [{"k": k, "n": n, "tokens": END, "kernel": "prefill", "rows": 8192} for k, n in shapes]
     entries.sort(key=lambda entry: (entry["k"], entry["n"], entry["tokens"]))
     return {"gpu": measured["gpu"], "note": "Written by scripts/tune_kernels.py.", "entries": entries}
 
 
-def entry_of(row: dict[str, Any]) -> dict[str, Any]:
+def few_tiles(cells: dict[Place, dict[str, tuple[float, dict[str, Any]]]]) -> dict[Place, dict[str, Any]]:
+    """For each cell a tile within NEAR of the fastest, the same for as many shapes as can be: each tile is compiled once."""
+    near = {
+        cell: {
+            key: pair for key, pair in tiles.items() if pair[0] <= NEAR * min(us for us, _ in tiles.values())
+        }
+        for cell, tiles in cells.items()
+    }
+    chosen = {}
+    for tokens in {tokens for _, _, tokens in cells}:
+        left = sorted(cell for cell in cells if cell[2] == tokens)
+        while left:
+            keys = sorted({key for cell in left for key in near[cell]})
+            most = max(keys, key=lambda key: sum(key in near[cell] for cell in left))
+            chosen |= {cell: near[cell][most][1] for cell in left if most in near[cell]}
+            left = [cell for cell in left if most not in near[cell]]
+    return chosen
+
+
+def key_of(entry: dict[str, Any]) -> str:
+    """What makes two entries the same tile, whatever the shape."""
+    return json.dumps({name: value for name, value in entry.items() if name not in ("k", "n", "tokens")})
+
+
+def entry_of(row: dict[str, Any], mode: str) -> dict[str, Any]:
     fields = TILE_KINDS[row["kernel"]].__dataclass_fields__
     entry = {key: row[key] for key in ("k", "n", "tokens", "kernel", *fields) if key in row}
-    if "dependent" in fields:
-        entry["dependent"] = min(times_of(row), key=lambda mode: times_of(row)[mode])
-    return entry
+    return {**entry, "dependent": mode} if "dependent" in fields else entry
 
 
 def times_of(row: dict[str, Any]) -> dict[str, float]:

@@ -66,3 +66,14 @@ def test_a_failed_or_slower_tile_leaves_nothing_behind() -> None:
     for other in (wrong, slow):
         made = make_table({"gpu": "any", "rows": [GEMM, other]}, KEPT)
         assert [entry["kernel"] for entry in made["entries"] if entry["tokens"] == 64] == ["gemm"]
+
+
+def test_shapes_share_a_tile_that_is_nearly_the_fastest_of_each() -> None:
+    slow = row("wgmma", WgmmaTile(64, 128, 1, 3, 2), 64, waited_us=10.15)
+    fast = row("wgmma", WgmmaTile(64, 128, 1, 3, 2), 64, waited_us=20.0) | {"n": 8192}
+    slower = WGMMA | {"n": 8192, "waited_us": 22.0, "early_us": 21.0}
+    made = make_table({"gpu": "any", "rows": [WGMMA, slow, fast, slower]}, [])
+    assert [(entry["n"], entry["bn"]) for entry in made["entries"] if entry["tokens"] == 64] == [
+        (4096, 128),
+        (8192, 128),
+    ]
