@@ -75,8 +75,12 @@ def dense_product(
 
 
 def _takes_gemv(x: Tensor, weight: Tensor) -> bool:
-    is_one = x.is_cuda and x.shape[0] == 1 and x.dtype == weight.dtype != torch.float32
-    return is_one and weight.is_contiguous() and not (torch.is_grad_enabled() and x.requires_grad)
+    """Whether a float product goes through our own kernel: one token on a GPU, no gradient, operands that the kernel takes."""
+    if not x.is_cuda or x.shape[0] != 1 or (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    from kernels.dense_gemv import takes
+
+    return takes(x, weight)
 
 
 @lru_cache(maxsize=1)
