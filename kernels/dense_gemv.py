@@ -104,7 +104,7 @@ def dense_gemv_kernel(
     for start in range(0, words, BW):
         if EVEN_K:
             x_words = tl.load(x + start + column)
-            ahead = start + BW < words
+            ahead = tl.full([1, BW], 1, tl.int1) & (start + BW < words)  # one for the turn
         else:
             x_words = tl.load(x + start + column, mask=start + column < words, other=0)
             ahead = start + BW + column < words

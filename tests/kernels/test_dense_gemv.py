@@ -39,7 +39,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float16) -> Te
 
 @needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "cols"), [(8, 1024), (18, 520), (34, 8), (6, 1304), (1, 2056)])
+@pytest.mark.parametrize(("rows", "cols"), [(8, 4096), (18, 520), (34, 8), (6, 1304), (1, 2056), (2, 6152)])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("has_residual", [False, True])
 def test_kernel_against_float64(
@@ -65,7 +65,7 @@ def test_kernel_against_float64(
 
 @needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "cols"), [(8, 1024), (18, 520), (6, 1304), (2, 8)])
+@pytest.mark.parametrize(("rows", "cols"), [(8, 4096), (18, 520), (6, 4104), (2, 8)])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_gated_equals_the_reference(rows: int, cols: int, dtype: torch.dtype, has_bias: bool) -> None:
     """Same roundings, sums in another order: gate and up may differ by one step before they are multiplied."""
@@ -81,14 +81,15 @@ def test_gated_equals_the_reference(rows: int, cols: int, dtype: torch.dtype, ha
 
 @needs_interpreter
 @pytest.mark.parametrize(
-    "tile", [DenseTile(2, 2048, 8), DenseTile(8, 512, 2), DenseTile(16, 512, 1), DenseTile(32, 256, 1)]
+    "tile", [DenseTile(4, 1024, 4), DenseTile(8, 512, 2), DenseTile(16, 512, 1), DenseTile(32, 256, 1)]
 )
 @pytest.mark.parametrize("gated", [False, True])
-def test_tiles_compute_the_same_product(tile: DenseTile, gated: bool) -> None:
+@pytest.mark.parametrize("cols", [1096, 2048])
+def test_tiles_compute_the_same_product(tile: DenseTile, gated: bool, cols: int) -> None:
     """Every row and column once, whatever the tile: small whole numbers, so that sums are exact in any order."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randint(-2, 3, (1, 1096), generator=generator).half()
-    weight = torch.randint(-2, 3, (38, 1096), generator=generator).half()
+    x = torch.randint(-2, 3, (1, cols), generator=generator).half()
+    weight = torch.randint(-2, 3, (38, cols), generator=generator).half()
     got = launch_dense_gemv(x, weight, None, gated, torch.float32, pdl=False, tile=tile)
     assert torch.equal(got, launch_dense_gemv(x, weight, None, gated, torch.float32, pdl=False))
     if not gated:
@@ -116,7 +117,7 @@ def test_large_and_denormal_values(dtype: torch.dtype) -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("cols", [1024, 1032])
+@pytest.mark.parametrize("cols", [2048, 1032])
 def test_infinities_and_nans_reach_their_rows_alone(cols: int) -> None:
     """In the last column too, where a ragged tile is masked: rows past the end and columns past K add nothing."""
     x, weight = torch.ones(1, cols).half(), torch.ones(7, cols).half()
