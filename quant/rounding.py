@@ -44,11 +44,17 @@ class Learning:
     checks: int = 4  # measurements of the whole loss
     toward_float: float = 1.0  # the aim: 0 is the float block on these inputs, 1 the float model's stream
     noise: float = 0.0  # share of tokens whose inputs are the float stream with the error of another token
-    average: float = 0.0  # weight of the past in a running mean of what is trained, judged beside it; 0: none
+    average: float = (
+        0.0  # weight of the past in a running mean of what is trained, kept in its place; 0: none
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise <= 1:
             raise ValueError(f"noise is {self.noise}: expected a share of the tokens, 0 to 1.")
+        if self.noise and self.toward_float != 1:
+            raise ValueError(
+                "noise needs toward_float 1: what a block gives on errors of other tokens is not measured."
+            )
         if not 0 <= self.average < 1:
             raise ValueError(f"average is {self.average}: expected 0 or more and less than 1.")
 
@@ -157,11 +163,10 @@ def learn_block(
         for check in range(learning.checks):
             runner.run(steps * (check + 1) // learning.checks - steps * check // learning.checks)
             reached = [p.clone() for p in trained]
-            for candidate in [reached, means] if means else [reached]:
-                put(candidate, trained)
-                now = whole()
-                if now < loss:
-                    loss, kept = now, [p.clone() for p in params]
+            put(means or reached, trained)
+            now = whole()
+            if now < loss:
+                loss, kept = now, [p.clone() for p in params]
             put(reached, trained)
         put(kept, params)
         codes = torch.clamp(latent.round(), -flat.zeros, max_code - flat.zeros)
