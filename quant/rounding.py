@@ -43,6 +43,7 @@ class Learning:
     batch_tokens: int = 4096
     checks: int = 4  # measurements of the whole loss
     toward_float: float = 1.0  # the aim: 0 is the float block on these inputs, 1 the float model's stream
+    foretell: bool = False  # start from what the quantized stream foretells of the float one, not from the float block on it
     noise: float = 0.0  # share of tokens whose inputs are the float stream with the error of another token
     average: float = (
         0.0  # weight of the past in a running mean of what is trained, kept in its place; 0: none
@@ -51,6 +52,8 @@ class Learning:
     def __post_init__(self) -> None:
         if not 0 <= self.noise <= 1:
             raise ValueError(f"noise is {self.noise}: expected a share of the tokens, 0 to 1.")
+        if self.foretell and self.toward_float == 1:
+            raise ValueError("foretell needs toward_float below 1: at 1 the aim is the float stream itself.")
         if self.noise and self.toward_float != 1:
             raise ValueError(
                 "noise needs toward_float 1: what a block gives on errors of other tokens is not measured."

@@ -11,9 +11,11 @@ from torch import Tensor
 from engine.block import Tap
 from quant import rounding
 from quant.block_search import BlockSearch
+from quant.chunks import chunk_samples
 from quant.experts import quantize_experts
 from quant.folding import Fold, fold_norm, kv_fold, no_fold, norm_fold, row_fold
 from quant.gram import outer_sum
+from quant.inherited import foretold
 from quant.parts import Parts, linear
 from quant.records import BlockResult, Streams
 from quant.stored import to_float16
@@ -49,7 +51,7 @@ def search_on_streams(
     )
     done = to_float16(search.weights)
     if search.plan.learn and reference is not None:
-        wanted = _wanted(search, parts, x, reference.out)
+        wanted = _wanted(search, parts, x, reference.out, metric)
         done, search.reports = rounding.learn_block(
             done,
             search.latents,
@@ -70,13 +72,16 @@ def search_on_streams(
     return BlockResult(done, tuple(search.reports), Streams(out if reference is None else reference.out, out))
 
 
-def _wanted(search: BlockSearch, parts: Parts, x: Tensor, out: Tensor) -> Tensor:
+def _wanted(search: BlockSearch, parts: Parts, x: Tensor, out: Tensor, metric: Tensor | None) -> Tensor:
     """What learned rounding aims at: the float stream after the block, or a share of the way there from the float block on x."""
-    share = rounding.LEARNING.toward_float
-    if share == 1:
+    learning = rounding.LEARNING
+    if learning.toward_float == 1:
         return out
     source = parts.dense(search.source)
-    return parts.map(lambda h, good: torch.lerp(parts.block(h, source), good, share), x, out)
+    begin = parts.map(lambda h: parts.block(h, source), x)
+    if learning.foretell:
+        begin = foretold(begin, x, out, metric, chunk_samples(x.shape[1], x.device))
+    return torch.lerp(begin, out, learning.toward_float)
 
 
 def _float_stream(search: BlockSearch, parts: Parts, x: Tensor) -> _Float:

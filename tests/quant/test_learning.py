@@ -120,6 +120,30 @@ def test_nearer_targets_change_what_is_learned(monkeypatch: pytest.MonkeyPatch) 
     assert moved > 0 and nearer < loss and other != codes  # the block's own output is easier to meet
 
 
+def test_an_inherited_error_that_can_be_foretold_is_aimed_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quantized stream is a tenth too small: what is missing behind the block follows from what is there."""
+    config = config_of("llama")
+    x = stream_of(config)
+    quant = QuantConfig(preset="best", group_size=32, bits=3, rounding_steps=30)
+    found, aims = [], []
+
+    def learn(done, latents, config, quant, x, y, reports, metric, float_x):
+        aims.append(y)
+        return done, reports
+
+    monkeypatch.setattr(rounding, "learn_block", learn)
+    for foretell in (False, True):
+        how = replace(GENTLE, toward_float=0.2, foretell=foretell)
+        monkeypatch.setattr(rounding, "LEARNING", how)
+        with torch.no_grad():
+            result = quantize_block(
+                block_of(config), config, quant, Streams(x, 0.9 * x), "cpu", torch.float32
+            )
+        assert result.streams is not None
+        found.append(float((aims[-1] - result.streams.fp).pow(2).mean()))
+    assert found[1] < 0.5 * found[0]
+
+
 def test_a_block_whose_loss_would_rise_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     hasty = rounding.Learning(code_rate=8.0, scale_rate=2.0, norm_rate=2.0)
     assert changed_codes(hasty, monkeypatch)[0] == 0
@@ -286,6 +310,7 @@ def test_a_configuration_is_checked_in_full_sentences(options: dict[str, object]
         ({"average": 1.0}, "average is 1.0"),
         ({"average": -0.5}, "average is -0.5"),
         ({"noise": 0.1, "toward_float": 0.5}, "noise needs toward_float 1"),
+        ({"foretell": True}, "foretell needs toward_float below 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict[str, float], words: str) -> None:
