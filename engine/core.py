@@ -182,7 +182,8 @@ class EngineCore:
             parts, is_memory = self._parts_of(plan, error), isinstance(error, torch.OutOfMemoryError)
         else:
             return [] if pending is None else [(plan, pending)]
-        if is_memory:  # outside of `except`: the error's traceback held the activations of the step that failed
+        # Outside of `except`: the error's traceback held the activations of the step that failed.
+        if is_memory:
             gc.collect()
             torch.cuda.empty_cache()
         return [started for part in parts for started in self._run(part)]

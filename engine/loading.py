@@ -129,7 +129,7 @@ def make_runner(
         runner = ModelRunner(model, cache, config, context_length)
         if config.warm_up:
             if device.type == "cuda":
-                log.info("compiling and loading kernels; a minute or two the first time on a machine, seconds later")
+                log.info("compiling and loading kernels: a minute or two the first time, seconds later")
             runner.warm_up()
         return runner
     except torch.OutOfMemoryError as error:
