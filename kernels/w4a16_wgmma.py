@@ -200,6 +200,7 @@ def w4_wgmma(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=PARTS)
+    # Written out: Gluon keeps a constant of a partition's arguments only where it stands in the call itself.
     if PARTS == 4:
         gl.warp_specialize(
             [

@@ -11,9 +11,7 @@ from torch import Tensor
 from quant.gram import damped, fast_products
 
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean of the features' Gram diagonal
-_HEAVY = (
-    4.0  # tokens of more than this many times the median power count for less, so that a few do not decide
-)
+_HEAVY = 4.0  # times the median power: tokens above it count for less, so that a few do not decide
 
 
 def foretold(f: Tensor, x: Tensor, y: Tensor, metric: Tensor | None, part: int) -> Tensor:

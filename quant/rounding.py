@@ -45,9 +45,7 @@ class Learning:
     toward_float: float = 1.0  # the aim: 0 is the float block on these inputs, 1 the float model's stream
     foretell: bool = False  # start from what the quantized stream foretells of the float one, not from the float block on it
     noise: float = 0.0  # share of tokens whose inputs are the float stream with the error of another token
-    average: float = (
-        0.0  # weight of the past in a running mean of what is trained, kept in its place; 0: none
-    )
+    average: float = 0.0  # weight of the past in a running mean, kept in place of what was trained; 0: none
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise <= 1:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import triton
-from kernel_timing import Peaks, copies_for, measure_peaks, quiet_capture, time_graph
+from kernel_timing import Peaks, copies_for, measure_peaks, quiet_capture, time_graph, wait_or_stop
 from provenance import provenance
 from torch import Tensor
 
@@ -96,11 +96,7 @@ def precompile(limit_s: float) -> None:
     workers = [
         subprocess.Popen([sys.executable, __file__, "--worker", str(i), str(count)]) for i in range(count)
     ]
-    while time.time() - START < limit_s and any(worker.poll() is None for worker in workers):
-        time.sleep(0.1)
-    late = sum(worker.poll() is None for worker in workers)
-    for worker in workers:
-        worker.terminate()
+    late = wait_or_stop(workers, START + limit_s)
     log(f"compiled in {count} processes, {late} of them stopped at the limit")
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import triton
 from kernel_peers import MODULES, PEERS, Cublas, Ours, OursDependent, Peer
-from kernel_timing import Peaks, copies_for, measure_peaks, quiet_capture, time_graph
+from kernel_timing import Peaks, copies_for, measure_peaks, quiet_capture, time_graph, wait_or_stop
 from provenance import provenance
 from triton.errors import TritonError
 from tune_kernels import precompile, random_weight
@@ -262,10 +262,7 @@ def main() -> None:
                 modes = {"never", getattr(tile, "dependent", "never")}
                 jobs += [(tile, mode, m, n, k, group_size) for mode in sorted(modes)]
     precompile(jobs, arguments.warm_s)
-    while time.time() - START < arguments.warm_s and any(worker.poll() is None for worker in workers):
-        time.sleep(0.2)
-    for worker in workers:
-        worker.terminate()
+    wait_or_stop(workers, START + arguments.warm_s)
     peaks = measure_peaks()
     document = provenance(peaks.name) | {
         "gpu": peaks.name, "versions": versions(), "rows": [],

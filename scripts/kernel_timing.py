@@ -7,7 +7,9 @@ as it would in a decode step. Weights rotate over copies that together exceed 4 
 import gc
 import math
 import statistics
-from collections.abc import Callable
+import subprocess
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +24,16 @@ class Timing:
 
     us: float
     spread: float
+
+
+def wait_or_stop(workers: "Sequence[subprocess.Popen[bytes]]", until: float) -> int:
+    """Wait for processes that compile; at `until` (time.time()) those that are left are stopped: how many."""
+    while time.time() < until and any(worker.poll() is None for worker in workers):
+        time.sleep(0.1)
+    late = [worker for worker in workers if worker.poll() is None]
+    for worker in late:
+        worker.terminate()
+    return len(late)
 
 
 def event_us(call: Callable[[], None]) -> float:

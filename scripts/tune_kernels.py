@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_timing import copies_for, measure_peaks, quiet_capture, time_graph
+from kernel_timing import copies_for, measure_peaks, quiet_capture, time_graph, wait_or_stop
 from tile_candidates import binary_key, candidates, is_worth_trying, kind_of, modes_of, wgmma_tiles
 from torch import Tensor
 from triton.errors import TritonError
@@ -98,11 +98,7 @@ def precompile(jobs: list[Job], limit_s: float) -> None:
                 [sys.executable, str(Path(__file__).with_name("tune_kernels.py")), "--worker", str(path)]
             )
         )
-    while time.time() - START < limit_s and any(p.poll() is None for p in processes):
-        time.sleep(0.2)
-    late = sum(process.poll() is None for process in processes)
-    for process in processes:
-        process.terminate()
+    late = wait_or_stop(processes, START + limit_s)
     log(f"compiled {len(distinct)} binaries in {count} processes, {late} of them stopped at the limit")
 
 

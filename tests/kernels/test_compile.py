@@ -1,13 +1,7 @@
 """Each kernel of the attention path, and the W4A16 kernels for few tokens, compile for sm_90 without a GPU: the interpreter does not see what the compiler refuses."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import itertools, sys
 import triton
@@ -69,13 +63,6 @@ print("compiled")
 """
 
 
-def test_kernels_compile_for_hopper(tmp_path: Path):
+def test_kernels_compile_for_hopper(build_for_hopper):
     pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    script = tmp_path / "build.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.stdout.strip() == "compiled", done.stderr[-3000:]
+    build_for_hopper(SCRIPT)

@@ -3,10 +3,7 @@
 The interpreter cuts float32 to bf16 where a GPU rounds to nearest: float32 results are judged strictly, bf16 ones by a whole step.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,7 +19,6 @@ from kernels.dense_gemv import (
     takes,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
 ROUNDING = {
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-7,
@@ -228,13 +224,6 @@ print("compiled")
 """
 
 
-def test_compiles_for_hopper_without_spills(tmp_path: Path) -> None:
+def test_compiles_for_hopper_without_spills(build_for_hopper: Callable[..., str]) -> None:
     """16-byte loads of weights, x where the weights are, and three programs or more on a multiprocessor."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    script = tmp_path / "build.py"
-    script.write_text(COMPILE)
-    done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.stdout.strip() == "compiled", done.stderr[-3000:]
+    build_for_hopper(COMPILE)

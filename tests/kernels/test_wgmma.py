@@ -1,10 +1,7 @@
 """The Gluon kernel for Hopper: compiled for sm_90 without a GPU and without serialized products; its tiles; who may have it."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +9,6 @@ from kernels import w4a16
 from kernels.w4a16_prefill import PrefillTile
 from kernels.w4a16_schedule import MAX_SEGMENTS, MAX_TILES, GemmTile, WgmmaTile, schedule
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import sys
 import triton
@@ -45,17 +41,9 @@ print("compiled")
 """
 
 
-def test_compiles_for_hopper_with_products_side_by_side(tmp_path: Path) -> None:
+def test_compiles_for_hopper_with_products_side_by_side(build_for_hopper: Callable[..., str]) -> None:
     pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DUMP_PTXAS_LOG": "1"}
-    script = tmp_path / "build.py"
-    script.write_text(SCRIPT)
-    done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.stdout.rstrip().endswith("compiled"), done.stderr[-3000:]
-    assert "serialized" not in done.stdout + done.stderr
+    assert "serialized" not in build_for_hopper(SCRIPT, TRITON_DUMP_PTXAS_LOG="1")
 
 
 @pytest.mark.parametrize(
