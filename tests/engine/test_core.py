@@ -276,7 +276,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing():
 
 
 def test_a_step_that_failed_holds_nothing_while_its_halves_run():
-    """Its activations would otherwise be alive with those of the halves, by way of the error's traceback."""
+    """Its activations would otherwise be alive with those of the halves, by way of the error's traceback or of a cycle."""
 
     class Activations:
         pass
@@ -289,6 +289,7 @@ def test_a_step_that_failed_holds_nothing_while_its_halves_run():
         activations = Activations()
         alive.add(activations)
         if plan.tokens > 2:
+            activations.itself = activations
             raise torch.OutOfMemoryError("injected")
 
     core = make_core(num_blocks=300, faults=faults)

@@ -3,12 +3,14 @@
 import gc
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from convert.config import ModelConfig, RopeScaling
 from convert.errors import InputError, ResourceError
+from engine import loading
 from engine.api import Request, SamplingParams
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -254,6 +256,23 @@ def test_room_is_left_for_the_keys_and_values_that_a_long_prompt_reads_again():
         gathered_bytes(replace(SHAPES["7b"], sliding_window=9), 10, torch.bfloat16) == 10 * 2 * 32 * 128 * 2
     )
     assert gathered_bytes(shared, -5, torch.float16) == 0  # the context ends within the first step
+
+
+def test_the_cache_leaves_that_room_on_a_gpu(monkeypatch):
+    """What the cache may share out falls by what a context beyond one step has to read again, with CUDA's counters played."""
+    shape = replace(SHAPES["70b"], max_position=32768)
+    model = SimpleNamespace(
+        device=torch.device("cuda", 0), config=shape, dtype=torch.float16, vocab_size=shape.vocab_size
+    )
+    for name in ("reset_peak_memory_stats", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (40 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(loading, "_largest_step", lambda *_: None)
+    config = EngineConfig(device="cuda", max_step_tokens=2048, max_batch=8)
+    short, long = (loading._free_bytes(model, config, length) for length in (2048, 32768))
+    assert 0 < long < short and short - long == gathered_bytes(shape, 32768 - 2048, torch.float16)
 
 
 def test_a_captured_step_whose_sampling_fails_gets_its_inputs_back(monkeypatch):

@@ -81,7 +81,7 @@ def test_programs_cover_each_unit_once_and_agree_on_slots(
 def test_tiles_that_do_not_fit_are_refused() -> None:
     for fields in [
         (128, 256, 3, 4, 0), (128, 512, 2, 2, 0), (256, 256, 2, 2, 0), (48, 128, 2, 4, 0),
-        (128, 256, 2, 5, 0), (128, 256, 2, 1, 0), (128, 256, 2, 4, 0, 0), (64, 64, 2, 4, 0),
+        (128, 256, 2, 5, 0), (128, 256, 2, 1, 0), (128, 256, 2, 4, 0, 0), (64, 64, 2, 4, 0), (64, 512, 4, 2, 0),
     ]:  # fmt: skip
         with pytest.raises(ValueError):
             WgmmaTile(*fields)

@@ -53,4 +53,4 @@ def test_a_few_heavy_tokens_do_not_decide() -> None:
     rest = (y - foretold(f, x, y, None, 8))[:, 1:].pow(2).mean()
     y[:, 0] = 1000.0
     heavy = (y - foretold(f, x, y, None, 8))[:, 1:].pow(2).mean()
-    assert heavy < 20 * rest
+    assert heavy < 2 * rest
