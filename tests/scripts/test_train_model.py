@@ -1,4 +1,4 @@
-"""The scripts behind the second and third model: a trained one loads and has learned, planted outliers change no output."""
+"""The scripts behind further models: a trained one loads and has learned, planted outliers and rotations change no output."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from engine.model import Model
 from kernels.int4 import quantize
 from scripts.plant_outliers import main as plant_main
 from scripts.plant_outliers import plant
+from scripts.rotate_model import main as rotate_main
 from scripts.train_model import main as train_main
 from scripts.train_model import rate, split_text
 from tests.tiny_runs import write_runnable
@@ -83,3 +84,28 @@ def test_what_would_not_be_exact_is_refused() -> None:
 def test_text_is_split_at_a_line_and_the_rate_rises_and_falls() -> None:
     assert split_text("aa\nbb\ncc\ndd\n", 0.5) == ("aa\nbb\n", "cc\ndd\n")
     assert rate(0.0) == 0 and rate(0.05) == pytest.approx(1.0) and rate(1.0) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("what", [["--heads"], ["--residual"], ["--heads", "--residual"]])
+def test_rotations_change_no_output_but_every_weight_they_name(
+    trained: Path, tmp_path: Path, what: list[str]
+) -> None:
+    rotate_main([str(trained), str(tmp_path / "rotated"), *what])
+    ids = torch.arange(40)
+    torch.testing.assert_close(
+        logits_of(tmp_path / "rotated", ids), logits_of(trained, ids), atol=2e-5, rtol=1e-4
+    )
+    before, after = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path / "rotated"))
+    moved = {name.rsplit(".", 2)[-2] for name in before if not torch.allclose(before[name], after[name])}
+    both = {"v_proj", "o_proj"}
+    stream = {"q_proj", "k_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens"}
+    assert both <= moved
+    assert (stream <= moved) == ("--residual" in what)
+
+
+def test_nothing_to_rotate_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        rotate_main([str(trained), str(tmp_path / "rotated")])
+    assert "nothing to rotate" in capsys.readouterr().err
