@@ -42,10 +42,10 @@ class Learning:
     norm_rate: float = 0.05
     batch_tokens: int = 4096
     checks: int = 4  # measurements of the whole loss
-    toward_float: float = 1.0  # the aim: 0 is the float block on these inputs, 1 the float model's stream
-    foretell: bool = False  # start from what the quantized stream foretells of the float one, not from the float block on it
+    toward_float: float = 0.25  # the aim: 0 is the float block on these inputs, 1 the float model's stream
+    foretell: bool = True  # start from what the quantized stream foretells of the float one, not from the float block on it
     noise: float = 0.0  # share of tokens whose inputs are the float stream with the error of another token
-    average: float = 0.0  # weight of the past in a running mean, kept in place of what was trained; 0: none
+    average: float = 0.9  # weight of the past in a running mean, kept in place of what was trained; 0: none
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise <= 1:

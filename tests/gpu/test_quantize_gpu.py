@@ -51,7 +51,7 @@ def test_two_runs_of_one_seed_are_byte_identical(preset, place, tmp_path):
 
 
 def test_every_setting_of_learned_rounding_is_captured_and_repeats(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(rounding, "LEARNING", Learning(noise=0.3, average=0.9))
+    monkeypatch.setattr(rounding, "LEARNING", Learning(noise=0.3, toward_float=1.0, foretell=False))
     base = ["awq", place / "model", "--calib-data", place / "text.txt", *SETTINGS, "--device", "cuda"]
     for name in ("one", "two"):
         call(quantize, *base, "--preset", "best", "-o", tmp_path / name)
