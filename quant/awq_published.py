@@ -4,7 +4,7 @@ N out features, K in features, S samples, L tokens a sample. Lin et al., AWQ, 20
 worse than plain rounding is not taken.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,16 +23,7 @@ from quant.parts import Parts, linear
 from quant.records import BlockResult, LinearReport, Streams
 from quant.stored import to_float16
 
-
-@dataclass(frozen=True)
-class Grids:
-    """How finely scales and ranges are searched; the published code takes 20 and 10."""
-
-    alphas: int = 20  # exponents from 0 to below 1
-    clips: int = 10  # ranges from the group's absolute maximum down to above half of it
-
-
-GRIDS = Grids()
+GRID = 20
 NOT_CLIPPED = ("q", "k")  # as published: their product is attended to, not added
 
 
@@ -107,7 +98,7 @@ class _Search:
             return
         fold, stats = self.fold(before), self.observed(roles[0])
         stacked = torch.cat([self.weight(role) for role in roles])
-        grid = exponents(GRIDS.alphas)
+        grid = exponents(GRID)
         scales = candidates(stacked, stats.mean_abs, self.quant.group_size, fold, grid)
         losses = self._losses(roles, fold.spread(scales))
         losses = losses.nan_to_num(nan=torch.inf)
@@ -246,7 +237,7 @@ class _Search:
         column_scale = self.scales.get(role)
         if column_scale is not None:
             gram = gram / column_scale[:, None] / column_scale
-        scale, zero = search_published_clip(weight, gram, size, bits, GRIDS.clips)
+        scale, zero = search_published_clip(weight, gram, size, bits)
         codes = quantize_codes(weight, scale, zero, size, bits)
         return Quantized(codes.to(torch.uint8), scale.half(), zero.to(torch.uint8), size, bits)
 

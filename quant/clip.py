@@ -10,6 +10,8 @@ from kernels.clip import choose_ranges
 from kernels.int4 import qparams
 from quant.gram import diagonal_blocks
 
+PUBLISHED_STEPS = 10  # AWQ as published: the absolute maximum times 1, 0.95, ... 0.55
+
 
 def shrink_pairs(steps: int, lowest: float, device: torch.device) -> Tensor:
     """All pairs of `steps` factors from 1 down to `lowest`, (1, 1) first: (steps^2, 2)."""
@@ -50,11 +52,8 @@ def search_clip(
     return torch.stack(scales), torch.stack(zeros)
 
 
-def search_published_clip(
-    weight: Tensor, gram: Tensor, group_size: int, bits: int, steps: int
-) -> tuple[Tensor, Tensor]:
-    """AWQ's clip: values beyond +-m are clamped, m from the group's absolute maximum towards half of it in `steps` (published:
-    10, so 1, 0.95, ... 0.55). Returns scale, zero (N, G).
+def search_published_clip(weight: Tensor, gram: Tensor, group_size: int, bits: int) -> tuple[Tensor, Tensor]:
+    """AWQ's clip: values beyond +-m are clamped, m = 1, 0.95, ... of the group's absolute maximum. Returns scale, zero (N, G).
 
     The published code measures the group's output on sampled tokens; over all tokens that is exactly the Gram form.
     """
@@ -64,8 +63,8 @@ def search_published_clip(
     top = grouped.abs().amax(-1, keepdim=True)
     best = torch.full_like(top, torch.inf)
     best_scale, best_zero = torch.ones_like(top), torch.zeros_like(top)
-    for step in range(steps):
-        limit = top * (1 - 0.5 * step / steps)
+    for step in range(PUBLISHED_STEPS):
+        limit = top * (1 - 0.5 * step / PUBLISHED_STEPS)
         clipped = grouped.clamp(-limit, limit)
         scale, zero = qparams(clipped.amin(-1, keepdim=True), clipped.amax(-1, keepdim=True), bits)
         codes = (clipped / scale).round_().clamp_(-zero, 2**bits - 1 - zero)

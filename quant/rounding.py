@@ -42,20 +42,12 @@ class Learning:
     norm_rate: float = 0.05
     batch_tokens: int = 4096
     checks: int = 4  # measurements of the whole loss
-    toward_float: float = 0.25  # the aim: 0 is the float block on these inputs, 1 the float model's stream
-    foretell: bool = True  # start from what the quantized stream foretells of the float one, not from the float block on it
-    noise: float = 0.0  # share of tokens whose inputs are the float stream with the error of another token
+    toward_float: float = (
+        0.25  # the aim: 0 is what the quantized stream foretells of the float model's, 1 that stream itself
+    )
     average: float = 0.9  # weight of the past in a running mean, kept in place of what was trained; 0: none
 
     def __post_init__(self) -> None:
-        if not 0 <= self.noise <= 1:
-            raise ValueError(f"noise is {self.noise}: expected a share of the tokens, 0 to 1.")
-        if self.foretell and self.toward_float == 1:
-            raise ValueError("foretell needs toward_float below 1: at 1 the aim is the float stream itself.")
-        if self.noise and self.toward_float != 1:
-            raise ValueError(
-                "noise needs toward_float 1: what a block gives on errors of other tokens is not measured."
-            )
         if not 0 <= self.average < 1:
             raise ValueError(f"average is {self.average}: expected 0 or more and less than 1.")
 
@@ -73,7 +65,6 @@ def learn_block(
     y: Tensor,
     reports: list[LinearReport],
     metric: Tensor | None = None,
-    float_x: Tensor | None = None,
 ) -> tuple[BlockWeights, list[LinearReport]]:
     """Train a quantized block so that it maps x to y.
 
@@ -82,7 +73,6 @@ def learn_block(
             were free; kept within half a step of its integer, so that nothing changes at first.
         metric: (H, H), what an error is multiplied by before it is squared; None: nothing.
         x: (S, L, H) inputs, those of the quantized model; y: (S, L, H) what is wanted after this block.
-        float_x: (S, L, H), the inputs in the float model, to which `noise` adds errors.
 
     Returns the block and the reports with the step and both losses added: mean squared error per element of y, before and after.
     """
@@ -105,15 +95,6 @@ def learn_block(
         moved = {role: fp16_norm(norm * (1 + norm_moves[role])) for role, norm in norms.items()}
         return flat.dense(dense, [moved], device)[0]
 
-    def varied(part: Tensor) -> Tensor:
-        """Inputs of a step: some tokens with the error of another one."""
-        inputs = x[part].float()
-        if float_x is None or swaps is None:
-            return inputs
-        good = float_x[part].float()
-        others = swaps.index_select(0, counter)[0]
-        return good + (inputs - good).flatten(0, 1).index_select(0, others).view(good.shape)
-
     def error(part: Tensor | slice, inputs: Tensor, weights: BlockWeights) -> Tensor:
         """Mean squared error of these samples behind the block."""
         attend = training_attend(causal_attend(len(inputs), x.shape[1], config), device)
@@ -133,9 +114,6 @@ def learn_block(
     order = batches(len(x), size, steps, quant.seed + 1).to(device)
     schedule = 1 - torch.arange(steps, device=device, dtype=torch.float32) / steps
     counter = torch.zeros(1, dtype=torch.int64, device=device)
-    swaps = None
-    if learning.noise and float_x is not None:
-        swaps = token_swaps(steps, size, x.shape[1], learning.noise, quant.seed + 4).to(device)
     means = [p.clone() for p in trained] if learning.average else []
 
     def step() -> None:
@@ -143,7 +121,7 @@ def learn_block(
         with torch.enable_grad():
             for p in trained:
                 p.requires_grad_(True)
-            grads = torch.autograd.grad(error(chosen, varied(chosen), current()) * gain, trained)
+            grads = torch.autograd.grad(error(chosen, x[chosen].float(), current()) * gain, trained)
             for p in trained:
                 p.requires_grad_(False)
         with torch.no_grad():
@@ -185,19 +163,3 @@ def learn_block(
         else report
         for report in reports
     ]
-
-
-def token_swaps(steps: int, samples: int, length: int, share: float, seed: int) -> Tensor:
-    """For each step, whose error each of its samples x length tokens reads, (steps, samples * length) int64, on the CPU.
-
-    A share of the tokens read another one's at random, the rest their own. First tokens, which all others attend to and whose
-    errors are of another size, exchange theirs among themselves.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    own = torch.arange(samples * length).view(samples, length)
-    out = own.flatten().repeat(steps, 1)
-    for row in out:
-        for group in (own[:, 0], own[:, 1:].flatten()):
-            hit = group[torch.rand(len(group), generator=generator) < share]
-            row[hit] = group[torch.randperm(len(group), generator=generator)[: len(hit)]]
-    return out

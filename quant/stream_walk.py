@@ -61,7 +61,6 @@ def search_on_streams(
             wanted,
             search.reports,
             metric,
-            float_x=inputs.fp,
         )
         dense = parts.dense(done)
         out = parts.map(lambda h: parts.block(h, dense, tap), x)
@@ -73,15 +72,13 @@ def search_on_streams(
 
 
 def _wanted(search: BlockSearch, parts: Parts, x: Tensor, out: Tensor, metric: Tensor | None) -> Tensor:
-    """What learned rounding aims at: the float stream after the block, or a share of the way there from the float block on x."""
-    learning = rounding.LEARNING
-    if learning.toward_float == 1:
+    """What learned rounding aims at: the float stream after the block, or a share of the way there from what x foretells of it."""
+    way = rounding.LEARNING.toward_float
+    if way == 1:
         return out
     source = parts.dense(search.source)
     begin = parts.map(lambda h: parts.block(h, source), x)
-    if learning.foretell:
-        begin = foretold(begin, x, out, metric, chunk_samples(x.shape[1], x.device))
-    return torch.lerp(begin, out, learning.toward_float)
+    return torch.lerp(foretold(begin, x, out, metric, chunk_samples(x.shape[1], x.device)), out, way)
 
 
 def _float_stream(search: BlockSearch, parts: Parts, x: Tensor) -> _Float:

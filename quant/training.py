@@ -53,7 +53,7 @@ class ScaleCodes(torch.autograd.Function):
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """Gradients that repeat bit for bit: without atomic sums in the backward pass of attention."""
+    """Gradients that repeat bit for bit, but for attention, which `training_attend` sees to: what has no such form still runs."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -70,13 +70,42 @@ def repeatable() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
+class _Strictly(torch.autograd.Function):
+    """The identity; going backward, from here on operations without a repeatable form are refused, or no longer.
+
+    Attention on a GPU takes its repeatable backward pass in strict mode alone: one that warns leaves its atomic sums as they are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, strict: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.strict = strict
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        if torch.are_deterministic_algorithms_enabled():
+            torch.use_deterministic_algorithms(True, warn_only=not ctx.strict)
+        return None, *grads
+
+
+def strictly(attend: Attend) -> Attend:
+    """The same attention; in `repeatable` its backward pass, and no more than that, is held to be repeatable."""
+
+    def held(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor
+        (out,) = _Strictly.apply(True, attend(layer, *_Strictly.apply(False, q, k, v)))
+        return out
+
+    return held
+
+
 def training_attend(attend: Attend, device: torch.device) -> Attend:
     """Attention for float32 training: on a GPU its operands are bfloat16, for which there is a fast and repeatable kernel."""
     if device.type != "cuda":
         return attend
 
     def narrow(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(layer, q.bfloat16(), k.bfloat16(), v.bfloat16()).to(q.dtype)
+        return strictly(attend)(layer, q.bfloat16(), k.bfloat16(), v.bfloat16()).to(q.dtype)
 
     return narrow
 

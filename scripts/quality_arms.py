@@ -1,7 +1,7 @@
 """Arms and models of `bench_quality.py`: how they are written on the command line, and settings that hold for one arm alone.
 
 An arm is PRESET[:name=value]..., a name being a field of QuantConfig, `group` (group_size), or a setting of a step: plan.NAME, learn.NAME,
-distill.NAME, effort.NAME, awq.NAME, `metric` (share of the identity), `ridges` (numbers joined by +). ARM/settings/settings adds end-to-end passes,
+distill.NAME, effort.NAME, `metric` (share of the identity), `ridges` (numbers joined by +). ARM/settings/settings adds end-to-end passes,
 each from the blocks of ARM, with these settings. A model is PATH[:pad][:group=N][:calib=FILE], FILE `self` being text that the model writes.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from quant import awq_published, block_search, distill, presets, rounding, sensitivity, targets
+from quant import block_search, distill, presets, rounding, sensitivity, targets
 from quant.config import QuantConfig
 
 CONFIG_TYPES = {field.name: field.type for field in fields(QuantConfig)}
@@ -67,7 +67,7 @@ def parse_arm(text: str, base: QuantConfig) -> Arm:
         name = {"group": "group_size"}.get(name, name)
         if name in CONFIG_TYPES:
             values[name] = _converted(value, CONFIG_TYPES[name])
-        elif name.split(".")[0] in ("plan", "learn", "distill", "effort", "awq", "metric", "ridges"):
+        elif name.split(".")[0] in ("plan", "learn", "distill", "effort", "metric", "ridges"):
             settings[name] = value
         else:
             raise ValueError(f"{text}: {name} is no setting.")
@@ -86,7 +86,6 @@ def in_force(arm: Arm) -> Iterator[None]:
         sensitivity.PLAIN,
         targets.RIDGES,
         block_search.effort_on,
-        awq_published.GRIDS,
     )
     try:
         for name, value in arm.settings.items():
@@ -95,7 +94,7 @@ def in_force(arm: Arm) -> Iterator[None]:
     finally:
         presets.PLANS.update(saved[0])
         rounding.LEARNING, distill.DISTILLING, sensitivity.PLAIN = saved[1], saved[2], saved[3]
-        targets.RIDGES, block_search.effort_on, awq_published.GRIDS = saved[4], saved[5], saved[6]
+        targets.RIDGES, block_search.effort_on = saved[4], saved[5]
 
 
 def _set(preset: Any, name: str, value: str) -> None:
@@ -109,8 +108,6 @@ def _set(preset: Any, name: str, value: str) -> None:
     elif step == "effort":
         usual = block_search.effort_on
         block_search.effort_on = lambda device: _changed(usual(device), field, value)
-    elif step == "awq":
-        awq_published.GRIDS = _changed(awq_published.GRIDS, field, value)
     elif step == "metric":
         sensitivity.PLAIN = float(value)
     else:

@@ -170,10 +170,10 @@ def test_what_the_kernel_refuses_is_a_plain_product() -> None:
 
 @pytest.mark.parametrize("rows", [1, 576, 2048, 4096, 12288, 22016, 32000, 152064])
 def test_default_tiles_keep_enough_under_way(rows: int) -> None:
-    """A turn is 8 KB in every default; from 1,056 rows on four programs run on a multiprocessor."""
+    """From 1,056 rows on, the first turns of all programs ask for 32 KB a multiprocessor."""
     tile = default_tile(rows)
-    assert tile.bn * tile.bk == 4096 and tile.bk == 256 * tile.warps
-    assert rows < 1056 or -(-rows // tile.bn) >= 4 * 132
+    assert tile.bk == 256 * tile.warps
+    assert rows < 1056 or -(-rows // tile.bn) * tile.bn * tile.bk * 2 >= 132 << 15
 
 
 COMPILE = """
@@ -211,14 +211,14 @@ def build(tile, half, gated, even, has_bias, has_residual, out=None):
         registers, stack, local = (int(re.search(name + r":(\\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
         assert stack == local == 0 and registers * 32 * tile.warps * 3 <= 65536, usage
 
-assert default_tile(4096) == DenseTile(4, 1024, 4)
+assert default_tile(4096) == DenseTile(8, 1024, 4)
 build(default_tile(4096), "fp16", False, True, False, False)
 build(default_tile(4096), "bf16", False, False, True, True)
 build(default_tile(32000), "fp16", False, True, False, False, out="fp32")
 build(default_tile(22016), "fp16", True, True, False, False)
 build(DenseTile(2, 2048, 8, "early", 16), "bf16", True, False, True, False)
 build(DenseTile(8, 512, 2, "late", 16), "fp16", False, False, False, True)
-build(DenseTile(8, 1024, 4, "never", 0), "fp16", False, True, False, False)
+build(DenseTile(4, 1024, 4, "never", 0), "fp16", False, True, False, False)
 build(DenseTile(4, 2048, 8, "waited", 32), "fp16", False, True, False, False)
 print("compiled")
 """

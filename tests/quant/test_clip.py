@@ -49,7 +49,7 @@ def test_each_group_gets_the_pair_that_loses_least() -> None:
 def test_the_published_clip_is_never_worse_than_none_by_its_own_measure() -> None:
     weight, gram = problem()
     gram = torch.block_diag(gram[:32, :32], gram[32:, 32:])
-    scale, zero = search_published_clip(weight, gram, 32, 3, 10)
+    scale, zero = search_published_clip(weight, gram, 32, 3)
     clipped = dequantize(quantize_codes(weight, scale, zero, 32, 3), scale, zero, 32)
     grouped = weight.view(10, 2, 32)
     scale, zero = qparams(grouped.amin(-1), grouped.amax(-1), 3)

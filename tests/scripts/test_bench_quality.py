@@ -17,13 +17,13 @@ quality_arms = sys.modules["quality_arms"]
 
 def test_an_arm_sets_what_it_names_while_it_runs() -> None:
     arm = quality_arms.parse_arm(
-        "best:bits=3:group=32:plan.toward_float=0.5:learn.noise=0.25:distill.swap=0:effort.rounds=1:ridges=0.1+1",
+        "best:bits=3:group=32:plan.toward_float=0.5:learn.average=0.25:distill.swap=0:effort.rounds=1:ridges=0.1+1",
         QuantConfig(seed=2),
     )
     assert (arm.quant.preset, arm.quant.bits, arm.quant.group_size, arm.quant.seed) == ("best", 3, 32, 2)
     before = dict(presets.PLANS)
     with quality_arms.in_force(arm):
-        assert presets.PLANS["best"].toward_float == 0.5 and rounding.LEARNING.noise == 0.25
+        assert presets.PLANS["best"].toward_float == 0.5 and rounding.LEARNING.average == 0.25
         assert distill.DISTILLING.swap == 0.0 and targets.RIDGES == (0.1, 1.0)
         assert block_search.effort_on(torch.device("cpu")).rounds == 1
     assert before == presets.PLANS and rounding.Learning() == rounding.LEARNING
