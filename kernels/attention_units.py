@@ -73,12 +73,18 @@ def find_unit(
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Tuning of one launch: tokens of a tile, warps, pipeline stages, programs meant to be resident on each multiprocessor."""
+    """Tuning of one launch: tokens of a tile, warps, pipeline stages, programs meant to be resident on each multiprocessor.
+
+    enough: as many programs on each multiprocessor keep memory busy: where equal sequences make these, none is cut for more. 0: per_sm.
+    merge_inside: units of a sequence up to which its last one merges several query heads itself; more are merged by a second kernel.
+    """
 
     tile: int
     num_warps: int
     num_stages: int
     per_sm: int
+    enough: int = 0
+    merge_inside: int = 0
 
 
 # Tuned on an H200; see benchmarks/NOTES.md. (bits, whether query heads share kv heads) -> config
@@ -90,6 +96,7 @@ CONFIGS: dict[tuple[int, bool], DecodeConfig] = {
 }
 BATCH_PADS = (1, 16, 128, 1024)  # few sizes, so that few binaries serve all batches
 EXTRA_WAVES = 5  # more waves than needed that may be run to fill them evenly
+NEARLY = 0.9  # of a wave
 
 
 @functools.lru_cache
@@ -99,22 +106,23 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def wave(config: DecodeConfig, num_kv_heads: int, device: torch.device) -> int:
+def wave(per_sm: int, num_kv_heads: int, device: torch.device) -> int:
     """Units of one kv head that are resident together."""
-    return max(1, config.per_sm * _multiprocessors(device) // num_kv_heads)
+    return max(1, per_sm * _multiprocessors(device) // num_kv_heads)
 
 
-def share(resident: int, batch: int) -> tuple[int, int, bool]:
+def share(resident: int, batch: int, enough: int = 0) -> tuple[int, int, bool]:
     """(`aim`, bound on the units, EVEN) of `share_tiles` for a batch, from shapes alone.
 
     A small batch is cut into whole waves of units: the fewest that equal lengths nearly fill, so that no wave runs half empty.
-    Where that is one unit a sequence, only sequences far longer than the others are cut.
+    Where that is one unit a sequence, or the batch fills waves of `enough` units, only sequences far longer than the others are cut.
     """
     fewest = -(-batch // resident)
     waves = range(fewest, fewest + EXTRA_WAVES + 1)
     fill = {n: (n * resident // batch) * batch / (n * resident) for n in waves}
-    target = resident * next((n for n in waves if fill[n] >= 0.9), max(waves, key=lambda n: fill[n]))
-    if batch > 1 and target // batch == 1:
+    target = resident * next((n for n in waves if fill[n] >= NEARLY), max(waves, key=lambda n: fill[n]))
+    is_whole = enough > 0 and batch >= NEARLY * enough * -(-batch // enough)
+    if batch > 1 and (target // batch == 1 or is_whole):
         aim = min(2 * resident, batch)
         return aim, batch + aim, False
     return target, target, True
@@ -122,5 +130,5 @@ def share(resident: int, batch: int) -> tuple[int, int, bool]:
 
 def max_units(max_batch: int, num_kv_heads: int, device: torch.device | str) -> int:
     """A bound on the units of any batch up to max_batch."""
-    resident = max(wave(config, num_kv_heads, torch.device(device)) for config in CONFIGS.values())
+    resident = max(wave(config.per_sm, num_kv_heads, torch.device(device)) for config in CONFIGS.values())
     return 2 * max_batch + (EXTRA_WAVES + 1) * resident

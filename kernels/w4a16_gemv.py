@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.w4a16_layout import BLOCK, W4Weight
-from kernels.w4a16_unpack import BF16_PLANE, check_dependent, scale_of, store_tile
+from kernels.w4a16_unpack import BF16_PLANE, ask_ahead, check_dependent, scale_of, store_tile
 
 _HEAD = (
     "{{ .reg .b32 t, z; {shift} lop3.b32 t, {word}, {mask}, {magic}, 0xea; prmt.b32 z, $2, 0, 0x3232; {zero} "
@@ -180,7 +180,7 @@ def w4_gemv(
     GROUP: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PAIRED: tl.constexpr, BF16: tl.constexpr,
-    BN: tl.constexpr, BLOCKS: tl.constexpr, SCALES_AHEAD: tl.constexpr,
+    BN: tl.constexpr, BLOCKS: tl.constexpr, SCALES_AHEAD: tl.constexpr, AHEAD: tl.constexpr,
     ASM: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out[n] = f(sum_k x[k] * (q[n, k] - z[n, g]) * s[n, g] + bias[n]) + residual[n], f of `store_tile`.
@@ -189,10 +189,13 @@ def w4_gemv(
     out, residual (N,) or (N / 2,), dtype of x; bias (N,).
     Rounding: fp16: (q - z) / 16 is exact, chains of 4 (group 128), 2 (64) or 1 (32) products with x are rounded to fp16,
     their sums accumulate in float32; finite for |x| <= 16376. bf16: float32 throughout. One rounding at the end.
-    Tiles: BN rows by BLOCKS blocks (8, 16 or 32), each warp BN / warps whole rows.
+    Tiles: BN rows by BLOCKS blocks (8, 16 or 32), each warp BN / warps whole rows. Registers hold 24 to 32 KB of words under way on a
+    multiprocessor, less than the latency of memory at full speed asks for: the AHEAD blocks that follow are asked for in L2.
     Ragged edges: rows >= N are read from row N - 1 and not stored; blocks >= KB and k >= K are read as zero.
     """
     n0 = tl.program_id(0) * BN
+    if AHEAD > 0 and ASM and EVEN_N:  # the interpreter has no L2 to ask
+        ask_ahead(words, scale_zero, n0, 0, KB, N, GROUP, 16, BN, AHEAD)
     n = n0 + tl.arange(0, BN)
     if not EVEN_N:
         n = tl.minimum(n, N - 1)
@@ -233,6 +236,9 @@ def w4_gemv(
         packed = _load_params(param_ptr + tl.minimum(block, last)[None, :] * N, ASM)
     acc = tl.zeros([BN, BLOCKS * 16], tl.float32)
     for start in range(0, KB, BLOCKS):
+        if AHEAD > 0 and ASM and EVEN_N:  # noqa: SIM102 (known to the compiler: the rest is left out)
+            if start + AHEAD < KB:
+                ask_ahead(words, scale_zero, n0, start + AHEAD, KB, N, GROUP, 16, BN, BLOCKS)
         b = start + block
         pair = (b * 64 + c)[None, :]
         x0 = load_x(x + pair, pair < K // 2, not EVEN_K, ASM)
@@ -263,6 +269,7 @@ class GemvTile:
     """How `w4_gemv` cuts a product: BN rows and BLOCKS blocks of 128 k at a time.
 
     `scales_ahead` (groups of 128): scales are loaded one turn ahead of their use, as words always are; more registers.
+    `ahead`: blocks that a program asks for in L2 before it loads them, 0 or a power of two from `blocks` to 32 per warp.
     `dependent` as in `GemmTile`.
     """
 
@@ -271,9 +278,14 @@ class GemvTile:
     warps: int
     scales_ahead: bool = False
     dependent: str = "early"
+    ahead: int = 0
 
     def __post_init__(self) -> None:
         check_dependent(self.dependent)
+        if self.ahead and (self.ahead & (self.ahead - 1) or not self.blocks <= self.ahead <= 32 * self.warps):
+            raise ValueError(
+                f"ahead is {self.ahead}: 0 or a power of two from the tile's {self.blocks} blocks to {32 * self.warps}, one request a thread."
+            )
 
 
 def launch_gemv(
@@ -296,5 +308,6 @@ def launch_gemv(
         EVEN_N=weight.rows % tile.bn == 0, EVEN_K=weight.in_features % (tile.blocks * BLOCK) == 0,
         HAS_BIAS=weight.bias is not None, HAS_RESIDUAL=residual is not None, PAIRED=weight.is_paired,
         BF16=x.dtype == torch.bfloat16, BN=tile.bn, BLOCKS=tile.blocks, SCALES_AHEAD=tile.scales_ahead and weight.group_size == BLOCK,
+        AHEAD=tile.ahead,
         ASM=not triton.knobs.runtime.interpret, DEPENDENT=dependent, **options,
     )  # fmt: skip

@@ -59,12 +59,18 @@ CANDIDATES = {
         DecodeConfig(64, 2, 3, 3),
         DecodeConfig(64, 4, 3, 4),
         DecodeConfig(64, 4, 3, 3),
+        DecodeConfig(64, 2, 3, 4, enough=2),
+        DecodeConfig(64, 2, 3, 4, enough=2, merge_inside=4),
+        DecodeConfig(64, 2, 3, 4, enough=2, merge_inside=8),
+        DecodeConfig(64, 4, 3, 4, enough=2, merge_inside=4),
+        DecodeConfig(64, 4, 3, 2),
+        DecodeConfig(64, 4, 4, 2, merge_inside=4),
     ],
 }
 TUNED_SHAPES = [
     (layout, batch, context)
     for layout in LAYOUTS
-    for batch, context in ((1, 512), (1, 2048), (8, 4096), (32, 8192))
+    for batch, context in ((1, 512), (1, 2048), (8, 4096), (16, 4096), (32, 4096))
 ]
 
 

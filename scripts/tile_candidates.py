@@ -13,6 +13,7 @@ from kernels.w4a16_schedule import GemmTile, WgmmaTile, compiled_segments, sched
 from kernels.w4a16_split import MAX_TOKENS, SplitTile, pieces
 
 GEMV = [(4, 8, 2), (8, 8, 2), (8, 16, 4), (4, 16, 4)]
+GEMV_AHEAD = [(4, 8, 2, 32), (4, 8, 2, 16), (8, 8, 2, 32), (8, 16, 4, 32), (4, 16, 4, 32)]  # and blocks ahead
 SPLIT = [(128, 4, 4, 8), (64, 2, 5, 8), (128, 4, 4, 2)]  # bn, warps, stages, ahead
 
 
@@ -61,6 +62,7 @@ def candidates(tokens: int, rows: int, cols: int, sms: int) -> list[Tile]:
     tiles: list[Tile] = []
     if tokens == 1:
         tiles += [GemvTile(*shape) for shape in GEMV]
+        tiles += [GemvTile(*shape, ahead=ahead) for *shape, ahead in GEMV_AHEAD]
     if tokens <= MAX_TOKENS:
         for bn, warps, stages, ahead in SPLIT:
             for split in splits(rows, cols, bn, sms)[: 2 if ahead == 8 else 1]:
@@ -171,7 +173,8 @@ def binary_key(
         shared = schedule(tokens, rows, cols // 128, tile, sms).segments > 1
         fields = (tile.bm, tile.bn, tile.parts, tile.stages, tile.pending, shared)
     elif isinstance(tile, GemvTile):
-        fields = (tile.bn, tile.blocks, tile.warps, tile.scales_ahead, cols % (tile.blocks * 128) == 0)
+        shape = (tile.bn, tile.blocks, tile.warps, tile.ahead)
+        fields = (*shape, tile.scales_ahead, cols % (tile.blocks * 128) == 0)
     elif isinstance(tile, SplitTile):
         eighths = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
         shape = (tile.bn, tile.warps, tile.stages, eighths)

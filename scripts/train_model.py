@@ -4,7 +4,7 @@ usage: python scripts/train_model.py TOKENIZER_DIR OUT --text c4-sample.txt --te
 
 The tokenizer is that of TOKENIZER_DIR, its files are copied. Of each text the last --hold share (of its lines) is not trained on and is
 written to OUT/held/NAME: calibrate on that file, and judge on a text that was not given here. With --teacher the
-targets are that model's predictions, which say more about each token than the token that follows.
+targets are that model's predictions, which say more about each token than the token that follows, and its embedding is where ours starts.
 """
 
 import argparse
@@ -72,6 +72,15 @@ def config_of(args: argparse.Namespace, vocab_size: int) -> dict[str, object]:
     }
 
 
+@torch.no_grad()
+def start_from(embedding: Tensor, teacher: Tensor) -> None:
+    """Fill an embedding (V, H) with the teacher's (V, H'), turned to its principal axes; the widest H of them, of columns beyond H' none."""
+    table = teacher.float()
+    turn = torch.linalg.eigh(table.t() @ table)[1].flip(1)
+    width = min(embedding.shape[1], table.shape[1])
+    embedding[:, :width] = (table @ turn)[:, :width]
+
+
 def train(args: argparse.Namespace, ids: Tensor, vocab_size: int) -> torch.nn.Module:
     """Adam on random windows until the steps or the seconds are used up; weights in float32, products in bfloat16."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -83,6 +92,7 @@ def train(args: argparse.Namespace, ids: Tensor, vocab_size: int) -> torch.nn.Mo
     teacher = None
     if args.teacher:
         teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.bfloat16).to(device).eval()
+        start_from(model.get_input_embeddings().weight, teacher.get_input_embeddings().weight)
     decayed = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]

@@ -81,6 +81,8 @@ def test_epilogue(tokens: int, is_paired: bool, dtype: torch.dtype) -> None:
         GemmTile(16, 64, 4, 4, False, True, 4, dependent="late"),
         GemvTile(8, 8, 4, dependent="late"),
         GemvTile(8, 8, 4, dependent="waited"),
+        GemvTile(8, 8, 4, dependent="waited", ahead=32),
+        GemvTile(4, 8, 2, ahead=16),
         GemmTile(8, 128, 4, 4, True, True, 2, dependent="waited"),
         SplitTile(128, 4, 4, 4),
         SplitTile(64, 8, 2, 4, dependent="early"),

@@ -1,5 +1,7 @@
 """Paged attention: the torch reference against plain softmax attention, the decode kernel (in the interpreter) against it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -165,6 +167,18 @@ def test_equal_lengths_fill_whole_waves():
         assert units[:batch].eq(expected).all()
 
 
+def test_sequences_stay_whole_where_they_are_enough():
+    """66 units a wave, 33 of them enough: 8 and 16 are cut as ever, 32 and 60 fill what is enough and are not."""
+    for batch, expected in (
+        (8, (66, 66, True)),
+        (16, (66, 66, True)),
+        (32, (32, 64, False)),
+        (60, (60, 120, False)),
+    ):
+        assert share(66, batch, 33) == expected
+    assert share(66, 32) == (66, 66, True) and share(66, 44, 33)[2]
+
+
 @triton.jit
 def wide_units_kernel(lens_ptr, units_ptr, most_ptr, batch, aim, EVEN: tl.constexpr):
     row = tl.arange(0, 64)
@@ -181,6 +195,15 @@ def test_one_long_sequence_among_short_ones_is_cut():
     config = DecodeConfig(
         tile=16, num_warps=4, num_stages=2, per_sm=2
     )  # 16 programs of 4 heads: waves of 4 units
+    ours = launch_decode(q, cache, tables, context_lens, 0.2, None, None, None, config=config)
+    assert relative(ours, decode_attention_reference(q, cache, tables, context_lens, 0.2)) < 1e-3
+
+
+@pytest.mark.parametrize("config", [replace(CONFIG, merge_inside=9), replace(CONFIG, enough=1)])
+def test_other_cuts_and_merges_give_the_same_attention(config: DecodeConfig):
+    lens = [70, 33, 0, 64]
+    cache, tables, _ = filled_cache("dynamic", lens, 2, 32)
+    q, context_lens = torch.randn(4, 8, 32).half(), torch.tensor(lens, dtype=torch.int32)
     ours = launch_decode(q, cache, tables, context_lens, 0.2, None, None, None, config=config)
     assert relative(ours, decode_attention_reference(q, cache, tables, context_lens, 0.2)) < 1e-3
 

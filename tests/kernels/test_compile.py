@@ -7,7 +7,7 @@ import itertools, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels import attention_decode, attention_merge, fused_triton, kv8_triton, w4a16_gemm, w4a16_prefill, w4a16_split
+from kernels import attention_decode, attention_merge, fused_triton, kv8_triton, w4a16_gemm, w4a16_gemv, w4a16_prefill, w4a16_split
 
 FLOATS = {"cos_ptr", "sin_ptr", "q_scale_ptr", "static_ptr", "partial_ptr", "lse_ptr"}
 INTS = {"params_ptr", "tables_ptr", "table_ptr", "lens_ptr", "arrivals_ptr"}
@@ -59,6 +59,8 @@ for half, group, mode in (("*fp16", 128, "waited"), ("*bf16", 64, "late")):
     product(w4a16_split.w4_split, half, 4, 4, GROUP=group, EIGHTS=2, BN=128, SPLIT=3, AHEAD=8, DEPENDENT=mode)
     product(w4a16_gemm.w4_matmul, half, 8, 4, GROUP=group, BM=64, BN=128, SWAP=True, SCALE_FIRST=True, STACKED=True, SEGMENTS=2,
             DEPENDENT=mode)
+    product(w4a16_gemv.w4_gemv, half, 2, 3, words="*i32", GROUP=group, BF16=half == "*bf16", BN=4, BLOCKS=8, SCALES_AHEAD=False,
+            AHEAD=32, DEPENDENT=mode)
 print("compiled")
 """
 

@@ -105,9 +105,15 @@ def test_gemv(rows: int, cols: int, group_size: int, dtype: torch.dtype) -> None
     quantized = make(rows, cols, group_size)
     x = inputs(1, cols, dtype)
     out = torch.full((1, rows), float("nan"), dtype=dtype)
-    for scales_ahead in (False, True):
-        launch_gemv(x, prepare(quantized), GemvTile(16, 8, 4, scales_ahead), out)
+    for scales_ahead, ahead in ((False, 0), (True, 0), (False, 8)):
+        launch_gemv(x, prepare(quantized), GemvTile(16, 8, 4, scales_ahead, ahead=ahead), out)
         assert_close(out, x, quantized.dequantize())
+
+
+@pytest.mark.parametrize("ahead", [4, 24, 128])
+def test_blocks_that_cannot_be_asked_for_ahead_are_refused(ahead: int) -> None:
+    with pytest.raises(ValueError, match=f"ahead is {ahead}"):
+        GemvTile(4, 8, 2, ahead=ahead)
 
 
 @needs_interpreter

@@ -14,7 +14,7 @@ from scripts.plant_outliers import main as plant_main
 from scripts.plant_outliers import plant
 from scripts.rotate_model import main as rotate_main
 from scripts.train_model import main as train_main
-from scripts.train_model import rate, split_text
+from scripts.train_model import rate, split_text, start_from
 from tests.tiny_runs import write_runnable
 
 TEXT = "".join(
@@ -109,3 +109,15 @@ def test_nothing_to_rotate_is_refused(
     with pytest.raises(SystemExit):
         rotate_main([str(trained), str(tmp_path / "rotated")])
     assert "nothing to rotate" in capsys.readouterr().err
+
+
+def test_a_student_starts_from_the_widest_directions_of_its_teachers_embedding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    narrow, wide, teacher = (torch.randn(50, width, generator=generator) for width in (3, 8, 5))
+    teacher[:, 2] *= 20
+    before = wide.clone()
+    start_from(narrow, teacher)
+    start_from(wide, teacher)
+    torch.testing.assert_close(wide[:, :5] @ wide[:, :5].t(), teacher @ teacher.t(), rtol=1e-4, atol=1e-3)
+    assert torch.equal(wide[:, 5:], before[:, 5:])
+    torch.testing.assert_close(narrow[:, 0].abs(), teacher[:, 2].abs(), rtol=0.1, atol=2)
