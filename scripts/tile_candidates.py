@@ -61,14 +61,18 @@ def candidates(tokens: int, rows: int, cols: int, sms: int) -> list[Tile]:
     """Tiles to time for a product of `tokens` by (rows, cols) on a card of `sms` multiprocessors."""
     tiles: list[Tile] = []
     if tokens == 1:
-        tiles += [GemvTile(*shape) for shape in GEMV]
-        tiles += [GemvTile(*shape, ahead=ahead) for *shape, ahead in GEMV_AHEAD]
+        tiles += gemv_tiles()
     if tokens <= MAX_TOKENS:
         for bn, warps, stages, ahead in SPLIT:
             for split in splits(rows, cols, bn, sms)[: 2 if ahead == 8 else 1]:
                 tiles.append(SplitTile(bn, split, warps, stages, ahead))
     tiles += gemm_tiles(tokens) + wgmma_tiles(tokens)
     return [tile for tile in tiles if is_worth_trying(tile, tokens, rows, cols, sms)]
+
+
+def gemv_tiles() -> list[Tile]:
+    plain: list[Tile] = [GemvTile(*shape) for shape in GEMV]
+    return plain + [GemvTile(*shape, ahead=ahead) for *shape, ahead in GEMV_AHEAD]
 
 
 def wgmma_tiles(tokens: int) -> list[Tile]:

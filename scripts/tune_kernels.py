@@ -2,7 +2,7 @@
 
 Candidates are compiled in parallel processes first, checked against float32 products, then timed. Every measurement goes to
 a JSON file as it is made, so that a run that is cut short still yields a table: `--from FILE` makes one without a GPU.
-`--refine` times the tiles of `w4_wgmma` beside the present choice alone and keeps what the table says of other cells.
+`--refine` times the tiles of `w4_wgmma`, of one token those of `w4_gemv`, beside the present choice alone and keeps what the table says of other cells.
 """
 
 import argparse
@@ -19,7 +19,15 @@ from typing import Any
 
 import torch
 from kernel_timing import copies_for, measure_peaks, quiet_capture, time_graph, wait_or_stop
-from tile_candidates import binary_key, candidates, is_worth_trying, kind_of, modes_of, wgmma_tiles
+from tile_candidates import (
+    binary_key,
+    candidates,
+    gemv_tiles,
+    is_worth_trying,
+    kind_of,
+    modes_of,
+    wgmma_tiles,
+)
 from torch import Tensor
 from triton.errors import TritonError
 
@@ -169,13 +177,15 @@ def all_tiles(device: torch.device) -> TILES:
 
 
 def refining_tiles(device: torch.device) -> TILES:
-    """What the table says without `w4_wgmma`, then the tiles of `w4_wgmma`."""
+    """What the table says without `w4_wgmma`, then the tiles of `w4_wgmma`; of one token those of `w4_gemv`."""
     sms, table = multiprocessors(device), table_of(device)
     if not has_wgmma(device.index or 0):
         raise SystemExit("--refine: this GPU or this Triton has no w4_wgmma.")
 
     def tiles(tokens: int, rows: int, cols: int) -> list[Tile]:
         present = pick(table, tokens, Size(rows, cols))
+        if tokens == 1:
+            return [present] + [t for t in gemv_tiles() if replace(t, dependent=present.dependent) != present]
         return [present] + [t for t in wgmma_tiles(tokens) if is_worth_trying(t, tokens, rows, cols, sms)]
 
     return tiles
@@ -329,7 +339,9 @@ def main() -> None:
     parser.add_argument(
         "--compile-s", type=float, default=600.0, help="stop compiling after this many seconds"
     )
-    parser.add_argument("--refine", action="store_true", help="w4_wgmma and the present choice alone")
+    parser.add_argument(
+        "--refine", action="store_true", help="w4_wgmma (one token: w4_gemv) and the present choice alone"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
