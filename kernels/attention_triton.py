@@ -48,8 +48,8 @@ def launch_decode(
     _check_limits(q, cache, block_tables, context_lens, rows)
     config = config or CONFIGS[cache.bits, rows > 1]
     tile = min(config.tile, cache.block_size)
-    enough = wave(config.enough, num_kv_heads, q.device) if config.enough else 0
-    aim, units, even = share(wave(config.per_sm, num_kv_heads, q.device), batch, enough)
+    least = wave(config.min_per_sm, num_kv_heads, q.device) if config.min_per_sm else 0
+    aim, units, even = share(wave(config.per_sm, num_kv_heads, q.device), batch, least)
     capacity = block_tables.shape[1] * (
         cache.block_size // tile
     )  # tiles of the longest sequence that fits the table
@@ -76,7 +76,7 @@ def launch_decode(
         if rows == 1:
             is_few = min(aim, capacity) <= MERGE_ELEMENTS // head_dim
         else:
-            is_few = min(aim // batch, capacity) <= config.merge_inside
+            is_few = min(aim // batch, capacity) <= config.max_fused_units
         fused_merge = not even or is_few
     batch_pad = next(size for size in BATCH_PADS if size >= batch)
     merge_rows = triton.next_power_of_2(rows)

@@ -75,16 +75,16 @@ def find_unit(
 class DecodeConfig:
     """Tuning of one launch: tokens of a tile, warps, pipeline stages, programs meant to be resident on each multiprocessor.
 
-    enough: as many programs on each multiprocessor keep memory busy: where equal sequences make these, none is cut for more. 0: per_sm.
-    merge_inside: units of a sequence up to which its last one merges several query heads itself; more are merged by a second kernel.
+    min_per_sm: as many programs on each multiprocessor keep memory busy: where whole sequences make these, none is cut for more. 0: per_sm.
+    max_fused_units: units of a sequence, on average, up to which its last one merges several query heads itself; more are merged by a second kernel.
     """
 
     tile: int
     num_warps: int
     num_stages: int
     per_sm: int
-    enough: int = 0
-    merge_inside: int = 0
+    min_per_sm: int = 0
+    max_fused_units: int = 0
 
 
 # Tuned on an H200; see benchmarks/NOTES.md. (bits, whether query heads share kv heads) -> config
@@ -96,7 +96,7 @@ CONFIGS: dict[tuple[int, bool], DecodeConfig] = {
 }
 BATCH_PADS = (1, 16, 128, 1024)  # few sizes, so that few binaries serve all batches
 EXTRA_WAVES = 5  # more waves than needed that may be run to fill them evenly
-NEARLY = 0.9  # of a wave
+MIN_WAVE_FILL = 0.9
 
 
 @functools.lru_cache
@@ -111,20 +111,24 @@ def wave(per_sm: int, num_kv_heads: int, device: torch.device) -> int:
     return max(1, per_sm * _multiprocessors(device) // num_kv_heads)
 
 
-def share(resident: int, batch: int, enough: int = 0) -> tuple[int, int, bool]:
+def share(resident: int, batch: int, least: int = 0) -> tuple[int, int, bool]:
     """(`aim`, bound on the units, EVEN) of `share_tiles` for a batch, from shapes alone.
 
     A small batch is cut into whole waves of units: the fewest that equal lengths nearly fill, so that no wave runs half empty.
-    Where that is one unit a sequence, or the batch fills waves of `enough` units, only sequences far longer than the others are cut.
+    Where that is one unit a sequence, only those longer than the mean are cut; where the batch fills waves of `least` units, only
+    those longer than twice the mean.
     """
     fewest = -(-batch // resident)
     waves = range(fewest, fewest + EXTRA_WAVES + 1)
     fill = {n: (n * resident // batch) * batch / (n * resident) for n in waves}
-    target = resident * next((n for n in waves if fill[n] >= NEARLY), max(waves, key=lambda n: fill[n]))
-    is_whole = enough > 0 and batch >= NEARLY * enough * -(-batch // enough)
-    if batch > 1 and (target // batch == 1 or is_whole):
+    target = resident * next(
+        (n for n in waves if fill[n] >= MIN_WAVE_FILL), max(waves, key=lambda n: fill[n])
+    )
+    if batch > 1 and target // batch == 1:
         aim = min(2 * resident, batch)
         return aim, batch + aim, False
+    if batch > 1 and least > 0 and batch >= MIN_WAVE_FILL * least * -(-batch // least):
+        return batch // 2, batch + batch // 2, False
     return target, target, True
 
 

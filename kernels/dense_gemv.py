@@ -169,9 +169,10 @@ def default_tile(rows: int) -> DenseTile:
 
     4.2 TB/s at a latency of 1 us under load want 4.2 MB under way, 32 KB a multiprocessor. A program of 8 rows by 1,024 k has 16 KB under
     way: of 4,096 rows 3.9 programs a multiprocessor, all at once. On an H200 the products and norms of a 7B layer, each behind the
-    other, take 102.4 us with it and 109.5 us with 4 rows (benchmarks/gemv.json). Of few rows, 2 by 2,048 k keep more programs busy.
+    other, take 102.4 us with it, 109.5 us with 4 rows and 102.7 with 2 by 2,048 k (benchmarks/gemv.json), which of few rows keep more
+    programs busy.
     """
-    return DenseTile(8, 1024, 4) if rows >= 4 * 4 * MULTIPROCESSORS else DenseTile(2, 2048, 8)
+    return DenseTile(8, 1024, 4) if rows >= 2 * 8 * MULTIPROCESSORS else DenseTile(2, 2048, 8)
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:

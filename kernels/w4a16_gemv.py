@@ -269,7 +269,7 @@ class GemvTile:
     """How `w4_gemv` cuts a product: BN rows and BLOCKS blocks of 128 k at a time.
 
     `scales_ahead` (groups of 128): scales are loaded one turn ahead of their use, as words always are; more registers.
-    `ahead`: blocks that a program asks for in L2 before it loads them, 0 or a power of two from `blocks` to 32 per warp.
+    `ahead`: blocks that a program asks for in L2 before it loads them, 0 or a power of two from `blocks` to 32 per warp; needs sm_90.
     `dependent` as in `GemmTile`.
     """
 

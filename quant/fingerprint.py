@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from convert.checkpoint import Checkpoint
+from quant import rounding
 from quant.config import QuantConfig
 from quant.key_smoothing import RULE
 
@@ -50,5 +51,7 @@ def run_fingerprint(
     table |= {name: value for name, value in asdict(quant).items()}
     if quant.kv_bits != 16:
         table["smoothing of K"] = RULE
+    if quant.preset == "best":
+        table["learned rounding"] = str(asdict(rounding.LEARNING))
     table |= {f"text {name}": value for name, value in (text or {}).items()}
     return table

@@ -48,6 +48,8 @@ class Learning:
     average: float = 0.9  # weight of the past in a running mean, kept in place of what was trained; 0: none
 
     def __post_init__(self) -> None:
+        if not 0 <= self.toward_float <= 1:
+            raise ValueError(f"toward_float is {self.toward_float}: expected a share of the way, 0 to 1.")
         if not 0 <= self.average < 1:
             raise ValueError(f"average is {self.average}: expected 0 or more and less than 1.")
 

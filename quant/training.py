@@ -4,6 +4,7 @@ N out features, K in features, g group size. All linears of a block lie in one f
 takes a handful of kernels. Knows no loss.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from convert.checkpoint import BlockWeights, LinearWeights
 from engine.attention import Attend
 from kernels.int4 import Quantized, round_scale
+
+REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # cuDNN's is not
 
 
 class RoundToGrid(torch.autograd.Function):
@@ -58,6 +62,7 @@ def repeatable() -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else strict mode refuses products
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -70,31 +75,43 @@ def repeatable() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
-class _Strictly(torch.autograd.Function):
-    """The identity; going backward, from here on operations without a repeatable form are refused, or no longer.
+class _Mode:
+    """Whether the backward pass of one attention has changed the mode of `repeatable`, and must change it back."""
 
-    Attention on a GPU takes its repeatable backward pass in strict mode alone: one that warns leaves its atomic sums as they are.
+    is_changed = False
+
+
+class _Switch(torch.autograd.Function):
+    """The identity; going backward it turns strict mode on, or off again where it was turned on.
+
+    Attention on a GPU takes its repeatable backward pass in strict mode alone: in one that warns it keeps its atomic sums.
     """
 
     @staticmethod
-    def forward(ctx: Any, strict: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.strict = strict
+    def forward(ctx: Any, mode: _Mode, is_on: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.mode, ctx.is_on = mode, is_on
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        if torch.are_deterministic_algorithms_enabled():
-            torch.use_deterministic_algorithms(True, warn_only=not ctx.strict)
-        return None, *grads
+        mode: _Mode = ctx.mode
+        if ctx.is_on and torch.is_deterministic_algorithms_warn_only_enabled():
+            mode.is_changed = torch.are_deterministic_algorithms_enabled()
+        if mode.is_changed:
+            torch.use_deterministic_algorithms(True, warn_only=not ctx.is_on)
+            mode.is_changed = ctx.is_on
+        return None, None, *grads
 
 
-def strictly(attend: Attend) -> Attend:
-    """The same attention; in `repeatable` its backward pass, and no more than that, is held to be repeatable."""
+def repeatable_backward(attend: Attend) -> Attend:
+    """The same attention; in `repeatable` its backward pass, and no more than that, must be one that repeats."""
 
     def held(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor
-        (out,) = _Strictly.apply(True, attend(layer, *_Strictly.apply(False, q, k, v)))
-        return out
+        mode = _Mode()
+        with sdpa_kernel(REPEATABLE):
+            out = attend(layer, *_Switch.apply(mode, False, q, k, v))
+        switched: tuple[Tensor] = _Switch.apply(mode, True, out)
+        return switched[0]
 
     return held
 
@@ -105,7 +122,7 @@ def training_attend(attend: Attend, device: torch.device) -> Attend:
         return attend
 
     def narrow(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return strictly(attend)(layer, q.bfloat16(), k.bfloat16(), v.bfloat16()).to(q.dtype)
+        return repeatable_backward(attend)(layer, q.bfloat16(), k.bfloat16(), v.bfloat16()).to(q.dtype)
 
     return narrow
 

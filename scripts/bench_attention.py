@@ -59,12 +59,12 @@ CANDIDATES = {
         DecodeConfig(64, 2, 3, 3),
         DecodeConfig(64, 4, 3, 4),
         DecodeConfig(64, 4, 3, 3),
-        DecodeConfig(64, 2, 3, 4, enough=2),
-        DecodeConfig(64, 2, 3, 4, enough=2, merge_inside=4),
-        DecodeConfig(64, 2, 3, 4, enough=2, merge_inside=8),
-        DecodeConfig(64, 4, 3, 4, enough=2, merge_inside=4),
+        DecodeConfig(64, 2, 3, 4, min_per_sm=2),
+        DecodeConfig(64, 2, 3, 4, min_per_sm=2, max_fused_units=4),
+        DecodeConfig(64, 2, 3, 4, min_per_sm=2, max_fused_units=8),
+        DecodeConfig(64, 4, 3, 4, min_per_sm=2, max_fused_units=4),
         DecodeConfig(64, 4, 3, 2),
-        DecodeConfig(64, 4, 4, 2, merge_inside=4),
+        DecodeConfig(64, 4, 4, 2, max_fused_units=4),
     ],
 }
 TUNED_SHAPES = [

@@ -11,16 +11,22 @@ in it. Rotations are orthogonal matrices drawn at random; the products are made 
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-READ = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from plant_outliers import READERS
+
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+)  # norms that multiply by their weight, an embedding that is not scaled
 WRITE = ("self_attn.o_proj", "mlp.down_proj")
 
 
@@ -57,7 +63,7 @@ def rotate_residual(tensors: dict[str, Tensor], layers: int, generator: torch.Ge
     tensors["model.norm.weight"] = torch.ones_like(tensors["model.norm.weight"])
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
-        for norm, readers in READ.items():
+        for norm, readers in READERS.items():
             weight = tensors[f"{prefix}{norm}.weight"]
             for reader in readers:
                 name = f"{prefix}{reader}.weight"
@@ -81,7 +87,13 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if not args.heads and not args.residual:
         parser.error("nothing to rotate: give --heads, --residual or both")
+    if args.out.exists() and args.out.samefile(args.model):
+        parser.error("OUT is the model itself: give another folder")
     config = json.loads((args.model / "config.json").read_text())
+    if config.get("model_type") not in FAMILIES:
+        parser.error(
+            f"{args.model} is of type {config.get('model_type')}: expected one of {', '.join(FAMILIES)}"
+        )
     tensors: dict[str, Tensor] = {}
     for path in sorted(args.model.glob("*.safetensors")):
         tensors |= load_file(path)
@@ -100,6 +112,9 @@ def main(arguments: list[str] | None = None) -> None:
     for path in args.model.iterdir():
         if path.is_file() and not path.name.endswith((".safetensors", ".safetensors.index.json", ".tmq-tmp")):
             shutil.copyfile(path, args.out / path.name)
+    config = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")} | {
+        "dtype": "float32"
+    }
     (args.out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     what = " and ".join(name for name in ("heads", "residual") if getattr(args, name))
     print(f"{args.out}: {what} rotated in {layers} blocks")

@@ -73,8 +73,8 @@ def config_of(args: argparse.Namespace, vocab_size: int) -> dict[str, object]:
 
 
 @torch.no_grad()
-def start_from(embedding: Tensor, teacher: Tensor) -> None:
-    """Fill an embedding (V, H) with the teacher's (V, H'), turned to its principal axes; the widest H of them, of columns beyond H' none."""
+def init_embedding(embedding: Tensor, teacher: Tensor) -> None:
+    """Fill an embedding (V, H) with the teacher's (V, H'), turned to its principal axes; the widest H of them; columns beyond H' keep their values."""
     table = teacher.float()
     turn = torch.linalg.eigh(table.t() @ table)[1].flip(1)
     width = min(embedding.shape[1], table.shape[1])
@@ -92,7 +92,7 @@ def train(args: argparse.Namespace, ids: Tensor, vocab_size: int) -> torch.nn.Mo
     teacher = None
     if args.teacher:
         teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.bfloat16).to(device).eval()
-        start_from(model.get_input_embeddings().weight, teacher.get_input_embeddings().weight)
+        init_embedding(model.get_input_embeddings().weight, teacher.get_input_embeddings().weight)
     decayed = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]

@@ -1,5 +1,6 @@
 """Paged attention: the torch reference against plain softmax attention, the decode kernel (in the interpreter) against it."""
 
+import collections
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels import attention_triton
 from kernels.attention import (
     DecodeWorkspace,
     decode_attention,
@@ -138,10 +140,15 @@ def units_kernel(lens_ptr, units_ptr, most_ptr, batch, aim, WINDOW: tl.constexpr
     tl.store(most_ptr, most)
 
 
-@given(st.lists(st.integers(0, 3000), min_size=1, max_size=16), st.integers(1, 40), st.sampled_from([0, 100]))
+@given(
+    st.lists(st.integers(0, 3000), min_size=1, max_size=16),
+    st.integers(1, 40),
+    st.sampled_from([0, 100]),
+    st.integers(0, 20),
+)
 @settings(max_examples=60, deadline=None)
-def test_units_keep_to_their_bound_and_share_evenly(lens: list[int], wave: int, window: int):
-    aim, bound, even = share(wave, len(lens))
+def test_units_keep_to_their_bound_and_share_evenly(lens: list[int], wave: int, window: int, least: int):
+    aim, bound, even = share(wave, len(lens), least)
     units, most = torch.empty(16, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
     units_kernel[(1,)](torch.tensor(lens, dtype=torch.int32), units, most, len(lens), aim, window, even)
     assert units[: len(lens)].ge(1).all() and units[len(lens) :].eq(0).all()
@@ -168,15 +175,12 @@ def test_equal_lengths_fill_whole_waves():
 
 
 def test_sequences_stay_whole_where_they_are_enough():
-    """66 units a wave, 33 of them enough: 8 and 16 are cut as ever, 32 and 60 fill what is enough and are not."""
-    for batch, expected in (
-        (8, (66, 66, True)),
-        (16, (66, 66, True)),
-        (32, (32, 64, False)),
-        (60, (60, 120, False)),
-    ):
+    """66 units a wave, 33 of them enough: 8 and 16 are cut as ever, 31 to 33 fill what is enough and are cut beyond twice the mean."""
+    cut = (66, 66, True)
+    for batch, expected in ((8, cut), (16, cut), (32, (16, 48, False)), (33, (16, 49, False))):
         assert share(66, batch, 33) == expected
-    assert share(66, 32) == (66, 66, True) and share(66, 44, 33)[2]
+    assert share(66, 32) == cut and share(66, 29, 33)[2] and share(66, 44, 33)[2]
+    assert share(66, 64, 33) == share(66, 64) == (64, 128, False)
 
 
 @triton.jit
@@ -199,13 +203,19 @@ def test_one_long_sequence_among_short_ones_is_cut():
     assert relative(ours, decode_attention_reference(q, cache, tables, context_lens, 0.2)) < 1e-3
 
 
-@pytest.mark.parametrize("config", [replace(CONFIG, merge_inside=9), replace(CONFIG, enough=1)])
-def test_other_cuts_and_merges_give_the_same_attention(config: DecodeConfig):
+@pytest.mark.parametrize("config", [replace(CONFIG, max_fused_units=9), replace(CONFIG, min_per_sm=1)])
+def test_other_cuts_and_merges_give_the_same_attention(config: DecodeConfig, monkeypatch: pytest.MonkeyPatch):
     lens = [70, 33, 0, 64]
     cache, tables, _ = filled_cache("dynamic", lens, 2, 32)
     q, context_lens = torch.randn(4, 8, 32).half(), torch.tensor(lens, dtype=torch.int32)
+    merged = []
+    counted = collections.defaultdict(lambda: lambda *_, **__: merged.append(1))
+    monkeypatch.setattr(attention_triton, "merge_kernel", counted)
     ours = launch_decode(q, cache, tables, context_lens, 0.2, None, None, None, config=config)
+    assert not merged
     assert relative(ours, decode_attention_reference(q, cache, tables, context_lens, 0.2)) < 1e-3
+    launch_decode(q, cache, tables, context_lens, 0.2, None, None, None, config=CONFIG)
+    assert merged  # as they are cut without these settings, a second kernel merges them
 
 
 def test_workspace_is_left_ready_and_the_bits_repeat():

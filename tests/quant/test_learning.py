@@ -17,7 +17,7 @@ from quant.config import QuantConfig
 from quant.distill import Distilling, distill, splice
 from quant.records import Streams
 from quant.sensitivity import measure_sensitivity
-from quant.training import Adam, FlatLinears, RoundToGrid, ScaleCodes, batches, repeatable, strictly
+from quant.training import Adam, FlatLinears, RoundToGrid, ScaleCodes, batches, repeatable, training_attend
 from tests.quant.toy_blocks import block_of, config_of, stream_of
 
 GENTLE = rounding.Learning(code_rate=0.3, scale_rate=0.03, norm_rate=0.03, toward_float=1.0, average=0.0)
@@ -135,7 +135,8 @@ def test_an_inherited_error_that_can_be_foretold_is_aimed_at(monkeypatch: pytest
 
     monkeypatch.setattr(rounding, "learn_block", learn)
     monkeypatch.setattr(rounding, "LEARNING", replace(GENTLE, toward_float=0.2))
-    for foretell in (lambda begin, *_: begin, stream_walk.foretold):
+    begins = []
+    for foretell in (lambda begin, *_: begins.append(begin) or begin, stream_walk.foretold):
         monkeypatch.setattr(stream_walk, "foretold", foretell)
         with torch.no_grad():
             result = quantize_block(
@@ -144,6 +145,8 @@ def test_an_inherited_error_that_can_be_foretold_is_aimed_at(monkeypatch: pytest
         assert result.streams is not None
         found.append(float((aims[-1] - result.streams.fp).pow(2).mean()))
     assert found[1] < 0.5 * found[0]
+    torch.testing.assert_close(aims[0], begins[0] + 0.2 * (result.streams.fp - begins[0]))
+    assert rounding.Learning() == rounding.Learning(toward_float=0.25, average=0.9)
 
 
 def test_a_block_whose_loss_would_rise_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,6 +291,7 @@ def test_a_configuration_is_checked_in_full_sentences(options: dict[str, object]
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"toward_float": 1.5}, "toward_float is 1.5"),
         ({"average": 1.0}, "average is 1.0"),
         ({"average": -0.5}, "average is -0.5"),
     ],
@@ -332,8 +336,19 @@ def test_attention_alone_must_have_a_repeatable_backward_pass(held: bool) -> Non
     x = torch.ones(2, 1, 3, requires_grad=True)
     with repeatable() if held else nullcontext():
         before = Probe.apply("before", x)
-        after = Probe.apply("after", strictly(attend)(0, before, before, before))
+        after = Probe.apply("after", training_attend(attend, torch.device("cuda"))(0, before, before, before))
         (grad,) = torch.autograd.grad((after * 2).sum(), [x])
     assert seen == [("after", False), ("attention", held), ("before", False)]
     assert torch.equal(grad, torch.full_like(x, 6.0))
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_mode_that_the_caller_has_set_is_left_as_it_was() -> None:
+    x = torch.ones(2, 1, 3, requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        attend = training_attend(lambda layer, q, k, v: (q + k * v).flatten(1), torch.device("cuda"))
+        torch.autograd.grad(attend(0, x, x, x).sum(), [x])
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -13,8 +13,8 @@ from kernels.int4 import quantize
 from scripts.plant_outliers import main as plant_main
 from scripts.plant_outliers import plant
 from scripts.rotate_model import main as rotate_main
+from scripts.train_model import init_embedding, rate, split_text
 from scripts.train_model import main as train_main
-from scripts.train_model import rate, split_text, start_from
 from tests.tiny_runs import write_runnable
 
 TEXT = "".join(
@@ -99,8 +99,9 @@ def test_rotations_change_no_output_but_every_weight_they_name(
     moved = {name.rsplit(".", 2)[-2] for name in before if not torch.allclose(before[name], after[name])}
     both = {"v_proj", "o_proj"}
     stream = {"q_proj", "k_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens"}
-    assert both <= moved
-    assert (stream <= moved) == ("--residual" in what)
+    norms = {"input_layernorm", "post_attention_layernorm", "norm"}
+    assert moved - norms == (both | stream if "--residual" in what else both)
+    assert "lm_head.weight" not in before and ("lm_head.weight" in after) == ("--residual" in what)
 
 
 def test_nothing_to_rotate_is_refused(
@@ -116,8 +117,33 @@ def test_a_student_starts_from_the_widest_directions_of_its_teachers_embedding()
     narrow, wide, teacher = (torch.randn(50, width, generator=generator) for width in (3, 8, 5))
     teacher[:, 2] *= 20
     before = wide.clone()
-    start_from(narrow, teacher)
-    start_from(wide, teacher)
+    init_embedding(narrow, teacher)
+    init_embedding(wide, teacher)
     torch.testing.assert_close(wide[:, :5] @ wide[:, :5].t(), teacher @ teacher.t(), rtol=1e-4, atol=1e-3)
     assert torch.equal(wide[:, 5:], before[:, 5:])
     torch.testing.assert_close(narrow[:, 0].abs(), teacher[:, 2].abs(), rtol=0.1, atol=2)
+
+
+def test_rotating_in_place_and_other_families_are_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        rotate_main([str(trained), str(trained), "--heads"])
+    assert "another folder" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"model_type": "gemma"}')
+    with pytest.raises(SystemExit):
+        rotate_main([str(tmp_path), str(tmp_path / "out"), "--heads"])
+    assert "type gemma" in capsys.readouterr().err
+
+
+def test_a_teacher_is_where_training_starts(trained: Path, tmp_path: Path) -> None:
+    """One step at a rate of nearly nothing leaves the embedding where it began."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    shape = "--hidden 128 --inner 256 --layers 1 --heads 4 --kv-heads 2 --length 16 --batch 2 --device cpu"
+    run = f"--teacher {trained} --steps 1 --rate 1e-9 --hold 0.25 {shape}"
+    train_main([str(trained), str(tmp_path / "out"), "--text", str(tmp_path / "text.txt"), *run.split()])
+    ours, theirs = (
+        load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+        for folder in (tmp_path / "out", trained)
+    )
+    torch.testing.assert_close(ours @ ours.t(), theirs @ theirs.t(), rtol=0.02, atol=0.02)

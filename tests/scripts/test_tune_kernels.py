@@ -11,6 +11,7 @@ from kernels.w4a16_schedule import GemmTile, WgmmaTile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
+from tile_candidates import binary_key, gemv_tiles
 from tune_kernels import END, make_table
 
 
@@ -77,3 +78,11 @@ def test_shapes_share_a_tile_that_is_nearly_the_fastest_of_each() -> None:
         (4096, 128),
         (8192, 128),
     ]
+
+
+def test_tiles_that_differ_in_what_they_ask_for_ahead_are_compiled_apart() -> None:
+    tiles = gemv_tiles(True)
+    keys = {binary_key(tile, "waited", 1, 4096, 4096, 128, 132) for tile in tiles}
+    assert len(keys) == len(tiles) > len(gemv_tiles(False)) and not any(
+        tile.ahead for tile in gemv_tiles(False)
+    )
