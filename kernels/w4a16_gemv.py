@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.w4a16_layout import BLOCK, W4Weight
-from kernels.w4a16_unpack import BF16_PLANE, ask_ahead, check_dependent, scale_of, store_tile
+from kernels.w4a16_unpack import BF16_PLANE, check_dependent, scale_of, store_tile
 
 _HEAD = (
     "{{ .reg .b32 t, z; {shift} lop3.b32 t, {word}, {mask}, {magic}, 0xea; prmt.b32 z, $2, 0, 0x3232; {zero} "
@@ -42,6 +42,7 @@ SUM_HALVES = tl.constexpr(
 FIRST_WAVE = tl.constexpr(
     1056
 )  # programs that may start before the kernel ahead has ended: 132 multiprocessors x 8
+PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 LOAD_FOUR = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
 LOAD_SHARED_PARAM = tl.constexpr(
     "{ .reg .b32 t; ld.global.nc.b32 t, [$4]; mov.b32 $0, t; mov.b32 $1, t; mov.b32 $2, t; mov.b32 $3, t; }"
@@ -146,6 +147,20 @@ def load_x(pointers, mask, IS_MASKED: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def _ask(words, scale_zero, n0, n, b0, KB, N, GROUP: tl.constexpr, COUNT: tl.constexpr):
+    """Ask for blocks b0 .. b0 + COUNT - 1 (the last in place of those beyond) of rows n in L2: 64 bytes of words a row, and their params.
+
+    A request is one instruction of a warp for 32 places; a bulk request takes a warp some 40 cycles for each.
+    """
+    block = tl.minimum(b0 + tl.arange(0, COUNT), KB - 1)
+    line = words + (block[None, :] * N + n[:, None]) * 16
+    tl.inline_asm_elementwise(PREFETCH, "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1)
+    for group in tl.static_range(128 // GROUP):
+        line = scale_zero + (block * (128 // GROUP) + group) * N + n0
+        tl.inline_asm_elementwise(PREFETCH, "=r,l", [line], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _accumulate(
     acc, words, x, packed, scale_zero, N,
     GROUP: tl.constexpr, IS_PACKED: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr,
@@ -194,11 +209,11 @@ def w4_gemv(
     Ragged edges: rows >= N are read from row N - 1 and not stored; blocks >= KB and k >= K are read as zero.
     """
     n0 = tl.program_id(0) * BN
-    if AHEAD > 0 and ASM and EVEN_N:  # the interpreter has no L2 to ask
-        ask_ahead(words, scale_zero, n0, 0, KB, N, GROUP, 16, BN, AHEAD)
     n = n0 + tl.arange(0, BN)
     if not EVEN_N:
         n = tl.minimum(n, N - 1)
+    if AHEAD > 0 and ASM:  # the interpreter has no L2 to ask
+        _ask(words, scale_zero, n0, n, 0, KB, N, GROUP, AHEAD)
     column = tl.arange(0, BLOCKS * 16)
     block = column // 16
     c = column % 16
@@ -208,17 +223,9 @@ def w4_gemv(
     if (
         DEPENDENT == "late"
     ):  # nothing may wait in registers for the wait: loads after it would stand behind those before
-        if tl.program_id(0) < FIRST_WAVE:
-            near = tl.minimum(tl.arange(0, BLOCKS), last)
-            line = words + (near[None, :] * N + n[:, None]) * 16
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-                "=r,l",
-                [line],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+        if AHEAD == 0 and ASM:  # noqa: SIM102 (known to the compiler: the rest is left out)
+            if tl.program_id(0) < FIRST_WAVE:
+                _ask(words, scale_zero, n0, n, 0, KB, N, GROUP, BLOCKS)
         tl.extra.cuda.gdc_wait()
     if EVEN_K:
         w = tl.load(word_ptr + block[None, :] * (N * 16), eviction_policy="evict_first")
@@ -236,9 +243,9 @@ def w4_gemv(
         packed = _load_params(param_ptr + tl.minimum(block, last)[None, :] * N, ASM)
     acc = tl.zeros([BN, BLOCKS * 16], tl.float32)
     for start in range(0, KB, BLOCKS):
-        if AHEAD > 0 and ASM and EVEN_N:  # noqa: SIM102 (known to the compiler: the rest is left out)
+        if AHEAD > 0 and ASM:  # noqa: SIM102 (known to the compiler: the rest is left out)
             if start + AHEAD < KB:
-                ask_ahead(words, scale_zero, n0, start + AHEAD, KB, N, GROUP, 16, BN, BLOCKS)
+                _ask(words, scale_zero, n0, n, start + AHEAD, KB, N, GROUP, BLOCKS)
         b = start + block
         pair = (b * 64 + c)[None, :]
         x0 = load_x(x + pair, pair < K // 2, not EVEN_K, ASM)
@@ -269,7 +276,7 @@ class GemvTile:
     """How `w4_gemv` cuts a product: BN rows and BLOCKS blocks of 128 k at a time.
 
     `scales_ahead` (groups of 128): scales are loaded one turn ahead of their use, as words always are; more registers.
-    `ahead`: blocks that a program asks for in L2 before it loads them, 0 or a power of two from `blocks` to 32 per warp; needs sm_90.
+    `ahead`: blocks that a program asks for in L2 before it loads them, 0 or a power of two, at least `blocks`.
     `dependent` as in `GemmTile`.
     """
 
@@ -282,9 +289,9 @@ class GemvTile:
 
     def __post_init__(self) -> None:
         check_dependent(self.dependent)
-        if self.ahead and (self.ahead & (self.ahead - 1) or not self.blocks <= self.ahead <= 32 * self.warps):
+        if self.ahead and (self.ahead & (self.ahead - 1) or self.ahead < self.blocks):
             raise ValueError(
-                f"ahead is {self.ahead}: 0 or a power of two from the tile's {self.blocks} blocks to {32 * self.warps}, one request a thread."
+                f"ahead is {self.ahead}: 0 or a power of two of at least the {self.blocks} blocks of a turn."
             )
 
 

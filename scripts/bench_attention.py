@@ -70,7 +70,7 @@ CANDIDATES = {
 TUNED_SHAPES = [
     (layout, batch, context)
     for layout in LAYOUTS
-    for batch, context in ((1, 512), (1, 2048), (8, 4096), (16, 4096), (32, 4096))
+    for batch, context in ((1, 512), (1, 2048), (8, 512), (8, 4096), (16, 4096), (32, 4096))
 ]
 
 

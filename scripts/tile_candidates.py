@@ -57,11 +57,11 @@ def modes_of(tile: Tile, tokens: int) -> tuple[tuple[str, ...], tuple[str, ...]]
     return ("never", "waited"), ("early", "late")
 
 
-def candidates(tokens: int, rows: int, cols: int, sms: int, has_bulk: bool = True) -> list[Tile]:
-    """Tiles to time for a product of `tokens` by (rows, cols) on a card of `sms` multiprocessors; has_bulk: of sm_90 or later."""
+def candidates(tokens: int, rows: int, cols: int, sms: int) -> list[Tile]:
+    """Tiles to time for a product of `tokens` by (rows, cols) on a card of `sms` multiprocessors."""
     tiles: list[Tile] = []
     if tokens == 1:
-        tiles += gemv_tiles(has_bulk)
+        tiles += gemv_tiles()
     if tokens <= MAX_TOKENS:
         for bn, warps, stages, ahead in SPLIT:
             for split in splits(rows, cols, bn, sms)[: 2 if ahead == 8 else 1]:
@@ -70,9 +70,9 @@ def candidates(tokens: int, rows: int, cols: int, sms: int, has_bulk: bool = Tru
     return [tile for tile in tiles if is_worth_trying(tile, tokens, rows, cols, sms)]
 
 
-def gemv_tiles(has_bulk: bool) -> list[Tile]:
+def gemv_tiles() -> list[Tile]:
     plain: list[Tile] = [GemvTile(*shape) for shape in GEMV]
-    return plain + [GemvTile(*shape, ahead=ahead) for *shape, ahead in GEMV_AHEAD if has_bulk]
+    return plain + [GemvTile(*shape, ahead=ahead) for *shape, ahead in GEMV_AHEAD]
 
 
 def wgmma_tiles(tokens: int) -> list[Tile]:

@@ -172,8 +172,8 @@ def time_tile(tile: Tile, cell: Cell) -> float:
 
 
 def all_tiles(device: torch.device) -> TILES:
-    sms, has_bulk = multiprocessors(device), torch.cuda.get_device_capability(device) >= (9, 0)
-    return lambda tokens, rows, cols: candidates(tokens, rows, cols, sms, has_bulk)
+    sms = multiprocessors(device)
+    return lambda tokens, rows, cols: candidates(tokens, rows, cols, sms)
 
 
 def refining_tiles(device: torch.device) -> TILES:
@@ -185,7 +185,7 @@ def refining_tiles(device: torch.device) -> TILES:
     def tiles(tokens: int, rows: int, cols: int) -> list[Tile]:
         present = pick(table, tokens, Size(rows, cols))
         if tokens == 1:
-            return [present] + [t for t in gemv_tiles(True) if started(t, present.dependent) != present]
+            return [present] + [t for t in gemv_tiles() if started(t, present.dependent) != present]
         return [present] + [t for t in wgmma_tiles(tokens) if is_worth_trying(t, tokens, rows, cols, sms)]
 
     return tiles
