@@ -92,7 +92,7 @@ CONFIGS: dict[tuple[int, bool], DecodeConfig] = {
     (16, False): DecodeConfig(64, 4, 4, 1),
     (16, True): DecodeConfig(64, 4, 4, 1),
     (8, False): DecodeConfig(64, 2, 3, 4),
-    (8, True): DecodeConfig(64, 2, 3, 4),
+    (8, True): DecodeConfig(64, 2, 3, 4, min_per_sm=2, max_fused_units=4),
 }
 BATCH_PADS = (1, 16, 128, 1024)  # few sizes, so that few binaries serve all batches
 EXTRA_WAVES = 5  # more waves than needed that may be run to fill them evenly
