@@ -123,22 +123,27 @@ def functional_linear(weights: LinearWeights, dtype: torch.dtype, device: torch.
     return lambda x: linear(x, weight, bias)
 
 
-def runs_packed_groups(group_size: int, device: torch.device | str) -> bool:
-    """True where the device has int4 kernels for this group size; otherwise weights are dequantized."""
+def why_unpacked(group_size: int, dtype: torch.dtype, device: torch.device | str) -> str:
+    """Why int4 weights of this group size are dequantized on the device for activations of `dtype`; "" where a kernel reads them packed."""
     if torch.device(device).type != "cuda":
-        return False
+        return f"on the {torch.device(device).type.upper()}"
+    from kernels.w4a16 import DTYPES
     from kernels.w4a16_layout import GROUP_SIZES
 
-    return group_size in GROUP_SIZES
+    if dtype not in DTYPES:
+        return f"no kernel takes {str(dtype).removeprefix('torch.')}"
+    return "" if group_size in GROUP_SIZES else f"no kernel takes group size {group_size}"
 
 
-def _runs_packed(weights: LinearWeights, device: torch.device | str) -> bool:
-    return isinstance(weights.weight, Quantized) and runs_packed_groups(weights.weight.group_size, device)
+def _runs_packed(weights: LinearWeights, dtype: torch.dtype, device: torch.device | str) -> bool:
+    return isinstance(weights.weight, Quantized) and not why_unpacked(
+        weights.weight.group_size, dtype, device
+    )
 
 
 def make_linear(weights: LinearWeights, dtype: torch.dtype, device: torch.device | str) -> Layer:
     """A layer for inference on the device."""
-    if _runs_packed(weights, device):
+    if _runs_packed(weights, dtype, device):
         return Int4Linear(weights, None, device)
     bias = None if weights.bias is None else weights.bias.to(device=device, dtype=dtype)
     return DenseLinear(dense_weight(weights.weight, dtype, device), bias)
@@ -155,7 +160,7 @@ def make_gated(
     fused = fuse_linears((gate, up))
     if fused is None:
         return None
-    if _runs_packed(gate, device):
+    if _runs_packed(gate, dtype, device):
         return Int4Linear(gate, up, device)
     bias = None if fused.bias is None else fused.bias.to(device=device, dtype=dtype)
     return DenseGated(dense_weight(fused.weight, dtype, device), bias, silu_mul)

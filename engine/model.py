@@ -15,7 +15,7 @@ from convert.checkpoint import Checkpoint
 from convert.config import ModelConfig
 from engine.attention import Attend, causal_attend
 from engine.block import Block, Tap, attention_forward, block_forward, mlp_forward
-from engine.layers import dense_product, runs_packed_groups
+from engine.layers import dense_product, why_unpacked
 from engine.ops import TORCH_OPS, Ops, ops_for
 from engine.parallel import TensorParallel, gather_logits, shard_block, shard_config, shard_head
 from engine.rope import Rotary, depends_on_length, rotary
@@ -140,13 +140,8 @@ class Model:
         ops = ops or ops_for(device)
         config, notes = ckpt.config, list(ckpt.notes)
         fmt = config.quantization
-        if fmt is not None and not runs_packed_groups(fmt.group_size, device):
+        if fmt is not None and (why := why_unpacked(fmt.group_size, dtype, device)):
             when = "each time a block is read" if streamed else "once, at load"
-            why = (
-                "on the CPU"
-                if torch.device(device).type == "cpu"
-                else f"no kernel takes group size {fmt.group_size}"
-            )
             notes.append(f"int4 weights become {str(dtype).removeprefix('torch.')} {when} ({why}).")
         embedding = ckpt.embedding().to(device=device, dtype=dtype)
         lm_head = embedding if config.tie_embeddings else ckpt.lm_head().to(device=device, dtype=dtype)

@@ -1,10 +1,11 @@
 """Trains a small Llama-architecture model from text, for figures on a second model: every dimension is a multiple of 128.
 
-usage: python scripts/train_model.py TOKENIZER_DIR OUT --text c4-sample.txt --text wiki.valid.raw [--teacher MODEL_DIR]
+usage: python scripts/train_model.py TOKENIZER_DIR OUT --text c4-sample.txt --text wiki.valid.raw [--teacher MODEL_DIR [--prune]]
 
 The tokenizer is that of TOKENIZER_DIR, its files are copied. Of each text the last --hold share (of its lines) is not trained on and is
 written to OUT/held/NAME: calibrate on that file, and judge on a text that was not given here. With --teacher the
 targets are that model's predictions, which say more about each token than the token that follows, and its embedding is where ours starts.
+With --prune ours starts as the teacher with `--layers` of its layers, evenly spaced, widened to multiples of 128: training heals it.
 """
 
 import argparse
@@ -48,6 +49,25 @@ def rate(progress: float, warmup: float = 0.05) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
 
 
+def pruned_shape(args: argparse.Namespace) -> None:
+    """Sets the sizes of `args` to the teacher's, each rounded up to a multiple of 128 by whole groups of heads."""
+    teacher = json.loads((args.teacher / "config.json").read_text())
+    size, inner = int(teacher["hidden_size"]), int(teacher["intermediate_size"])
+    heads, kv_heads = int(teacher["num_attention_heads"]), int(teacher["num_key_value_heads"])
+    group, head_dim = heads // kv_heads, size // heads
+    while kv_heads * group * head_dim % 128:
+        kv_heads += 1
+    args.heads, args.kv_heads, args.hidden = kv_heads * group, kv_heads, kv_heads * group * head_dim
+    args.inner = -(-inner // 128) * 128
+    args.rope_theta = float(teacher["rope_theta"])
+    args.norm_eps = float(teacher["rms_norm_eps"]) * size / args.hidden  # the mean runs over more channels
+    args.kept = [
+        round(i * (teacher["num_hidden_layers"] - 1) / max(1, args.layers - 1)) for i in range(args.layers)
+    ]
+    if len(set(args.kept)) < args.layers:
+        raise SystemExit(f"--layers {args.layers}: the teacher has {teacher['num_hidden_layers']} layers.")
+
+
 def config_of(args: argparse.Namespace, vocab_size: int) -> dict[str, object]:
     """The config.json of the model."""
     return {
@@ -61,8 +81,8 @@ def config_of(args: argparse.Namespace, vocab_size: int) -> dict[str, object]:
         "num_key_value_heads": args.kv_heads,
         "head_dim": args.hidden // args.heads,
         "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
+        "rms_norm_eps": args.norm_eps,
+        "rope_theta": args.rope_theta,
         "hidden_act": "silu",
         "attention_bias": False,
         "tie_word_embeddings": True,
@@ -81,6 +101,27 @@ def init_embedding(embedding: Tensor, teacher: Tensor) -> None:
     embedding[:, :width] = (table @ turn)[:, :width]
 
 
+@torch.no_grad()
+def init_pruned(student: torch.nn.Module, teacher: torch.nn.Module, kept: list[int]) -> None:
+    """Write the teacher's tensors into the upper left of the student's, whose layer i is the teacher's `kept[i]`; the rest stays as it is.
+
+    Norm weights are multiplied by sqrt(H / H'), because the student's mean square runs over H' >= H channels.
+    """
+    source = teacher.state_dict()
+    shrink = math.sqrt(
+        source["model.norm.weight"].numel() / student.state_dict()["model.norm.weight"].numel()
+    )
+    for name, target in student.state_dict().items():
+        if name.startswith("model.layers."):
+            _, _, layer, rest = name.split(".", 3)
+            value = source[f"model.layers.{kept[int(layer)]}.{rest}"]
+        else:
+            value = source[name]
+        if value.ndim == 1:
+            value = value * shrink
+        target[tuple(slice(0, size) for size in value.shape)] = value.to(target.dtype)
+
+
 def train(args: argparse.Namespace, ids: Tensor, vocab_size: int) -> torch.nn.Module:
     """Adam on random windows until the steps or the seconds are used up; weights in float32, products in bfloat16."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -92,7 +133,10 @@ def train(args: argparse.Namespace, ids: Tensor, vocab_size: int) -> torch.nn.Mo
     teacher = None
     if args.teacher:
         teacher = AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.bfloat16).to(device).eval()
-        init_embedding(model.get_input_embeddings().weight, teacher.get_input_embeddings().weight)
+        if args.prune:
+            init_pruned(model, teacher, args.kept)
+        else:
+            init_embedding(model.get_input_embeddings().weight, teacher.get_input_embeddings().weight)
     decayed = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -149,6 +193,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text", type=Path, action="append", required=True)
     parser.add_argument("--hold", type=float, default=0.4)
     parser.add_argument("--teacher", type=Path)
+    parser.add_argument(
+        "--prune", action="store_true", help="start from the layers of --teacher and take its sizes"
+    )
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--inner", type=int, default=1536)
     parser.add_argument("--layers", type=int, default=10)
@@ -162,6 +209,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
+    args.rope_theta, args.norm_eps = 10000.0, 1e-5
+    if args.prune:
+        if not args.teacher:
+            parser.error("--prune takes layers of --teacher: name one.")
+        pruned_shape(args)
     from convert.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer)

@@ -101,6 +101,19 @@ def test_whole_text_and_token_by_token(name: str) -> None:
     assert relative_error(torch.cat(rows), expected) < TOLERANCE
 
 
+@torch.inference_mode()
+def test_int4_weights_are_floats_where_activations_are_float32() -> None:
+    """No kernel takes float32: the weights are dequantized, and a note says so."""
+    ckpt = RandomCheckpoint(Path("random"), "hf", CONFIGS["int4"], Path("random"), device=torch.device("cpu"))
+    ids, positions = random_ids(20), torch.arange(20)
+    outputs = []
+    for device in ("cpu", "cuda"):
+        model = Model.from_checkpoint(ckpt, device, torch.float32)
+        outputs.append(model(ids.to(device), positions.to(device), causal_attend(1, 20, model.config)))
+    assert relative_error(outputs[1], outputs[0]) < 1e-4
+    assert any("no kernel takes float32" in note for note in model.notes)
+
+
 @pytest.mark.parametrize("name", ["fp16", "int4", "qk-norm"])
 @pytest.mark.parametrize("kv_bits", [8, 16])
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from kernels.int4 import quantize
 from scripts.plant_outliers import main as plant_main
 from scripts.plant_outliers import plant
 from scripts.rotate_model import main as rotate_main
-from scripts.train_model import init_embedding, rate, split_text
+from scripts.train_model import init_embedding, init_pruned, rate, split_text
 from scripts.train_model import main as train_main
 from tests.tiny_runs import write_runnable
 
@@ -147,3 +147,36 @@ def test_a_teacher_is_where_training_starts(trained: Path, tmp_path: Path) -> No
         for folder in (tmp_path / "out", trained)
     )
     torch.testing.assert_close(ours @ ours.t(), theirs @ theirs.t(), rtol=0.02, atol=0.02)
+
+
+def llama(hidden: int, layers: int, kv_heads: int, inner: int, eps: float) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": inner, "head_dim": 16}
+    heads = {"num_attention_heads": 3 * kv_heads, "num_key_value_heads": kv_heads}
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=50, rms_norm_eps=eps, tie_word_embeddings=True, **shape, **heads)
+    )
+
+
+def test_a_pruned_student_of_all_layers_is_its_teacher_in_a_wider_form() -> None:
+    teacher, student = llama(48, 2, 1, 40, 1e-5), llama(96, 2, 2, 64, 1e-5 / 2)
+    for parameter in student.parameters():
+        parameter.data.zero_()  # only what was written counts
+    init_pruned(student, teacher, [0, 1])
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(student(ids).logits, teacher(ids).logits)
+
+
+def test_a_pruned_student_keeps_layers_of_its_teacher(trained: Path, tmp_path: Path) -> None:
+    """One step at a rate of nearly nothing: of two layers the first is left, in the teacher's sizes, as it was in bfloat16."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    run = f"--teacher {trained} --prune --length 16 --batch 2 --device cpu --steps 1 --rate 1e-9 --hold 0.25"
+    command = [str(trained), str(tmp_path / "out"), "--text", str(tmp_path / "text.txt"), *run.split()]
+    train_main([*command, "--layers", "1"])
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", trained))
+    assert set(ours) == {name for name in theirs if ".layers.1." not in name}
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name].bfloat16().float(), atol=1e-7, rtol=0)
+    with pytest.raises(SystemExit, match="the teacher has 2"):
+        train_main([*command, "--layers", "3"])
