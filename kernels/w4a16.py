@@ -59,7 +59,7 @@ def w4a16_linear(
     (..., out_features) in the dtype of x. On the GPU sums are float32 with one rounding at the end (two with a bias,
     residual or paired weight in the prefill regime), and the same inputs give the same bits. On the CPU the torch reference runs.
     `is_dependent` starts the kernel before the one ahead of it in the stream has ended (programmatic dependent launch):
-    correct behind any kernel, faster where the neighbours do so too.
+    correct behind any kernel but one that writes the weight, faster where the neighbours do so too.
     A first call on a device allocates scratch memory: make it before capturing a CUDA graph, and keep products of one
     device in one stream.
     Raises ValueError where a dtype, shape or device does not fit.

@@ -64,34 +64,6 @@ def _block_dot(
 
 
 @triton.jit
-def _stacked_weights(words, scale_zero, N, GROUP: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
-    """All planes of a block as one operand (BN, 128) of (q - z) * s, for a dot with the weights on the left.
-
-    words (BN, 32) int16; scale_zero: pointers (BN,) of the block's first group. The planes are stacked by renaming
-    registers only: a thread's share of 128 k in a dot operand is its share of 32 k, four times. One dot over 128 k then
-    runs asynchronously, and the next block is unpacked meanwhile; a chain of four dots would wait for each.
-    """
-    for plane in tl.static_range(4):
-        if plane * 32 % GROUP == 0:
-            packed = tl.load(scale_zero + plane * 32 // GROUP * N, eviction_policy="evict_first")
-            scale = scale_of(packed)
-            factor = scale.to(tl.float32).to(tl.bfloat16) if BF16 else scale
-        zero, _ = tl.broadcast(zero_of(packed, plane, BF16)[:, None], words)
-        w = centred(words, zero, plane, BF16, ASM)
-        wide, _ = tl.broadcast(factor[:, None], w)
-        w = times(w, wide, BF16, ASM)
-        if plane == 0:
-            w0 = w
-        elif plane == 1:
-            low = tl.join(w0, w)
-        elif plane == 2:
-            w2 = w
-        else:
-            joined = tl.join(low, tl.join(w2, w))  # (BN, 32, plane % 2, plane // 2)
-    return tl.reshape(tl.permute(joined, (0, 3, 2, 1)), (words.shape[0], 128))
-
-
-@triton.jit
 def _partial(partial, inner, program, tile, run, KB, SIZE: tl.constexpr, mask):
     """What `program` has stored for `tile`: in its second slot unless the tile is its first."""
     slot = program * 2 + (tile != program * run // KB).to(tl.int32)
@@ -105,8 +77,7 @@ def w4_matmul(
     GROUP: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, PAIRED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SWAP: tl.constexpr, SCALE_FIRST: tl.constexpr, STACKED: tl.constexpr,
-    SEGMENTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SWAP: tl.constexpr, SCALE_FIRST: tl.constexpr, SEGMENTS: tl.constexpr,
     ASM: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = f(sum_k x[m, k] * (q[n, k] - z[n, g]) * s[n, g] + bias[n]) + residual[m, n], f of `store_tile`.
@@ -116,9 +87,8 @@ def w4_matmul(
     tiles for each program; arrived (T,) int32, zero before and after.
     Rounding: SCALE_FIRST rounds (q - z) * s once to the dtype of x before the dot (for bf16 also s); otherwise q - z is exact
     in the dot and s multiplies the float32 sum of a group. Products accumulate in float32; one rounding at the end.
-    Tiles: BM, BN powers of two, BN >= 16, BM >= 16, or 8 with SWAP (the weights are the left operand, BN >= 64); STACKED
-    (needs SWAP and SCALE_FIRST) makes one dot of the four of a block; SEGMENTS >= programs in a tile (any number above 1 where
-    BM * BN > 4096).
+    Tiles: BM, BN powers of two, BN >= 16, BM >= 16, or 8 with SWAP (the weights are the left operand, BN >= 64);
+    SEGMENTS >= programs in a tile (any number above 1 where BM * BN > 4096).
     Ragged edges: rows >= N are read from row N - 1 and not stored; tokens >= M and k >= K are read as zero.
     """
     BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
@@ -156,7 +126,7 @@ def w4_matmul(
             n = tl.minimum(n, N - 1)
         if SWAP:
             word_ptr = words + (b0 * N + n[:, None]) * 32 + c[None, :]
-            k = tl.arange(0, 128 if STACKED else 32)[:, None]
+            k = tl.arange(0, 32)[:, None]
             x_ptr = x + b0 * 128 + m[None, :] * stride_x + k
             live = m[None, :] < M
             acc = tl.zeros([BN, BM], tl.float32)
@@ -169,28 +139,18 @@ def w4_matmul(
         param_ptr = scale_zero + b0 * (128 // GROUP) * N + n
         for b in range(b0, b1):
             w = tl.load(word_ptr, eviction_policy="evict_first")
-            if STACKED:
-                tokens = tl.load(
-                    x_ptr,
-                    mask=live if EVEN_K else live & (k < K - b * 128),
-                    other=0.0,
-                    eviction_policy="evict_last",
-                )
-                stacked = _stacked_weights(w, param_ptr, N, GROUP, BF16, ASM)
-                acc = _dot(stacked, tokens, acc, SWAP, ASM)
+            if EVEN_K:
+                x0 = tl.load(x_ptr, mask=live, other=0.0, eviction_policy="evict_last")
+                x1 = tl.load(x_ptr + 32, mask=live, other=0.0, eviction_policy="evict_last")
+                x2 = tl.load(x_ptr + 64, mask=live, other=0.0, eviction_policy="evict_last")
+                x3 = tl.load(x_ptr + 96, mask=live, other=0.0, eviction_policy="evict_last")
             else:
-                if EVEN_K:
-                    x0 = tl.load(x_ptr, mask=live, other=0.0, eviction_policy="evict_last")
-                    x1 = tl.load(x_ptr + 32, mask=live, other=0.0, eviction_policy="evict_last")
-                    x2 = tl.load(x_ptr + 64, mask=live, other=0.0, eviction_policy="evict_last")
-                    x3 = tl.load(x_ptr + 96, mask=live, other=0.0, eviction_policy="evict_last")
-                else:
-                    left = K - b * 128
-                    x0 = tl.load(x_ptr, mask=live & (k < left), other=0.0)
-                    x1 = tl.load(x_ptr + 32, mask=live & (k + 32 < left), other=0.0)
-                    x2 = tl.load(x_ptr + 64, mask=live & (k + 64 < left), other=0.0)
-                    x3 = tl.load(x_ptr + 96, mask=live & (k + 96 < left), other=0.0)
-                acc = _block_dot(acc, w, (x0, x1, x2, x3), param_ptr, N, GROUP, SWAP, SCALE_FIRST, BF16, ASM)
+                left = K - b * 128
+                x0 = tl.load(x_ptr, mask=live & (k < left), other=0.0)
+                x1 = tl.load(x_ptr + 32, mask=live & (k + 32 < left), other=0.0)
+                x2 = tl.load(x_ptr + 64, mask=live & (k + 64 < left), other=0.0)
+                x3 = tl.load(x_ptr + 96, mask=live & (k + 96 < left), other=0.0)
+            acc = _block_dot(acc, w, (x0, x1, x2, x3), param_ptr, N, GROUP, SWAP, SCALE_FIRST, BF16, ASM)
             word_ptr += N * 32
             param_ptr += 128 // GROUP * N
             x_ptr += 128
@@ -253,7 +213,7 @@ def launch_gemm(
         GROUP=weight.group_size,
         EVEN_N=weight.rows % tile.bn == 0, EVEN_K=weight.in_features % BLOCK == 0,
         HAS_BIAS=weight.bias is not None, HAS_RESIDUAL=residual is not None, PAIRED=weight.is_paired,
-        BM=tile.bm, BN=tile.bn, SWAP=tile.swap, SCALE_FIRST=tile.scale_first, STACKED=tile.stacked,
+        BM=tile.bm, BN=tile.bn, SWAP=tile.swap, SCALE_FIRST=tile.scale_first,
         SEGMENTS=compiled_segments(tile, plan),
         ASM=not interpreted, DEPENDENT=dependent, **options,
     )  # fmt: skip

@@ -23,7 +23,6 @@ class GemmTile:
     """How `w4_matmul` cuts a product: tile BM x BN, operand order, where the scale goes, and how many programs share the work.
 
     `programs_per_sm` programs are started for each multiprocessor (0: one for each tile, so that no tile is shared).
-    `stacked`: one dot for each block of 128 k in place of four; the weights are the left operand and scaled first.
     `dependent`: when a dependent launch lets the kernel behind it start: "early" (at once), "waited" (when the kernel ahead
     has ended), "late" (when the products are done), or "never" where a plain launch was measured to be faster.
     """
@@ -35,14 +34,9 @@ class GemmTile:
     swap: bool
     scale_first: bool
     programs_per_sm: float
-    stacked: bool = False
     dependent: str = "early"
 
     def __post_init__(self) -> None:
-        if self.stacked and not (self.swap and self.scale_first):
-            raise ValueError(
-                "a stacked tile has the weights as left operand, scaled first: set swap and scale_first."
-            )
         check_dependent(self.dependent)
 
 
@@ -76,8 +70,8 @@ class WgmmaTile:
             raise ValueError(
                 f"{self.stages} stages of {self.bm} tokens by {self.bn} rows: 2 at least, {self.stages_for(128)} fit."
             )
-        if self.pending not in (1, 2, 3):
-            raise ValueError(f"pending is {self.pending}: 1 to 3 groups of products.")
+        if self.pending not in (1, 2):
+            raise ValueError(f"pending is {self.pending}: 1 or 2 groups of products.")
 
     def stages_for(self, group_size: int) -> int:
         """`stages`, or as many as fit into shared memory beside what the epilogue moves at a time (16 tokens, float32)."""

@@ -96,7 +96,9 @@ def runs_of(folder: Path) -> list[dict[str, Any]]:
 def write_runs(folder: Path, runs: list[dict[str, Any]]) -> None:
     """throughput.json and throughput.md of these runs, each with its own command, commit, date and device."""
     write_json(folder / "throughput.json", {"runs": runs})
-    text = "\n".join(["# Throughput", "", "The latest run first.", "", *(markdown(run) for run in reversed(runs))])
+    text = "\n".join(
+        ["# Throughput", "", "The latest run first.", "", *(markdown(run) for run in reversed(runs))]
+    )
     atomic_write(folder / "throughput.md", text.encode())
 
 

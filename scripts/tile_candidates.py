@@ -108,9 +108,10 @@ def gemm_tiles(tokens: int) -> list[Tile]:
     tiles: list[Tile] = []
 
     def add(bm: int, bn: int, warps: int, stages: int, order: str, *per_sm: int) -> None:
-        """order: "left" has the weights as left operand, "stacked" also as one dot, "right" and "late" (scaled last) not."""
-        swap, first, stacked = order in ("left", "stacked"), order != "late", order == "stacked"
-        tiles.extend(GemmTile(bm, bn, warps, stages, swap, first, count, stacked) for count in per_sm)
+        """order: "left" has the weights as left operand, "right" and "late" (scaled last) not."""
+        tiles.extend(
+            GemmTile(bm, bn, warps, stages, order == "left", order != "late", count) for count in per_sm
+        )
 
     if tokens == 1:
         return []
@@ -129,19 +130,12 @@ def gemm_tiles(tokens: int) -> list[Tile]:
         add(64, 128, 4, 4, "left", 2, 0)
         add(64, 128, 8, 4, "left", 0)
         add(64, 256, 8, 4, "left", 1)
-        add(64, 128, 4, 4, "stacked", 1)
-        add(64, 128, 8, 4, "stacked", 0, 2)
-        add(64, 256, 8, 4, "stacked", 1)
     elif tokens <= 128:
         add(128, 64, 4, 3, "left", 1, 2)
         add(128, 128, 4, 3, "left", 0)
         add(128, 128, 8, 3, "left", 0)
         add(128, 256, 8, 4, "left", 2)
-        add(128, 64, 4, 3, "stacked", 1, 2)
-        add(128, 128, 8, 4, "stacked", 0)
     else:
-        add(256, 128, 8, 3, "stacked", 0)
-        add(128, 128, 8, 4, "stacked", 0)
         add(128, 256, 8, 4, "left", 0)
         add(256, 128, 8, 3, "left", 1)
         tiles.append(PrefillTile(8192))
@@ -170,7 +164,6 @@ def binary_key(
             *shape,
             tile.swap,
             tile.scale_first,
-            tile.stacked,
             compiled_segments(tile, plan),
         )
     elif isinstance(tile, WgmmaTile):

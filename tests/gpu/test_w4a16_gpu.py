@@ -21,6 +21,12 @@ pytestmark = [
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Inputs are drawn from torch's generators: a failure comes back."""
+    torch.manual_seed(0)
+
+
 def make(rows: int, cols: int, group_size: int, seed: int = 0) -> Quantized:
     generator = torch.Generator(device="cuda").manual_seed(seed)
     groups = cols // group_size
@@ -76,8 +82,6 @@ def test_epilogue(tokens: int, is_paired: bool, dtype: torch.dtype) -> None:
         GemmTile(16, 128, 4, 4, False, False, 2),
         GemmTile(8, 64, 4, 5, True, True, 2),
         GemmTile(64, 128, 4, 4, True, True, 2),
-        GemmTile(64, 128, 8, 4, True, True, 1, stacked=True),
-        GemmTile(16, 64, 4, 5, True, True, 2, stacked=True),
         GemmTile(16, 64, 4, 4, False, True, 4, dependent="late"),
         GemvTile(8, 8, 4, dependent="late"),
         GemvTile(8, 8, 4, dependent="waited"),

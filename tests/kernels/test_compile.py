@@ -57,8 +57,7 @@ def product(kernel, half, warps, stages, words="*i16", **constants):
 
 for half, group, mode in (("*fp16", 128, "waited"), ("*bf16", 64, "late")):
     product(w4a16_split.w4_split, half, 4, 4, GROUP=group, EIGHTS=2, BN=128, SPLIT=3, AHEAD=8, DEPENDENT=mode)
-    product(w4a16_gemm.w4_matmul, half, 8, 4, GROUP=group, BM=64, BN=128, SWAP=True, SCALE_FIRST=True, STACKED=True, SEGMENTS=2,
-            DEPENDENT=mode)
+    product(w4a16_gemm.w4_matmul, half, 8, 4, GROUP=group, BM=64, BN=128, SWAP=True, SCALE_FIRST=True, SEGMENTS=2, DEPENDENT=mode)
     product(w4a16_gemv.w4_gemv, half, 2, 3, words="*i32", GROUP=group, BF16=half == "*bf16", BN=4, BLOCKS=8, SCALES_AHEAD=False,
             AHEAD=32, DEPENDENT=mode)
 print("compiled")

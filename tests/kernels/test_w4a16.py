@@ -19,7 +19,7 @@ from kernels.w4a16_gemm import launch_gemm
 from kernels.w4a16_gemv import GemvTile, launch_gemv
 from kernels.w4a16_layout import W4Weight, concat, pair, prepare, restore
 from kernels.w4a16_prefill import PrefillTile, launch_dequantize
-from kernels.w4a16_schedule import GemmTile, Schedule, Workspace, schedule
+from kernels.w4a16_schedule import GemmTile, Schedule, WgmmaTile, Workspace, schedule
 from kernels.w4a16_split import SplitTile, launch_split, pieces
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1.2e-2}  # bf16: up to 3 truncations of 2^-8 each
@@ -135,21 +135,6 @@ def test_gemm(
     launch_gemm(x, prepare(quantized), tile, 3, workspace, out)
     assert_close(out, x, quantized.dequantize())
     assert not workspace.arrived.any()
-
-
-@needs_interpreter
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("tokens", "rows", "cols", "group_size"), [(19, 72, 640, 128), (5, 100, 448, 64), (16, 64, 160, 32)]
-)
-def test_gemm_with_stacked_planes(
-    tokens: int, rows: int, cols: int, group_size: int, dtype: torch.dtype
-) -> None:
-    quantized = make(rows, cols, group_size)
-    x = inputs(tokens, cols, dtype)
-    out = torch.full((tokens, rows), float("nan"), dtype=dtype)
-    launch_gemm(x, prepare(quantized), GemmTile(16, 64, 4, 3, True, True, 1, stacked=True), 3, scratch(), out)
-    assert_close(out, x, quantized.dequantize())
 
 
 @needs_interpreter
@@ -296,7 +281,7 @@ def test_shipped_tables_are_complete(name: str) -> None:
         (lambda w: concat([]), "at least one"),
         (lambda w: pair(w, prepare(make(32, 256, 128))), "64 rows"),
         (lambda w: concat([pair(w, w), w]), "interleaved"),
-        (lambda w: GemmTile(16, 64, 4, 3, False, True, 1, stacked=True), "left operand"),
+        (lambda w: WgmmaTile(64, 128, 1, 3, 1, pending=3), "1 or 2"),
         (lambda w: GemvTile(16, 8, 4, dependent="soon"), "'soon'"),
         (lambda w: SplitTile(64, 2, 4, 3), "32 rows"),
         (lambda w: SplitTile(64, 2, 2, 3, ahead=3), "power of two"),
