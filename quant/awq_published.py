@@ -1,7 +1,7 @@
-"""AWQ as published: channel scales judged by the output of the block part that reads them, on the float stream, then clipping.
+"""AWQ: channel scales judged by the output of the block part that reads them, then clipping. Lin et al., AWQ, 2023.
 
-N out features, K in features, S samples, L tokens a sample. Lin et al., AWQ, 2023. One thing is ours: what makes a part's output
-worse than plain rounding is not taken.
+N out features, K in features, S samples, L tokens a sample. Two things are ours: a block is judged on the quantized stream, which
+is what it will read, and what makes a part's output worse than plain rounding is not taken.
 """
 
 from dataclasses import replace
@@ -31,7 +31,7 @@ def quantize_published(
     weights: BlockWeights, config: ModelConfig, quant: QuantConfig, inputs: Streams, tap: Tap | None
 ) -> BlockResult:
     """One block; weights and norms are float32 on the device of the streams."""
-    search = _Search(weights, config, quant, inputs.fp)
+    search = _Search(weights, config, quant, inputs.quantized)
     for before, readers in scale_groups(config):
         search.scale(before, readers)
     done, reports = search.finish()
@@ -44,7 +44,7 @@ def quantize_published(
 
 
 class _Search:
-    """The block with the scales folded so far, and what each of its linears reads in the float model."""
+    """The block with the scales folded so far, and what each of its linears reads: x (S, L, H) through the block before its search."""
 
     def __init__(self, weights: BlockWeights, config: ModelConfig, quant: QuantConfig, x: Tensor) -> None:
         self.source = self.weights = weights

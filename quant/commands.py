@@ -104,7 +104,7 @@ def awq(model: str, output: str, **flags: Any) -> None:
     Presets, from quick to thorough:
       rtn      round to nearest, no text needed
       gptq     as published; gptq-r with act-order and static groups
-      awq      as published: channel scales, then clip ranges
+      awq      channel scales, then clip ranges, judged block by block
       fast     scales and clip ranges chosen together from Gram matrices
       default  fast, then error compensation on the quantized model's own inputs
       best     default, then learned rounding on the output of each block

@@ -51,6 +51,8 @@ def run_fingerprint(
     table |= {name: value for name, value in asdict(quant).items()}
     if quant.kv_bits != 16:
         table["smoothing of K"] = RULE
+    if quant.preset == "awq":
+        table["stream of the search"] = "quantized"
     if quant.preset == "best":
         table["learned rounding"] = str(asdict(rounding.LEARNING))
     table |= {f"text {name}": value for name, value in (text or {}).items()}
