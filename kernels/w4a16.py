@@ -60,8 +60,8 @@ def w4a16_linear(
     residual or paired weight in the prefill regime), and the same inputs give the same bits. On the CPU the torch reference runs.
     `is_dependent` starts the kernel before the one ahead of it in the stream has ended (programmatic dependent launch):
     correct behind any kernel but one that writes the weight, faster where the neighbours do so too.
-    A first call on a device allocates scratch memory: make it before capturing a CUDA graph, and keep products of one
-    device in one stream.
+    A first call on a device allocates scratch memory: make it before capturing a CUDA graph (RuntimeError inside one), and
+    keep products of one device in one stream.
     Raises ValueError where a dtype, shape or device does not fit.
     """
     _check(x, weight, residual)
@@ -247,6 +247,11 @@ def _multiprocessors(index: int) -> int:
 
 @functools.cache
 def _workspace(index: int) -> Workspace:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"The first W4A16 product on cuda:{index} is inside a graph capture, where its scratch memory would belong to the graph: "
+            "run one product of that device before the capture."
+        )
     return Workspace.on(torch.device("cuda", index))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from convert.checkpoint import Checkpoint
-from quant import rounding
+from quant import distill, rounding
 from quant.config import QuantConfig
 from quant.key_smoothing import RULE
 
@@ -55,5 +55,7 @@ def run_fingerprint(
         table["stream of the search"] = "quantized"
     if quant.preset == "best":
         table["learned rounding"] = str(asdict(rounding.LEARNING))
+    if quant.distill:
+        table["distillation"] = str(asdict(distill.DISTILLING))
     table |= {f"text {name}": value for name, value in (text or {}).items()}
     return table

@@ -298,3 +298,9 @@ def test_what_does_not_fit_is_refused(call, message: str) -> None:  # type: igno
     weight: W4Weight = prepare(make(64, 256, 128))
     with pytest.raises(ValueError, match=message):
         call(weight)
+
+
+def test_a_first_product_inside_a_capture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cuda:7 is inside a graph capture"):
+        w4a16._workspace(7)
