@@ -43,9 +43,6 @@ class Distilling:
     tokens: int = 4096  # of a step
     window: int = 2048  # pieces of the samples are joined up to this length, other pieces in every step
     swap: float = 0.2  # a window has up to this share of its tokens replaced by others of the same text
-    mix: float = (
-        0.0  # the embeddings of a step take up to this share of those of the next one's text, for both models
-    )
     warmup: float = 0.1  # share of the steps
 
 
@@ -106,9 +103,6 @@ def distill(
     history = torch.zeros(steps, device=device)
     counter = torch.zeros(1, dtype=torch.int64, device=device)
     schedule = _schedule(steps, how.warmup).to(device)
-    shares = (
-        torch.rand(steps, generator=torch.Generator().manual_seed(quant.seed + 3)).mul(how.mix).to(device)
-    )
 
     def norms() -> tuple[list[dict[str, Tensor]], Tensor]:
         moved = {
@@ -120,14 +114,8 @@ def distill(
             by_block[position][role] = moved[position, role]
         return by_block, moved[len(blocks), FINAL]
 
-    def embedded() -> Tensor:
-        x = F.embedding(text.index_select(0, counter)[0], embedding)
-        if not how.mix:
-            return x
-        other = F.embedding(text.index_select(0, (counter + 1) % steps)[0], embedding)
-        return torch.lerp(x, other, shares.index_select(0, counter))
-
-    def logits(x: Tensor, dense: Sequence[BlockWeights], norm: Tensor) -> Tensor:
+    def logits(ids: Tensor, dense: Sequence[BlockWeights], norm: Tensor) -> Tensor:
+        x = F.embedding(ids, embedding)
         for block in dense:
             x = block_forward(x, positions, block, config, attend, angles=angles)
         return F.linear(rms_norm(x, norm, config.norm_eps), head)
@@ -136,16 +124,16 @@ def distill(
     optimizer = Adam(params, [rate for rate in (how.scale_rate, how.norm_rate) if rate])
 
     def step() -> None:
+        ids = text.index_select(0, counter)[0]
         with torch.no_grad():
-            x = embedded()
-            wanted = logits(x, teacher, wanted_norm).log_softmax(-1)
+            wanted = logits(ids, teacher, wanted_norm).log_softmax(-1)
         with torch.enable_grad():
             for p in params:
                 p.requires_grad_(True)
             by_block, norm = norms()
             dense = ScaleCodes.apply(flat.codes, fp16_scale(flat.scales * (1 + scale_move)))
-            given = logits(x, flat.dense(dense, by_block, device), norm).log_softmax(-1)
-            loss = F.kl_div(given, wanted, reduction="sum", log_target=True) / len(x)
+            given = logits(ids, flat.dense(dense, by_block, device), norm).log_softmax(-1)
+            loss = F.kl_div(given, wanted, reduction="sum", log_target=True) / len(ids)
             grads = torch.autograd.grad(loss, params)
             for p in params:
                 p.requires_grad_(False)
