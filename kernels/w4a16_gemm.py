@@ -126,7 +126,7 @@ def w4_matmul(
             n = tl.minimum(n, N - 1)
         if SWAP:
             word_ptr = words + (b0 * N + n[:, None]) * 32 + c[None, :]
-            k = tl.arange(0, 32)[:, None]
+            k = c[:, None]
             x_ptr = x + b0 * 128 + m[None, :] * stride_x + k
             live = m[None, :] < M
             acc = tl.zeros([BN, BM], tl.float32)
