@@ -175,3 +175,19 @@ def test_an_expert_that_no_token_reaches_is_quantized_all_the_same() -> None:
     assert all(
         isinstance(p.weight, Quantized) for role, p in result.weights.linears.items() if role != "router"
     )
+
+
+def test_awq_is_searched_on_what_the_quantized_model_reads() -> None:
+    """Another float stream changes nothing; another quantized stream does."""
+    config = config_of("llama")
+    block, x, other = block_of(config), stream_of(config), stream_of(config, seed=2).flip(-1)
+    quant = QuantConfig(preset="awq", group_size=32)
+
+    def codes(streams: Streams) -> torch.Tensor:
+        weights = quantize_block(block, config, quant, streams, "cpu", torch.float32).weights
+        parts = [part.weight for part in weights.linears.values()]
+        return torch.cat([part.codes.flatten() for part in parts if isinstance(part, Quantized)])
+
+    expected = codes(Streams(x, x))
+    assert torch.equal(codes(Streams(other, x)), expected)
+    assert not torch.equal(codes(Streams(x, other)), expected)
