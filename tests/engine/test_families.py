@@ -17,6 +17,7 @@ from torch import Tensor
 
 from convert.checkpoint import BlockWeights, LinearWeights
 from convert.config import ModelConfig, RopeScaling
+from engine.layers import why_unpacked
 from engine.model import Block, Model, block_forward, causal_attend
 
 TOLERANCE = 1e-4  # absolute, on logits of size about 1: float32 sums in another order
@@ -398,3 +399,16 @@ def _require_grad(reference: Any, config: ModelConfig) -> BlockWeights:
     return BlockWeights(
         0, linears, {role: norm.detach().clone().requires_grad_() for role, norm in norms.items()}
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "group_size", "device", "why"),
+    [
+        (torch.float16, 128, "cuda", ""),
+        (torch.float32, 128, "cuda", "no kernel takes float32"),
+        (torch.bfloat16, 16, "cuda", "no kernel takes group size 16"),
+        (torch.float32, 128, "cpu", "on the CPU"),
+    ],
+)
+def test_where_int4_weights_become_floats(dtype: torch.dtype, group_size: int, device: str, why: str) -> None:
+    assert why_unpacked(group_size, dtype, device) == why

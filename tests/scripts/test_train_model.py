@@ -1,5 +1,7 @@
 """The scripts behind further models: a trained one loads and has learned, planted outliers and rotations change no output."""
 
+import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from kernels.int4 import quantize
 from scripts.plant_outliers import main as plant_main
 from scripts.plant_outliers import plant
 from scripts.rotate_model import main as rotate_main
-from scripts.train_model import init_embedding, init_pruned, rate, split_text
+from scripts.train_model import init_embedding, init_pruned, pruned_shape, rate, split_text
 from scripts.train_model import main as train_main
 from tests.tiny_runs import write_runnable
 
@@ -180,3 +182,20 @@ def test_a_pruned_student_keeps_layers_of_its_teacher(trained: Path, tmp_path: P
         torch.testing.assert_close(value, theirs[name].bfloat16().float(), atol=1e-7, rtol=0)
     with pytest.raises(SystemExit, match="the teacher has 2"):
         train_main([*command, "--layers", "3"])
+
+
+def test_a_pruned_student_takes_whole_groups_of_heads_and_layers_from_first_to_last(tmp_path: Path) -> None:
+    """9 query heads of 64 on 3: the fourth group makes 768; eps falls as the mean square does."""
+    sizes = {
+        "hidden_size": 576,
+        "intermediate_size": 1500,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
+    rest = {"num_hidden_layers": 30, "rope_theta": 1e5, "rms_norm_eps": 1e-5}
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, **rest}))
+    args = argparse.Namespace(teacher=tmp_path, layers=4)
+    pruned_shape(args)
+    assert (args.hidden, args.heads, args.kv_heads, args.inner) == (768, 12, 4, 1536)
+    assert args.kept == [0, 10, 19, 29] and args.rope_theta == 1e5
+    assert args.norm_eps == pytest.approx(0.75e-5)
