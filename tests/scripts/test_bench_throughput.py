@@ -31,6 +31,8 @@ def test_a_run_is_appended_to_those_before(report):
     second.note("second")
     second.note("third")
     assert [run["notes"] for run in runs_of(report.out)] == [["first"], ["second", "third"]]
+    page = (report.out / "throughput.md").read_text()
+    assert page.index("* third") < page.index("* first")  # the latest run first
     text = (report.out / "throughput.md").read_text()
     assert text.index("first") < text.index("third") and text.count("copy bandwidth") == 2
     Report(1e10, report.out).note("alone")
