@@ -27,7 +27,7 @@ class QuantConfig:
     kv_mode: KvMode = "dynamic"
     distill: bool = False  # a short end-to-end pass over group scales and norms, after the blocks
     keep_ragged: bool = False  # linears whose K is no multiple of group_size stay float
-    rounding_steps: int = 200  # learned rounding, per block (`best`)
+    rounding_steps: int = 400  # learned rounding, per block (`best`)
     distill_steps: int = 600
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ from quant.training import (
     fp16_norm,
     fp16_scale,
     repeatable,
+    rise,
     training_attend,
 )
 
@@ -180,6 +181,4 @@ def splice(tokens: Tensor, windows: int, length: int, swap: float, seed: int) ->
 
 def _schedule(steps: int, warmup: float) -> Tensor:
     """Linear rise, then half a cosine down to zero: (steps,)."""
-    step = torch.arange(steps, dtype=torch.float32)
-    rise = ((step + 1) / max(1.0, warmup * steps)).clamp(max=1)
-    return rise * 0.5 * (1 + torch.cos(torch.pi * step / steps))
+    return rise(steps, warmup) * 0.5 * (1 + torch.cos(torch.pi * torch.arange(steps) / steps))

@@ -27,6 +27,7 @@ from quant.training import (
     fp16_norm,
     fp16_scale,
     repeatable,
+    rise,
     training_attend,
 )
 
@@ -45,13 +46,16 @@ class Learning:
     toward_float: float = (
         0.25  # the aim: 0 is what the quantized stream foretells of the float model's, 1 that stream itself
     )
-    average: float = 0.9  # weight of the past in a running mean, kept in place of what was trained; 0: none
+    average: float = 0.95  # weight of the past in a running mean, kept in place of what was trained; 0: none
+    warmup: float = 0.15  # share of the steps in which the rates rise
 
     def __post_init__(self) -> None:
         if not 0 <= self.toward_float <= 1:
             raise ValueError(f"toward_float is {self.toward_float}: expected a share of the way, 0 to 1.")
         if not 0 <= self.average < 1:
             raise ValueError(f"average is {self.average}: expected 0 or more and less than 1.")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is {self.warmup}: expected 0 or more and less than 1.")
 
 
 LEARNING = Learning()
@@ -114,7 +118,7 @@ def learn_block(
     rates = [rate / max(steps, _STEADY_STEPS) for rate in rates if rate]
     optimizer = Adam(trained, rates)
     order = batches(len(x), size, steps, quant.seed + 1).to(device)
-    schedule = 1 - torch.arange(steps, device=device, dtype=torch.float32) / steps
+    schedule = _schedule(steps, learning.warmup).to(device)
     counter = torch.zeros(1, dtype=torch.int64, device=device)
     means = [p.clone() for p in trained] if learning.average else []
 
@@ -165,3 +169,12 @@ def learn_block(
         else report
         for report in reports
     ]
+
+
+def _schedule(steps: int, warmup: float) -> Tensor:
+    """A linear decay from 1 to 0 behind a rise: (steps,).
+
+    The first steps of Adam move every code by the whole rate, however small its gradient: without the rise the loss of 3-bit
+    blocks goes up at first, and in some of them does not come back.
+    """
+    return (1 - torch.arange(steps) / steps) * rise(steps, warmup)

@@ -288,3 +288,8 @@ def batches(samples: int, size: int, steps: int, seed: int) -> Tensor:
         orders.append(torch.randperm(samples, generator=generator))
         have += samples
     return torch.cat(orders)[: steps * size].view(steps, size)
+
+
+def rise(steps: int, warmup: float) -> Tensor:
+    """Factors on the rates: a linear rise to 1 over the first `warmup` (a share) of the steps, (steps,)."""
+    return ((torch.arange(steps) + 1) / max(1.0, warmup * steps)).clamp(max=1)

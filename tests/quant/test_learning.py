@@ -146,11 +146,11 @@ def test_an_inherited_error_that_can_be_foretold_is_aimed_at(monkeypatch: pytest
         found.append(float((aims[-1] - result.streams.fp).pow(2).mean()))
     assert found[1] < 0.5 * found[0]
     torch.testing.assert_close(aims[0], begins[0] + 0.2 * (result.streams.fp - begins[0]))
-    assert rounding.Learning() == rounding.Learning(toward_float=0.25, average=0.9)
+    assert rounding.Learning() == rounding.Learning(toward_float=0.25, average=0.95, warmup=0.15)
 
 
 def test_a_block_whose_loss_would_rise_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    hasty = rounding.Learning(code_rate=8.0, scale_rate=2.0, norm_rate=2.0)
+    hasty = rounding.Learning(code_rate=8.0, scale_rate=2.0, norm_rate=2.0, average=0.9, warmup=0.0)
     assert changed_codes(hasty, monkeypatch)[0] == 0
     again = changed_codes(replace(hasty, average=0.0), monkeypatch)
     assert again[0] == 0 and again[1] == changed_codes(replace(hasty, checks=0), monkeypatch)[1]
@@ -181,6 +181,17 @@ def test_a_running_mean_changes_what_is_learned(monkeypatch: pytest.MonkeyPatch)
     assert mean < last and means != other
     # the mean is kept in place of what was trained: one that never leaves the start changes no code
     assert changed_codes(replace(GENTLE, average=1 - 1e-9), monkeypatch)[0] == 0
+
+
+def test_the_rates_rise_before_they_fall(monkeypatch: pytest.MonkeyPatch) -> None:
+    # rates at which the first steps ruin the block: the loss comes back where they rise from zero
+    hasty = replace(GENTLE, average=0.0, code_rate=3.0, scale_rate=0.3, norm_rate=0.3)
+    _, at_once, _ = changed_codes(replace(hasty, warmup=0.0), monkeypatch)
+    _, risen, _ = changed_codes(replace(hasty, warmup=0.5), monkeypatch)
+    assert risen < at_once
+    factors = rounding._schedule(8, 0.5)
+    assert factors.tolist() == [1 / 4, 7 / 16, 9 / 16, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
+    assert torch.equal(rounding._schedule(4, 0.0), torch.tensor([1, 0.75, 0.5, 0.25]))
 
 
 def test_the_metric_says_what_errors_cost_the_model() -> None:
@@ -294,6 +305,7 @@ def test_a_configuration_is_checked_in_full_sentences(options: dict[str, object]
         ({"toward_float": 1.5}, "toward_float is 1.5"),
         ({"average": 1.0}, "average is 1.0"),
         ({"average": -0.5}, "average is -0.5"),
+        ({"warmup": 1.0}, "warmup is 1.0"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict[str, float], words: str) -> None:
