@@ -1,8 +1,6 @@
 """`quantize verify`: is what lies on disk whole, in range, and made from the source it claims?
 
-N out features, K in features. Reads one block at a time. A quantized linear is compared with its source up to one factor for
-each row and column, because AWQ moves factors between neighbouring operations: rounding leaves a small rest, codes in a wrong
-order or of other weights leave nearly everything.
+Reads one block at a time. What is wrong with the source is said of the source: the other checks are of the path alone.
 """
 
 from collections.abc import Callable
@@ -10,24 +8,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from convert.checkpoint import BlockWeights, Checkpoint
 from convert.errors import InputError
 from convert.json_files import show
+from convert.likeness import compare_block, distance
 from convert.manifest import FolderState, folder_state, read_manifest
 from convert.pad import pad_checkpoint
 from convert.readers import open_checkpoint
 from convert.safetensors_files import check_finite
 from kernels.int4 import Quantized
 
-SAMPLE_ROWS = 256  # of each linear that are compared with the source
-REST_LIMIT = (
-    0.8  # relative; int4 rounding leaves about 0.1, int2 about 0.5, another order of the same codes about 1
-)
 EXACT_LIMIT = 1e-3  # for tensors that are only converted to float16
-SAME_LIMIT = 1e-2  # relative, for linears in the source's own form: codes are equal, floats at most rounded to bfloat16
 
 
 @dataclass(frozen=True)
@@ -130,12 +123,18 @@ def _check_blocks(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     unlike: list[str] = []
+    fault = ""  # of the source: from there on nothing is compared any more
     try:
         for index in range(ckpt.config.num_layers):
             block = ckpt.block(index)
             _check_ranges(block)
-            if origin is not None:
-                report.rests |= _compare_block(block, origin.block(index), ckpt, origin, unlike)
+            if origin is not None and not fault:
+                try:
+                    source = origin.block(index)
+                except InputError as error:
+                    fault = str(error)
+                else:
+                    report.rests |= compare_block(block, source, ckpt, origin, unlike)
             if progress is not None:
                 progress(index + 1, ckpt.config.num_layers)
         outer = {"embedding": ckpt.embedding(), "final_norm": ckpt.final_norm(), "lm_head": ckpt.lm_head()}
@@ -145,6 +144,23 @@ def _check_blocks(
     report.checks.append(Check("ranges", True, "all values are finite; codes, zeros and scales are in range"))
     if origin is None:
         return
+    if not fault:
+        _report_weights(report, unlike)
+        try:
+            _check_outer(outer, origin, ckpt.config.tie_embeddings, report)
+        except InputError as error:
+            fault = str(error)
+    if fault:
+        report.checks.append(
+            Check(
+                "source",
+                False,
+                f"not {show(report.path)} but its source {show(str(origin.path))} is damaged, so they could not be compared: {fault}",
+            )
+        )
+
+
+def _report_weights(report: VerifyReport, unlike: list[str]) -> None:
     worst = max(report.rests, key=lambda name: report.rests[name])
     report.checks.append(
         Check(
@@ -155,10 +171,13 @@ def _check_blocks(
             else f"{len(report.rests)} linears agree with the source; the largest relative rest is {report.rests[worst]:.3f} ({worst})",
         )
     )
-    distances = {"embedding": _distance(outer["embedding"], origin.embedding())}
-    if not ckpt.config.tie_embeddings:
-        distances["lm_head"] = _distance(outer["lm_head"], origin.lm_head())
-    other = [name for name, distance in distances.items() if distance > EXACT_LIMIT]
+
+
+def _check_outer(outer: dict[str, Tensor], origin: Checkpoint, is_tied: bool, report: VerifyReport) -> None:
+    distances = {"embedding": distance(outer["embedding"], origin.embedding())}
+    if not is_tied:
+        distances["lm_head"] = distance(outer["lm_head"], origin.lm_head())
+    other = [name for name, far in distances.items() if far > EXACT_LIMIT]
     report.checks.append(
         Check(
             "embedding",
@@ -183,75 +202,3 @@ def _check_ranges(block: BlockWeights) -> None:
                 raise InputError(f"{name}: {int((weight.scales <= 0).sum())} scales are not above 0.")
         else:
             check_finite(name, weight)
-
-
-def _compare_block(
-    block: BlockWeights, source: BlockWeights, ckpt: Checkpoint, origin: Checkpoint, unlike: list[str]
-) -> dict[str, float]:
-    """ "block.role" -> rest; names of weights that are not the source's are added to `unlike`.
-
-    A workspace holds what its source held, moved about: where both are int4 or both are float, nothing is refitted, and
-    norms and biases count too.
-    """
-    is_same_form = (ckpt.config.quantization is None) == (origin.config.quantization is None)
-    is_moved = is_same_form and ckpt.kind.startswith("workspace")
-    rests = {}
-    for role, linear in block.linears.items():
-        name = f"{block.index}.{role}"
-        found, wanted = _sampled(linear.weight), _sampled(source.linears[role].weight)
-        rests[name] = _plain_rest(found, wanted) if is_moved else relative_rest(found, wanted)
-        if not rests[name] <= (SAME_LIMIT if is_moved else REST_LIMIT):
-            unlike.append(name)
-        bias = source.linears[role].bias
-        if (
-            is_moved
-            and bias is not None
-            and (linear.bias is None or _plain_rest(linear.bias, bias) > SAME_LIMIT)
-        ):
-            unlike.append(name + " bias")
-    if is_moved:
-        norms = [
-            role for role, norm in block.norms.items() if _plain_rest(norm, source.norms[role]) > SAME_LIMIT
-        ]
-        unlike += [f"{block.index}.{role}" for role in norms]
-    return rests
-
-
-def _plain_rest(found: Tensor, wanted: Tensor) -> float:
-    if found.shape != wanted.shape:
-        return float("inf")
-    return float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30))
-
-
-def _sampled(weight: Tensor | Quantized) -> Tensor:
-    """Evenly spaced rows, (at most SAMPLE_ROWS, K) float32."""
-    rows = torch.linspace(0, weight.shape[0] - 1, min(SAMPLE_ROWS, weight.shape[0])).long()
-    if isinstance(weight, Quantized):
-        part = Quantized(
-            weight.codes[rows], weight.scales[rows], weight.zeros[rows], weight.group_size, weight.bits
-        )
-        return part.dequantize()
-    return weight[rows].float()
-
-
-def relative_rest(found: Tensor, source: Tensor) -> float:
-    """min over row factors r and column factors c of ||found - r source c|| / ||found||, by alternating least squares."""
-    norm = found.norm()
-    if float(norm) == 0.0:
-        return 0.0 if float(source.norm()) == 0.0 else 1.0
-    rows, cols = torch.ones(found.shape[0], 1), torch.ones(1, found.shape[1])
-    for _ in range(4):
-        base = source * rows
-        cols = (found * base).sum(0, keepdim=True) / base.square().sum(0, keepdim=True).clamp(min=1e-30)
-        base = source * cols
-        rows = (found * base).sum(1, keepdim=True) / base.square().sum(1, keepdim=True).clamp(min=1e-30)
-    return float((found - source * rows * cols).norm() / norm)
-
-
-def _distance(found: Tensor, source: Tensor) -> float:
-    """Largest difference relative to the largest source value, by slices of rows."""
-    if found.shape != source.shape:
-        return float("inf")
-    peak = max(float(source.abs().max()), 1e-30)
-    pairs = zip(found.split(4096), source.split(4096), strict=True)
-    return max(float((a.float() - b.float()).abs().max()) for a, b in pairs) / peak

@@ -13,10 +13,11 @@ from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights
 from convert.config import QuantFormat
 from convert.errors import InputError
 from convert.inspect import count_parameters, inspect_path
+from convert.likeness import relative_rest
 from convert.manifest import OutputFolder
 from convert.pad import pad_checkpoint
 from convert.readers import open_checkpoint
-from convert.verify import _check_ranges, relative_rest, verify_path
+from convert.verify import _check_ranges, verify_path
 from kernels.int4 import quantize
 
 
@@ -103,6 +104,18 @@ def test_another_source_is_found_out(source: Path, tmp_path) -> None:
     write_model(tmp_path / "qwen", "qwen")
     with pytest.raises(InputError, match="is not the source"):
         verify_path(tmp_path / "q", tmp_path / "qwen")
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_a_damaged_source_is_not_blamed_on_the_output(name: str, source: Path, tmp_path) -> None:
+    write_awq(open_checkpoint(source), tmp_path / "q")
+    tensors = random_tensors("llama")
+    tensors[name].view(-1)[5] = float("nan")
+    write_model(tmp_path / "torn", tensors=tensors)
+    checks = {check.name: check for check in verify_path(tmp_path / "q", tmp_path / "torn").checks}
+    assert checks["ranges"].passed and {n for n, check in checks.items() if not check.passed} == {"source"}
+    assert f"its source {tmp_path / 'torn'} is damaged" in checks["source"].detail
+    assert name in checks["source"].detail and "1 NaN" in checks["source"].detail
 
 
 def shard_with(folder: Path, part: str) -> Path:
