@@ -68,6 +68,11 @@ class Manifest:
         """Relative path -> {bytes, sha256, tensors}."""
         return {entry["path"]: entry for entry in self.data["files"]}
 
+    @property
+    def kind(self) -> str:
+        """What the folder is: "awq", "hf", "workspace", "statistics"."""
+        return str(self.data.get("kind"))
+
     def check_sizes(self, folder: Path) -> None:
         """Raises InputError naming every listed file that is absent or has another size."""
         wrong = []
@@ -103,6 +108,15 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """Read and check manifest.json of a finished folder. Raises InputError when it is damaged, edited or newer than us."""
     return Manifest(read_manifest_file(base_of(folder) / "manifest.json"))
+
+
+def refuse_statistics(folder: Path) -> None:
+    """Raises InputError where the folder holds what `quantize calibrate` wrote, which is given as a model by mistake."""
+    if folder_state(folder) is FolderState.FINISHED and read_manifest(folder).kind == "statistics":
+        raise InputError(
+            f"{show(str(folder))} holds the calibration statistics of a model, no model: they are for `quantize awq MODEL --preset "
+            f"fast --stats {show(str(folder))}`."
+        )
 
 
 def read_manifest_file(path: Path) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights, Stored
 from convert.config import ModelConfig
 from convert.errors import InputError
 from convert.families import Family, bias_roles, linear_modules, linear_shapes, norm_shapes
+from convert.folder_state import FolderState, folder_state, read_manifest, refuse_statistics
 from convert.fused import fused_rows, split_stored
 from convert.hf_config import parse_config
 from convert.json_files import read_object, show
-from convert.manifest import FolderState, folder_state, read_manifest
 from convert.safetensors_files import TensorInfo
 from convert.tensor_folder import TensorFolder
 from kernels.packing import AWQ_ORDER, SEQUENTIAL_ORDER, awq_to_sequential_, unpack_columns
@@ -51,6 +51,7 @@ def open_hf(folder: Path, family_name: str | None = None) -> "HfCheckpoint":
             f"{show(str(folder))} is an unfinished output: its manifest is missing. Give the command that was writing it "
             "again and it will resume, or discard it with --restart."
         )
+    refuse_statistics(folder)
     if not (folder / "config.json").is_file():
         try:
             empty = not any(folder.iterdir())

@@ -7,6 +7,7 @@ from typing import Any
 from convert.config import ModelConfig
 from convert.errors import InputError
 from convert.families import linear_shapes, norm_shapes
+from convert.folder_state import refuse_statistics
 from convert.gguf import open_gguf
 from convert.json_files import read_object, show
 from convert.readers import open_checkpoint
@@ -46,12 +47,13 @@ class InspectReport:
 
 
 def inspect_path(path: Path, family: str | None = None) -> InspectReport:
-    """List a checkpoint. Raises InputError only where there is nothing to list."""
+    """List a checkpoint. Raises InputError where there is nothing to list, or statistics of `quantize calibrate`."""
     if path.is_file() and path.suffix.lower() == ".gguf":
         return _inspect_gguf(path)
     if not path.is_dir():
         found = "is neither a model folder nor a .gguf file" if path.exists() else "does not exist"
         raise InputError(f"{show(str(path))} {found}: expected a checkpoint, a .gguf file or a workspace.")
+    refuse_statistics(path)
     workspace = (path / "triton_models").is_dir()
     report = InspectReport(str(path), "workspace" if workspace else "hf")
     if workspace:

@@ -14,12 +14,13 @@ from convert.checkpoint import BlockWeights, Checkpoint
 from convert.errors import InputError
 from convert.json_files import show
 from convert.likeness import compare_block, distance
-from convert.manifest import FolderState, folder_state, read_manifest
+from convert.manifest import FolderState, Manifest, folder_state, read_manifest
 from convert.pad import pad_checkpoint
 from convert.readers import open_checkpoint
-from convert.safetensors_files import check_finite
+from convert.safetensors_files import check_finite, read_header, read_tensor
 from kernels.int4 import Quantized
 
+RANGES = (".min", ".max", ".channel_min", ".channel_max")  # of K and V, in statistics
 EXACT_LIMIT = 1e-3  # for tensors that are only converted to float16
 
 
@@ -57,13 +58,18 @@ def verify_path(
     cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
-    """Check a checkpoint or workspace: manifest, digests, shapes, ranges, finiteness; with `source`, the weights too.
+    """Check a checkpoint, workspace or folder of statistics: manifest, digests, shapes, ranges, finiteness; with `source`, the weights too.
 
     Every fault becomes a failed check. Raises InputError only where `path` is no model at all, or `source` cannot be opened.
     """
     report = VerifyReport(str(path), "unknown")
-    if path.is_dir():
-        _check_manifest(path, report)
+    manifest = _check_manifest(path, report) if path.is_dir() else None
+    if manifest is not None and manifest.kind == "statistics":
+        report.kind = "statistics"
+        _check_statistics(path, manifest, report, progress)
+        if source is not None:
+            _check_made_from(manifest, open_checkpoint(source, cache_dir=cache_dir), report)
+        return report
     try:
         ckpt = open_checkpoint(path, cache_dir=cache_dir)
     except InputError as error:
@@ -80,7 +86,9 @@ def verify_path(
     return report
 
 
-def _check_manifest(folder: Path, report: VerifyReport) -> None:
+def _check_manifest(folder: Path, report: VerifyReport) -> Manifest | None:
+    """The manifest, where there is one that can be read."""
+    manifest = None
     try:
         state = folder_state(folder)
         if state is FolderState.FINISHED:
@@ -95,6 +103,37 @@ def _check_manifest(folder: Path, report: VerifyReport) -> None:
             report.notes.append("no manifest: written by another program, so digests could not be checked")
     except InputError as error:
         report.checks.append(Check("digests", False, str(error)))
+    return manifest
+
+
+def _check_statistics(
+    folder: Path, manifest: Manifest, report: VerifyReport, progress: Callable[[int, int], None] | None
+) -> None:
+    """What `quantize calibrate` wrote: every file opens, and its sums and maxima are finite."""
+    names = sorted(name for name in manifest.files if name.endswith(".safetensors"))
+    try:
+        for done, name in enumerate(names, 1):
+            for info in read_header(folder / name).values():
+                # channels that no finite value reached keep an empty range, from +inf to -inf
+                if not info.name.endswith(RANGES):
+                    check_finite(f"{name}: {info.name}", read_tensor(info))
+            if progress is not None:
+                progress(done, len(names))
+    except InputError as error:
+        report.checks.append(Check("statistics", False, str(error)))
+        return
+    report.checks.append(
+        Check("statistics", True, f"calibration statistics of {len(names)} blocks; all sums are finite")
+    )
+
+
+def _check_made_from(manifest: Manifest, source: Checkpoint, report: VerifyReport) -> None:
+    facts = manifest.data.get("source")
+    is_same = isinstance(facts, dict) and facts.get("digest") == source.digest()
+    told = "are" if is_same else "are not"
+    report.checks.append(
+        Check("source", is_same, f"the weights of {show(str(source.path))} {told} those that were calibrated")
+    )
 
 
 def _like(source: Checkpoint, ckpt: Checkpoint) -> Checkpoint:

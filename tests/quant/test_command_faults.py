@@ -1,0 +1,52 @@
+"""What the commands say of inputs that are damaged, of another kind, or that nothing reads: exit code and message."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_runs import run, write_runnable, write_text
+
+RTN = ("--preset", "rtn", "--group-size", 32, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, one_thread):
+    folder = tmp_path_factory.mktemp("faults")
+    write_runnable(folder / "model", layers=2)
+    text = write_text(folder / "text.txt")
+    reading = ("--calib-data", text, "--samples", 4, "--seqlen", 32, "--device", "cpu")
+    assert run("quantize", "calibrate", folder / "model", "-o", folder / "stats", *reading).returncode == 0
+    return folder
+
+
+def test_statistics_are_verified(place):
+    done = run("quantize", "verify", place / "stats", "--source", place / "model")
+    assert done.returncode == 0, done.stdout
+    assert "(statistics): all checks passed" in done.stdout and "of 2 blocks" in done.stdout
+    assert "ok   source" in done.stdout
+
+
+def test_damaged_statistics_fail(place, tmp_path):
+    text = ("--calib-data", place / "text.txt", "--samples", 4, "--seqlen", 32, "--device", "cpu")
+    assert run("quantize", "calibrate", place / "model", "-o", tmp_path / "stats", *text).returncode == 0
+    path = tmp_path / "stats" / "block-00001.safetensors"
+    tensors = load_file(path)
+    tensors[next(name for name in tensors if name.endswith(".mean_abs"))][0] = torch.nan
+    save_file(tensors, path)
+    done = run("quantize", "verify", tmp_path / "stats")
+    assert done.returncode == 3 and "FAIL digests" in done.stdout
+    assert "FAIL statistics" in done.stdout and "1 NaN" in done.stdout
+    write_runnable(tmp_path / "other", layers=2, seed=4)
+    done = run("quantize", "verify", place / "stats", "--source", tmp_path / "other")
+    assert done.returncode == 3 and "FAIL source" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("quantize", "inspect"), ("evaluate", "ppl"), ("quantize", "awq"), ("quantize", "pack")],
+    ids=" ".join,
+)
+def test_statistics_given_as_a_model(command, place, tmp_path):
+    output = ("-o", tmp_path / "out") if command[1] in ("awq", "pack") else ()
+    done = run(*command, place / "stats", *output)
+    assert done.returncode == 3, done.stdout
+    assert "calibration statistics" in done.stderr and "--stats" in done.stderr
