@@ -1,5 +1,6 @@
 """What `quantize calibrate` and `quantize awq` do, once their flags are read: open, plan, check, run, and an outcome to show."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from quant.jobs import Flags, Job, announce, finished_outcome, make_job, with_te
 from quant.outcome import SHOWN, Outcome
 from quant.plan import Plan, plan_calibration, plan_quantization, refuse_ragged
 from quant.progress import Progress, duration
+
+TEXT_NAMES = ("calib_data", "text_column", "allow_fewer")  # what to read and how
+TEXT_AMOUNTS = ("samples", "seqlen", "seed")  # settings that a loop over all presets gives to each
 
 
 def run_calibrate(model: str, out: Path, quant: QuantConfig, flags: Flags, seqlen_given: bool) -> Outcome:
@@ -37,8 +41,10 @@ def run_calibrate(model: str, out: Path, quant: QuantConfig, flags: Flags, seqle
         return with_text(job, "calibrate", "root", flags, progress, act)
 
 
-def run_awq(model: str, out: Path, quant: QuantConfig, flags: Flags, seqlen_given: bool) -> Outcome:
-    """`quantize awq`."""
+def run_awq(
+    model: str, out: Path, quant: QuantConfig, flags: Flags, seqlen_given: bool, typed: Collection[str] = ()
+) -> Outcome:
+    """`quantize awq`; `typed` are the parameters that the user gave. Raises UsageError where they contradict each other."""
     from quant.calibrate import open_statistics
     from quant.run import check_statistics_use, quantize_model
 
@@ -50,9 +56,16 @@ def run_awq(model: str, out: Path, quant: QuantConfig, flags: Flags, seqlen_give
             raise UsageError(
                 "--stats are those of the unpadded model: leave --pad out, or let `quantize awq` calibrate."
             )
-    job = make_job(model, out, quant, flags, seqlen_given, quant.group_size if flags["pad"] else None)
+    if flags["pad"] and quant.keep_ragged:
+        raise UsageError(
+            "--pad makes the group fit every linear and --keep-ragged leaves in float16 those that it does not fit: give one of them."
+        )
     needs_text = flags["stats"] is None and (quant.needs_text or quant.kv_bits == 8)
+    idle = idle_options(quant.preset, typed) if not needs_text and flags["stats"] is None else ""
+    job = make_job(model, out, quant, flags, seqlen_given, quant.group_size if flags["pad"] else None)
     with Progress(f"awq {quant.preset}") as progress:
+        if idle:
+            progress.say(f"note: {idle}")
         refuse_ragged(job.ckpt.config, job.quant)
         plan = plan_quantization(
             job.ckpt.config,
@@ -76,6 +89,22 @@ def run_awq(model: str, out: Path, quant: QuantConfig, flags: Flags, seqlen_give
         fingerprint = run_fingerprint("awq", job.ckpt, job.quant, identity, job.device, job.dtype)
         with OutputFolder.begin(out, fingerprint, restart=job.restart) as folder:
             return finished_outcome(out) if folder.finished else act(statistics, folder)
+
+
+def idle_options(preset: str, typed: Collection[str]) -> str:
+    """What to say of the text options given to a run that reads no text. Raises UsageError for those that name or shape a text."""
+    refused = [option_name(name) for name in TEXT_NAMES if name in typed]
+    if refused:
+        raise UsageError(
+            f"{preset} reads no calibration text, so {' and '.join(refused)} would do nothing: leave out what names a text, choose "
+            "another preset, or add --kv-bits 8, which reads one."
+        )
+    idle = [option_name(name) for name in TEXT_AMOUNTS if name in typed]
+    return f"{preset} reads no calibration text: {', '.join(idle)} without effect" if idle else ""
+
+
+def option_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def awq_outcome(model: str, job: Job, plan: Plan, result: Any) -> Outcome:

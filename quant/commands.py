@@ -63,7 +63,7 @@ def calibrate(model: str, output: str, **flags: Any) -> None:
 
     config = QuantConfig(samples=flags["samples"], seqlen=flags["seqlen"], seed=flags["seed"])
     with resumable("quantize calibrate"):
-        outcome = run_calibrate(model, Path(output), config, flags, seqlen_given("seqlen"))
+        outcome = run_calibrate(model, Path(output), config, flags, is_typed("seqlen"))
     finish(outcome, flags["as_json"])
 
 
@@ -119,7 +119,7 @@ def awq(model: str, output: str, **flags: Any) -> None:
     names = ("preset", "bits", "group_size", "samples", "seqlen", "seed", "kv_bits", "distill", "keep_ragged")
     config = QuantConfig(**{name: flags[name] for name in names})
     with resumable("quantize awq"):
-        outcome = run_awq(model, Path(output), config, flags, seqlen_given("seqlen"))
+        outcome = run_awq(model, Path(output), config, flags, is_typed("seqlen"), typed_names())
     finish(outcome, flags["as_json"])
 
 
@@ -224,10 +224,15 @@ def inspect(path: str, **flags: Any) -> None:
     finish(run_inspect(path, flags), flags["as_json"])
 
 
-def seqlen_given(name: str) -> bool:
-    """Whether the user typed this flag (its default is lowered to the model's context, a typed value is not)."""
+def is_typed(name: str) -> bool:
+    """Whether the user typed this flag (the default of --seqlen is lowered to the model's context, a typed value is not)."""
     source = click.get_current_context().get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
+
+
+def typed_names() -> set[str]:
+    """The parameters that the user typed."""
+    return {name for name in click.get_current_context().params if is_typed(name)}
 
 
 def finish(outcome: Any, as_json: bool) -> None:

@@ -106,7 +106,7 @@ def test_a_bf16_value_that_fp16_lacks_stops_the_run(case, place, tmp_path):
         tensors["model.layers.0.input_layernorm.weight"][0] = 1e5
 
     model = changed(place, tmp_path / "model", overflow, torch_dtype="bfloat16")
-    done = quantize(place, model, tmp_path / "out", "--preset", "rtn")
+    done = run("quantize", "awq", model, "-o", tmp_path / "out", "--preset", "rtn", *FAST)
     assert done.returncode == 3 and "float16" in done.stderr
     assert not (tmp_path / "out" / "tmq" / "manifest.json").exists()
 

@@ -50,3 +50,30 @@ def test_statistics_given_as_a_model(command, place, tmp_path):
     done = run(*command, place / "stats", *output)
     assert done.returncode == 3, done.stdout
     assert "calibration statistics" in done.stderr and "--stats" in done.stderr
+
+
+UNREAD = {
+    "file": (["--calib-data", "nothere.txt"], ["--calib-data"]),
+    "column": (["--text-column", "x", "--samples", "7"], ["--text-column"]),
+    "all": (["--calib-data", "nothere.txt", "--allow-fewer"], ["--calib-data", "--allow-fewer"]),
+    "pad": (["--pad", "--keep-ragged"], ["--pad", "--keep-ragged"]),
+}
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_options_that_would_do_nothing(case, place, tmp_path):
+    arguments, named = UNREAD[case]
+    done = run("quantize", "awq", place / "model", "-o", tmp_path / "out", *RTN, *arguments)
+    assert done.returncode == 2 and all(name in done.stderr for name in named), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_amount_of_text_that_nothing_reads_is_noted(place, tmp_path):
+    arguments = ("awq", place / "model", "-o", tmp_path / "out", *RTN)
+    done = run("quantize", *arguments, "--samples", 7, "--seqlen", 32)
+    assert done.returncode == 0, done.stderr
+    assert "note: rtn reads no calibration text: --samples, --seqlen without effect" in done.stderr
+    assert "without effect" not in run("quantize", *arguments, "--dry-run").stderr
+    typed = ("--calib-data", place / "text.txt", "--samples", 4, "--seqlen", 32, "--kv-bits", 8)
+    done = run("quantize", "awq", place / "model", "-o", tmp_path / "kv", *RTN, *typed)
+    assert done.returncode == 0 and "without effect" not in done.stderr, done.stderr
