@@ -43,6 +43,7 @@ from convert.folder_state import (
 )
 from convert.journal import Journal
 from convert.json_files import INDEX_LIMIT, read_object, show
+from convert.same_run import refuse_other_run
 
 __all__ = ["FolderState", "Layout", "Manifest", "OutputFolder", "base_of", "folder_state", "read_manifest"]
 
@@ -91,7 +92,7 @@ class OutputFolder:
             state = FolderState.ABSENT
         if state is FolderState.UNFINISHED:
             run = read_object(self.base / "run.json", INDEX_LIMIT)
-            _compare(run.get("fingerprint"), fingerprint, self.folder)
+            refuse_other_run(run.get("fingerprint"), fingerprint, self.folder)
             self.resumed = True
             if self._complete_rename():
                 return
@@ -275,24 +276,3 @@ def _refuse_occupied(folder: Path) -> FolderState:
             f"the output folder {show(str(folder))} holds files that are not ours; nothing was touched. Choose an empty or new one."
         )
     return state
-
-
-def _compare(old: Any, new: Mapping[str, Any], folder: Path) -> None:
-    if not isinstance(old, dict):
-        raise InputError(
-            f"run.json of {show(str(folder))} has no fingerprint. Discard the run with --restart."
-        )
-    differences = [
-        f"{key} was {_brief(old.get(key))}, is {_brief(new.get(key))}"
-        for key in sorted(set(old) | set(new))
-        if old.get(key) != new.get(key)
-    ]
-    if differences:
-        raise InputError(
-            f"{show(str(folder))} holds an unfinished run with other settings: {'; '.join(differences)}. Give the earlier "
-            "settings to resume it, or --restart to discard it."
-        )
-
-
-def _brief(value: Any) -> str:
-    return show(json.dumps(value, sort_keys=True, ensure_ascii=False), 80)

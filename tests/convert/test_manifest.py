@@ -311,3 +311,19 @@ def test_a_group_of_files_that_fails_leaves_no_temporary_file(tmp_path: Path) ->
             out.save_raw(["a", "b"], files())
         assert not out.has("a") and not out.has("b")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["run.json", "work"]
+
+
+def test_other_weights_are_no_other_settings(tmp_path) -> None:
+    with OutputFolder.begin(tmp_path / "q", FINGERPRINT):
+        pass
+    with pytest.raises(InputError) as caught:
+        OutputFolder.begin(tmp_path / "q", FINGERPRINT | {"source": "def"})
+    message = str(caught.value)
+    assert "the weights of the source have changed since the unfinished run in" in message
+    assert "--restart" in message and "settings" not in message
+    with pytest.raises(
+        InputError, match="weights of the source have changed.*Other settings too: seed was 0, is 1"
+    ):
+        OutputFolder.begin(tmp_path / "q", FINGERPRINT | {"source": "def", "seed": 1})
+    with OutputFolder.begin(tmp_path / "q", FINGERPRINT | {"source": "def"}, restart=True) as folder:
+        assert not folder.resumed
