@@ -1,6 +1,6 @@
 """Files written so that a kill or a full disk leaves the old state or the new one: temporary name, fsync, rename, fsync.
 
-Also digests, free space, the lock of a work folder, and safetensors files with the same bytes for the same tensors.
+Also digests, the lock of a work folder, and safetensors files with the same bytes for the same tensors.
 Renames are atomic on local POSIX file systems; on others a digest in the manifest shows a torn file. No two of our names
 differ in case alone, so file systems that fold case hold them too.
 """
@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -177,19 +176,6 @@ def combined_digest(digests: Mapping[Path, str]) -> str:
     """sha256 over the lines "sha256  name" of the files, sorted by name: the same wherever the folder lies."""
     lines = sorted((path.name, digest) for path, digest in digests.items())
     return sha256_bytes("".join(f"{digest}  {name}\n" for name, digest in lines).encode())
-
-
-def check_free_space(folder: Path, needed_bytes: int, purpose: str) -> None:
-    """Raises ResourceError unless the disk of `folder` has `needed_bytes` and 5 % more. The folder need not exist yet."""
-    place = folder.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    wanted, free = needed_bytes * 1.05, shutil.disk_usage(place).free
-    if free < wanted:
-        raise ResourceError(
-            f"{purpose} needs {wanted / 2**30:.2f} GiB on the disk of {show(str(folder))}, which has {free / 2**30:.2f} GiB free. "
-            "Free space or choose another place."
-        )
 
 
 def check_output_place(out: Path, *sources: Path) -> None:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convert.disk_space import check_free_space
 from convert.errors import InputError
 from convert.files import (
     TEMP_SUFFIX,
     atomic_write,
-    check_free_space,
     make_folder,
     safetensors_chunks,
     sha256_file,

@@ -17,9 +17,10 @@ from convert.awq import AwqWriter
 from convert.checkpoint import Stored
 from convert.config import ModelConfig, QuantFormat
 from convert.config_reader import FIELDS
+from convert.disk_space import check_free_space
 from convert.errors import InputError
 from convert.families import BY_NAME, linear_shapes
-from convert.files import check_free_space, check_output_place
+from convert.files import check_output_place
 from convert.hf_config import updated_config
 from convert.json_files import read_object, show
 from convert.manifest import OutputFolder

@@ -15,9 +15,10 @@ import torch
 
 from convert.checkpoint import Checkpoint
 from convert.config import ModelConfig
+from convert.disk_space import check_free_space
 from convert.errors import InputError
 from convert.families import BY_NAME, linear_modules, linear_shapes
-from convert.files import check_free_space, check_output_place, worker_count
+from convert.files import check_output_place, worker_count
 from convert.json_files import show
 from convert.manifest import OutputFolder
 from convert.tokenizer_files import read_chat_template

@@ -12,8 +12,9 @@ from calib_data.blocks import CalibrationSet
 from calib_data.sources import TextRequest
 from convert.checkpoint import Checkpoint
 from convert.config import ModelConfig
+from convert.disk_space import check_free_space
 from convert.errors import InputError, ResourceError, UsageError
-from convert.files import check_free_space, check_output_place
+from convert.files import check_output_place
 from convert.gguf import default_cache
 from convert.manifest import OutputFolder, folder_state, read_manifest
 from convert.readers import open_checkpoint

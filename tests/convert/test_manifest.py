@@ -322,7 +322,7 @@ def test_other_weights_are_no_other_settings(tmp_path) -> None:
     assert "the weights of the source have changed since the unfinished run in" in message
     assert "--restart" in message and "settings" not in message
     with pytest.raises(
-        InputError, match="weights of the source have changed.*Other settings too: seed was 0, is 1"
+        InputError, match=r"weights of the source have changed.*Other settings too: seed was 0, is 1"
     ):
         OutputFolder.begin(tmp_path / "q", FINGERPRINT | {"source": "def", "seed": 1})
     with OutputFolder.begin(tmp_path / "q", FINGERPRINT | {"source": "def"}, restart=True) as folder:

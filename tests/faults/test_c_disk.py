@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,8 +17,9 @@ from tiny_models import write_model
 
 from convert.awq import AwqWriter
 from convert.config import QuantFormat
+from convert.disk_space import check_free_space, size_text
 from convert.errors import InputError, ResourceError
-from convert.files import FolderLock, atomic_write, check_free_space, safetensors_chunks, write_json
+from convert.files import FolderLock, atomic_write, safetensors_chunks, write_json
 from convert.manifest import FolderState, OutputFolder, folder_state
 from convert.readers import open_checkpoint
 
@@ -114,6 +116,26 @@ def test_C31_space_is_checked_before_the_start(tmp_path) -> None:
     check_free_space(tmp_path / "not" / "yet", 1000, "the test")
     with pytest.raises(ResourceError, match="GiB free"):
         check_free_space(tmp_path, 2**60, "the test")
+
+
+def test_C31_small_sizes_are_not_zero(tmp_path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3 * 2**20))
+    with pytest.raises(
+        ResourceError, match=r"the test needs 4\.20 MiB on the disk of .* which has 3\.00 MiB free"
+    ):
+        check_free_space(tmp_path, 2**22, "the test")
+    assert [size_text(count) for count in (5, 1536, 2**31)] == ["5 bytes", "1.50 KiB", "2.00 GiB"]
+
+
+def test_a_place_that_takes_no_files_is_named(tmp_path, monkeypatch) -> None:
+    with pytest.raises(
+        ResourceError, match="/proc/x cannot be written: the file system of /proc keeps no files"
+    ):
+        check_free_space(Path("/proc/x"), 1000, "the test")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ResourceError, match="permission is denied"):
+        check_free_space(tmp_path / "out", 1000, "the test")
 
 
 def test_C33_no_two_names_differ_in_case_alone(tmp_path) -> None:
