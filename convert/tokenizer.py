@@ -19,12 +19,23 @@ from convert.errors import InputError
 from convert.files import json_bytes, sha256_bytes
 from convert.json_files import show
 from convert.sentencepiece_model import SPACE
-from convert.tokenizer_files import TokenizerFiles, read_tokenizer_files
+from convert.tokenizer_files import TokenizerFiles, has_tokenizer_file, read_tokenizer_files
 
 
 def load_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> "Tokenizer":
     """The tokenizer of a model folder. Raises InputError when it is missing, damaged, or exists only as code."""
     return Tokenizer(read_tokenizer_files(Path(folder), trust_remote_code), str(folder))
+
+
+def check_tokenizer(folder: Path) -> int | None:
+    """The number of ids of a folder's tokenizer; None where it has none, or only code, which is not run.
+
+    Raises InputError where it is damaged or of an unknown kind. One that loads but that no reader of ours takes passes.
+    """
+    if not has_tokenizer_file(folder):
+        return None
+    document = read_tokenizer_files(folder).document
+    return int(_build(document, str(folder)).get_vocab_size(with_added_tokens=True))
 
 
 class Tokenizer:

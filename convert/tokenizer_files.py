@@ -16,6 +16,7 @@ from convert.sentencepiece_model import parse_model, sentencepiece_document
 from convert.tiktoken_file import tiktoken_document
 
 TEMPLATE_LIMIT = 2**18  # bytes
+NAMES = ("tokenizer.json", "tokenizer.model", "qwen.tiktoken")  # the first that is there counts
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ def read_tokenizer_files(folder: Path, trust_remote_code: bool = False) -> Token
     else:
         document = _from_code(folder, config, trust_remote_code)
     return TokenizerFiles(document, config, add_bos, _eos_ids(folder), _chat_template(folder, config))
+
+
+def has_tokenizer_file(folder: Path) -> bool:
+    """Whether there is a tokenizer that can be read without running code."""
+    return any((folder / name).is_file() for name in NAMES)
 
 
 def _optional(path: Path) -> dict[str, Any]:

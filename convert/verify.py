@@ -18,6 +18,7 @@ from convert.manifest import FolderState, Manifest, folder_state, read_manifest
 from convert.pad import pad_checkpoint
 from convert.readers import open_checkpoint
 from convert.safetensors_files import check_finite, read_header, read_tensor
+from convert.tokenizer import check_tokenizer
 from kernels.int4 import Quantized
 
 RANGES = (".min", ".max", ".channel_min", ".channel_max")  # of K and V, in statistics
@@ -81,6 +82,7 @@ def verify_path(
     report.checks.append(
         Check("open", True, f"{ckpt.config.family}, {ckpt.config.num_layers} blocks; every tensor is there")
     )
+    _check_tokenizer(ckpt.tokenizer_dir, report)
     origin = None if source is None else _like(open_checkpoint(source, cache_dir=cache_dir), ckpt)
     _check_blocks(ckpt, origin, report, progress)
     return report
@@ -134,6 +136,18 @@ def _check_made_from(manifest: Manifest, source: Checkpoint, report: VerifyRepor
     report.checks.append(
         Check("source", is_same, f"the weights of {show(str(source.path))} {told} those that were calibrated")
     )
+
+
+def _check_tokenizer(folder: Path, report: VerifyReport) -> None:
+    try:
+        count = check_tokenizer(folder)
+    except InputError as error:
+        report.checks.append(Check("tokenizer", False, str(error)))
+        return
+    if count is None:
+        report.notes.append("no tokenizer file beside the weights: there is none to check")
+    else:
+        report.checks.append(Check("tokenizer", True, f"it loads, with {count:,} ids"))
 
 
 def _like(source: Checkpoint, ckpt: Checkpoint) -> Checkpoint:

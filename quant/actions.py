@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from calib_data.blocks import CalibrationSet
 from convert.errors import UsageError
 from convert.manifest import OutputFolder
+from convert.tokenizer import check_tokenizer
 from quant.config import QuantConfig
 from quant.fingerprint import run_fingerprint
 from quant.jobs import Flags, Job, announce, finished_outcome, make_job, with_text
@@ -63,6 +64,8 @@ def run_awq(
     needs_text = flags["stats"] is None and (quant.needs_text or quant.kv_bits == 8)
     idle = idle_options(quant.preset, typed) if not needs_text and flags["stats"] is None else ""
     job = make_job(model, out, quant, flags, seqlen_given, quant.group_size if flags["pad"] else None)
+    if not needs_text:  # else it is loaded for the text
+        check_tokenizer(job.ckpt.tokenizer_dir)
     with Progress(f"awq {quant.preset}") as progress:
         if idle:
             progress.say(f"note: {idle}")

@@ -77,3 +77,24 @@ def test_an_amount_of_text_that_nothing_reads_is_noted(place, tmp_path):
     typed = ("--calib-data", place / "text.txt", "--samples", 4, "--seqlen", 32, "--kv-bits", 8)
     done = run("quantize", "awq", place / "model", "-o", tmp_path / "kv", *RTN, *typed)
     assert done.returncode == 0 and "without effect" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("content", ["{}", "no json", '{"model": {"type": "BPE"}}'])
+def test_a_damaged_tokenizer_is_refused_before_the_work(content, place, tmp_path):
+    model = write_runnable(tmp_path / "model", layers=2)
+    (model / "tokenizer.json").write_text(content)
+    done = run("quantize", "awq", model, "-o", tmp_path / "out", *RTN)
+    assert done.returncode == 3 and "tokenizer" in done.stderr and str(model) in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
+    done = run("quantize", "verify", model)
+    assert done.returncode == 3 and "FAIL tokenizer" in done.stdout and "ok   ranges" in done.stdout
+
+
+def test_verify_loads_the_tokenizer_or_says_that_there_is_none(place, tmp_path):
+    done = run("quantize", "verify", place / "model")
+    assert done.returncode == 0 and "ok   tokenizer: it loads, with 259 ids" in done.stdout
+    model = write_runnable(tmp_path / "model", layers=2)
+    (model / "tokenizer.json").unlink()
+    done = run("quantize", "verify", model)
+    assert done.returncode == 0 and "note: no tokenizer file" in done.stdout
+    assert run("quantize", "awq", model, "-o", tmp_path / "out", *RTN).returncode == 0
