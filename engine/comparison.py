@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from convert.errors import ResourceError
-from engine.throughput import Bench, Contender, open_bench
+from convert.errors import ResourceError, UsageError
+from engine.loading import context_limit, open_source
+from engine.throughput import Bench, Contender, open_bench, spare_tokens
 from engine.throughput_rows import ThroughputRow
 from engine.trace import TraceEntry
 
@@ -49,12 +50,30 @@ def measure(
         yield bench.dynamic(workload.trace, workload.rate)
 
 
+def refuse_too_long(contenders: Sequence[tuple[str, Contender]], workload: Workload) -> None:
+    """Raises UsageError where the context of a contender holds no batch of the workload: nothing could be measured."""
+    for name, contender in contenders if workload.batches else ():
+        config = contender.config
+        limit = context_limit(open_source(contender.source, config).config, config.context_length)
+        prompt = min(workload.batches) * workload.input_len
+        spare = spare_tokens(prompt, config.max_step_tokens)
+        if workload.input_len + workload.output_len + spare > limit:
+            raise UsageError(
+                f"--input-len {workload.input_len} and --output-len {workload.output_len} (and {spare} more that the measurement needs) "
+                f"are above the context of {name}, {limit} tokens: ask for fewer."
+            )
+
+
 def compare(
     contenders: Sequence[tuple[str, Contender]],
     workload: Workload,
     tell: Callable[[str, ThroughputRow | ResourceError], None] = lambda name, news: None,
 ) -> Comparison:
-    """Each contender, by name, alone on the device; `tell` hears of every row and every failure as it comes."""
+    """Each contender, by name, alone on the device; `tell` hears of every row and every failure as it comes.
+
+    Raises UsageError, before anything is loaded, for sequences that are longer than a context.
+    """
+    refuse_too_long(contenders, workload)
     found = Comparison()
     for name, contender in contenders:
 

@@ -118,7 +118,7 @@ def make_runner(
             total = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, config.memory_cap_bytes / total), device)
     dtype = compute_dtype(ckpt.config, device, config.dtype)
-    context_length = _context_length(ckpt.config, config.context_length)
+    context_length = context_limit(ckpt.config, config.context_length)
     try:
         model = Model.from_checkpoint(ckpt, device, dtype, parallel=parallel)
         for note in model.notes:
@@ -150,7 +150,8 @@ def _make_cache(
         ) from error
 
 
-def _context_length(model: ModelConfig, asked: int | None) -> int:
+def context_limit(model: ModelConfig, asked: int | None) -> int:
+    """Tokens that a sequence may have: `asked`, or all that the positions of the model allow. Raises InputError for more."""
     scaling = model.rope_scaling
     limit = model.max_position
     if scaling is not None:

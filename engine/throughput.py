@@ -86,10 +86,7 @@ class Bench:
 
         Raises ResourceError where the batch does not fit into the cache.
         """
-        chunks = -(-batch * input_len // self.core.config.max_step_tokens)
-        spare = SETTLING_STEPS + (
-            2 if random_cache else chunks + 2
-        )  # tokens that the first sequences draw early
+        spare = spare_tokens(0 if random_cache else batch * input_len, self.core.config.max_step_tokens)
         self._check_room(batch, input_len + output_len + spare)
         if random_cache:
             self.runner.cache.fill_random()
@@ -213,6 +210,11 @@ class Bench:
             self.core.abort(f"static-{i}")
         while self.core.has_work:
             self.core.step()
+
+
+def spare_tokens(prompt_tokens: int, max_step_tokens: int) -> int:
+    """Tokens above the asked ones that a static sequence draws: while decoding settles, and while the others are prefilled."""
+    return SETTLING_STEPS + -(-prompt_tokens // max_step_tokens) + 2
 
 
 @contextmanager

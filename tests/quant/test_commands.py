@@ -441,6 +441,14 @@ def test_throughput_with_wrong_flags_is_a_usage_error(flags):
     assert run("evaluate", "throughput", *paths, *flags).returncode == 2
 
 
+@pytest.mark.parametrize(("input_len", "output_len"), [(800, 4), (250, 4), (8, 300)])
+def test_throughput_beyond_the_context_is_a_usage_error(input_len, output_len, place):
+    lengths = ("--input-len", input_len, "--output-len", output_len)
+    done = run("evaluate", "throughput", place / "model", "--batch", 1, *lengths, "--device", "cpu")
+    assert done.returncode == 2 and not done.stdout.strip(), done.stdout
+    assert f"--input-len {input_len}" in done.stderr and "256 tokens" in done.stderr
+
+
 def test_self_written_text_is_kept_for_the_next_run(place, tmp_path):
     cache = tmp_path / "cache"
 
