@@ -7,7 +7,6 @@ N out features, K in features, D head_dim.
 
 import os
 import shutil
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from convert.files import (
     write_json,
 )
 from convert.gguf_config import ARCHITECTURES, GgufArchitecture, gguf_config
+from convert.gguf_file import open_gguf
 from convert.gguf_tokenizer import write_tokenizer
 from convert.json_files import show
 from convert.safetensors_files import check_finite
@@ -108,51 +108,6 @@ def convert_gguf(path: Path, folder: Path) -> None:
         raise write_failure(folder, error) from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
-
-
-def open_gguf(path: Path) -> Any:
-    """A gguf.GGUFReader over the file. Raises InputError when it is no GGUF file, cut, or its counts lie."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(24)
-    except OSError as error:
-        raise InputError(f"{show(str(path))} cannot be read: {error.strerror}.") from error
-    if head.startswith(b"version "):
-        raise InputError(f"{show(path.name)} is a Git LFS pointer, not the model. Run `git lfs pull`.")
-    if len(head) < 24 or head[:4] != b"GGUF":
-        raise InputError(
-            f"{show(path.name)} does not begin as a GGUF file ({size:,} bytes). Download it again."
-        )
-    version, tensors, pairs = struct.unpack("<IQQ", head[4:])
-    if version not in (2, 3) or tensors > 2**20 or pairs > 2**16:
-        raise InputError(
-            f"{show(path.name)}: GGUF version {version} with {tensors:,} tensors and {pairs:,} metadata keys; expected version 2 or "
-            "3 and plausible counts. The file is damaged or big-endian."
-        )
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-        TypeError,
-        OverflowError,
-        MemoryError,
-        UnicodeDecodeError,
-    ) as error:
-        raise InputError(
-            f"{show(path.name)} ({size:,} bytes) is cut short or damaged ({show(str(error), 120)}). Download it again and compare "
-            "its sha256."
-        ) from error
-    for tensor in reader.tensors:
-        if int(tensor.data_offset) + int(tensor.n_bytes) > size:
-            raise InputError(
-                f"{show(path.name)} ends inside tensor {show(tensor.name)!r}: it is cut short. Download it again."
-            )
-    return reader
 
 
 def unpermute(tensor: Tensor, heads: int) -> Tensor:

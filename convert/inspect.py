@@ -8,7 +8,7 @@ from convert.config import ModelConfig
 from convert.errors import InputError
 from convert.families import linear_shapes, norm_shapes
 from convert.folder_state import refuse_statistics
-from convert.gguf import open_gguf
+from convert.gguf_file import open_gguf
 from convert.json_files import read_object, show
 from convert.readers import open_checkpoint
 from convert.tensor_folder import TensorFolder

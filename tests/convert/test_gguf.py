@@ -17,6 +17,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from convert.errors import InputError
 from convert.gguf import convert_gguf, default_cache, unpermute
+from convert.gguf_file import open_gguf
 from convert.readers import open_checkpoint
 from convert.tokenizer import load_tokenizer
 
@@ -207,6 +208,35 @@ def test_A09_cut_gguf(share: float, tmp_path) -> None:
     with pytest.raises(InputError, match=r"m\.gguf"):
         open_checkpoint(path, cache_dir=tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.999])
+def test_A09_a_cut_gguf_tells_its_bytes(share: float, tmp_path) -> None:
+    path = tmp_path / "m.gguf"
+    write_gguf(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    wanted = rf"m\.gguf is {int(len(data) * share):,} bytes but its header needs {len(data):,}: the file is cut short"
+    with pytest.raises(InputError, match=wanted):
+        open_gguf(path)
+    path.write_bytes(data[:3000])
+    with pytest.raises(
+        InputError, match=r"is 3,000 bytes, in which its header of \d+ metadata keys and 20 tensors has no"
+    ) as caught:
+        open_gguf(path)
+    assert "index" not in str(caught.value) and "reshape" not in str(caught.value)
+
+
+def test_a_tensor_of_an_unknown_type_is_named(tmp_path) -> None:
+    path = tmp_path / "m.gguf"
+    write_gguf(path)
+    data = bytearray(path.read_bytes())
+    name = b"output_norm.weight"
+    at = data.index(name) + len(name) + 4 + 8  # behind the count of dimensions and the one dimension
+    data[at : at + 4] = struct.pack("<I", 999)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"tensor 'output_norm\.weight' has the type 999"):
+        open_gguf(path)
 
 
 ODD = {
