@@ -91,7 +91,7 @@ def run_verify(path: str, flags: Flags) -> Outcome:
 
 
 def run_inspect(path: str, flags: Flags) -> Outcome:
-    """`quantize inspect`."""
+    """`quantize inspect`: exit code 3 where the model is listed but cannot be used."""
     from convert.inspect import inspect_path
 
     report = inspect_path(Path(path), flags["family"])
@@ -119,4 +119,6 @@ def run_inspect(path: str, flags: Flags) -> Outcome:
     lines += [f"note: {note}" for note in report.notes]
     if report.problem is not None:
         lines.append(f"cannot be used: {report.problem}")
-    return Outcome(report.to_json(), ["\n".join(lines)])
+    return Outcome(
+        report.to_json(), ["\n".join(lines)], 0 if report.problem is None else InputError.exit_code
+    )

@@ -1,5 +1,7 @@
 """What the commands say of inputs that are damaged, of another kind, or that nothing reads: exit code and message."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -98,3 +100,14 @@ def test_verify_loads_the_tokenizer_or_says_that_there_is_none(place, tmp_path):
     done = run("quantize", "verify", model)
     assert done.returncode == 0 and "note: no tokenizer file" in done.stdout
     assert run("quantize", "awq", model, "-o", tmp_path / "out", *RTN).returncode == 0
+
+
+def test_inspect_of_a_model_that_cannot_be_used_fails(place, tmp_path):
+    model = write_runnable(tmp_path / "model", layers=2)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    done = run("quantize", "inspect", model)
+    assert done.returncode == 3 and "cannot be used" in done.stdout and "MiB in" in done.stdout
+    done = run("quantize", "inspect", model, "--json")
+    assert done.returncode == 3 and json.loads(done.stdout)["problem"]
+    assert run("quantize", "inspect", place / "model").returncode == 0
