@@ -21,6 +21,7 @@ from convert.families import BY_NAME, linear_modules, linear_shapes
 from convert.files import check_output_place, worker_count
 from convert.json_files import show
 from convert.manifest import OutputFolder
+from convert.tokenizer import check_tokenizer
 from convert.tokenizer_files import read_chat_template
 from convert.turbomind_config import CHAT_TEMPLATES, Shape, chat_template_name, config_yaml
 from convert.workspace_packing import GROUP_SIZE, Dialect, Packing, WeightType, legal_tp, misfits
@@ -133,6 +134,7 @@ def write_workspace(
     start = time.perf_counter()
     check_output_place(out, source.path)
     packing = plan_packing(source, tp, dialect, dtype)
+    check_tokenizer(source.tokenizer_dir)
     chat = chat_template or chat_template_name(read_chat_template(source.tokenizer_dir), source.config.family)
     if chat not in CHAT_TEMPLATES:
         raise InputError(

@@ -193,14 +193,14 @@ def unpack(workspace: str, output: str, **flags: Any) -> None:
     finish(outcome, flags["as_json"])
 
 
-@quantize.command(short_help="Check every byte of a checkpoint or workspace.")
+@quantize.command(short_help="Check every byte of a checkpoint, workspace or statistics.")
 @click.argument("path")
 @click.option(
     "--source", metavar="MODEL", help="What PATH was made from: sampled weights are compared with it."
 )
 @together(family_option, json_option, debug_option)
 def verify(path: str, **flags: Any) -> None:
-    """Check every byte of a checkpoint or workspace: sizes, digests, ranges, and sampled weights against the source.
+    """Check every byte of a checkpoint, a workspace or statistics: sizes, digests, ranges, the tokenizer, and against the source.
 
     \b
     Example:  quantize verify workspace --source my-model-4bit

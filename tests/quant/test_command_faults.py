@@ -88,6 +88,8 @@ def test_a_damaged_tokenizer_is_refused_before_the_work(content, place, tmp_path
     done = run("quantize", "awq", model, "-o", tmp_path / "out", *RTN)
     assert done.returncode == 3 and "tokenizer" in done.stderr and str(model) in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
+    done = run("quantize", "pack", model, "-o", tmp_path / "out")
+    assert done.returncode == 3 and "tokenizer" in done.stderr and not (tmp_path / "out").exists()
     done = run("quantize", "verify", model)
     assert done.returncode == 3 and "FAIL tokenizer" in done.stdout and "ok   ranges" in done.stdout
 
