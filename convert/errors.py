@@ -20,7 +20,7 @@ class InputError(TmqError):
 
 
 class ResourceError(TmqError):
-    """Not enough memory, disk or device."""
+    """Not enough memory, disk or device, or a server that cannot answer."""
 
     exit_code = 4
 

@@ -50,10 +50,13 @@ class Backend(Protocol):
 
 
 class EngineBackend:
-    """A backend on an engine in our hands. The caller closes the engine."""
+    """A backend on an engine in our hands. The caller closes the engine.
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, name: str) -> None:
-        self._engine = engine
+    A max_tokens that the context does not leave is refused, as a server does, or with `clip` cut to what is left.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, name: str, clip: bool = False) -> None:
+        self._engine, self._clip = engine, clip
         self._prompts = Prompts(tokenizer, engine.stats().context_length, Limits())
         self._name = name
 
@@ -67,7 +70,7 @@ class EngineBackend:
 
     async def answer(self, messages: Messages, settings: ChatSettings) -> AsyncIterator[Piece]:
         ids = await self._prompts.of_chat(messages)
-        room = self._prompts.room(len(ids), None, "messages")
+        room = self._prompts.room(len(ids), None if self._clip else settings.max_tokens, "messages")
         sampling = SamplingParams(
             max_tokens=min(settings.max_tokens or room, room),
             temperature=settings.temperature,

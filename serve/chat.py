@@ -22,8 +22,7 @@ from rich.markup import escape
 from convert.errors import TmqError
 from serve.backends import Backend, ChatSettings
 from serve.conversation import Conversation
-from serve.errors import ApiError
-from serve.terminal import WordWrap, deaf_keyboard, printable
+from serve.terminal import WordWrap, deaf_keyboard, piped_text, printable
 
 COMMANDS = {
     "/help": "this list",
@@ -108,13 +107,16 @@ class Chat:
         self._console.print(f"\n[dim]{tokens} tokens{speed}{ends.get(reason or '', '')}[/dim]\n")
 
     async def once(self, text: str) -> None:
-        """Answer one message, its text alone to the output: for input that is no terminal."""
+        """Answer one message, its text alone to the output: for input that is no terminal. Raises TmqError where it fails."""
         self.conversation.ask(text)
         wrap = WordWrap(self._console.file, None)
-        async with aclosing(self._backend.answer(self.conversation.prompt(), self._settings)) as pieces:  # type: ignore[type-var]
-            async for piece in pieces:
-                wrap.write(printable(piece.text))
-        self._console.out("")
+        try:
+            async with aclosing(self._backend.answer(self.conversation.prompt(), self._settings)) as pieces:  # type: ignore[type-var]
+                async for piece in pieces:
+                    wrap.write(printable(piece.text))
+        finally:
+            if wrap.begun:
+                self._console.out("")
 
     async def run(self, history: History) -> None:
         """Read, answer, repeat, until the user leaves."""
@@ -142,9 +144,9 @@ class Chat:
         try:
             with deaf_keyboard(), _interrupt_calls(task.cancel):
                 answer = await task
-        except (ApiError, TmqError) as error:
+        except TmqError as error:
             self.conversation.undo()
-            self._complain(error.message if isinstance(error, ApiError) else str(error))
+            self._complain(str(error))
             return
         except asyncio.CancelledError:  # before the answer had begun
             self.conversation.undo()
@@ -291,6 +293,6 @@ async def chat(backend: Backend, settings: ChatSettings, system: str, history_fi
     if sys.stdin.isatty():
         await talk.run(open_history(history_file))
     else:
-        text = sys.stdin.read().strip()
+        text = piped_text().strip()
         if text:
             await talk.once(text)

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from convert.errors import InputError
+from convert.errors import InputError, ResourceError, TmqError
 from serve.backends import ChatSettings, Messages, Piece
 from serve.errors import ApiError
 
@@ -18,9 +18,15 @@ _TIMEOUT = httpx.Timeout(
 
 def api_base(url: str) -> str:
     """`url` up to and with "/v1". Raises InputError for what is no http address."""
-    parts = urlsplit(url if "//" in url else f"http://{url}")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise InputError(f"{url!r} is not the address of a server: expected one like http://127.0.0.1:23333.")
+    refusal = f"{url!r} is not the address of a server: expected one like http://127.0.0.1:23333."
+    try:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        httpx.URL(parts.geturl())
+    except (ValueError, httpx.InvalidURL) as e:  # ValueError: of a port, or of brackets
+        raise InputError(refusal) from e
+    if not known:
+        raise InputError(refusal)
     path = parts.path.rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path if path.endswith('/v1') else path + '/v1'}"
 
@@ -33,8 +39,16 @@ class HttpBackend:
 
     @staticmethod
     async def connect(url: str, api_key: str | None = None, model: str | None = None) -> "HttpBackend":
-        """Ask the server for its models and take `model`, or the first. Raises InputError where that does not work."""
+        """Ask the server for its models and take `model`, or the first.
+
+        Raises InputError where the address, the key or `model` is wrong, ResourceError where no server answers, and
+        ApiError for an answer other than success.
+        """
         base = api_base(url)
+        if api_key and not (api_key.isascii() and api_key.isprintable()):
+            raise InputError(
+                "The API key holds characters that no header carries: expected printable ASCII. Copy it again."
+            )
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         local = urlsplit(base).hostname in ("127.0.0.1", "localhost", "::1")
         client = httpx.AsyncClient(
@@ -43,19 +57,20 @@ class HttpBackend:
         try:
             reply = await client.get("models")
             if reply.status_code != 200:
-                raise InputError(f"{base}/models answers {reply.status_code}: {_error_text(reply.content)}")
+                said = _told(reply.content) or _beginning(reply.content)
+                raise ApiError(reply.status_code, f"{base}/models answers {reply.status_code}: {said}")
             cards = {str(card["id"]): card for card in reply.json()["data"]}
             name = model or next(iter(cards))
         except httpx.HTTPError as e:
             await client.aclose()
             reason = str(e) or type(e).__name__
-            raise InputError(
+            raise ResourceError(
                 f"No server answers at {base}: {reason}. Is it running? `tmq serve PATH` starts one."
             ) from e
         except (ValueError, KeyError, TypeError, StopIteration) as e:
             await client.aclose()
             raise InputError(f"{base}/models does not answer as an OpenAI-compatible server does.") from e
-        except InputError:
+        except TmqError:
             await client.aclose()
             raise
         if name not in cards:
@@ -95,7 +110,7 @@ class HttpBackend:
         try:
             async with self._client.stream("POST", "chat/completions", json=body) as reply:
                 if reply.status_code != 200:
-                    raise ApiError(reply.status_code, _error_text(await reply.aread()))
+                    raise ApiError(reply.status_code, _refusal(reply.status_code, await reply.aread()))
                 async for piece in _pieces(reply):
                     yield piece
         except httpx.HTTPError as e:
@@ -105,12 +120,30 @@ class HttpBackend:
         await self._client.aclose()
 
 
-def _error_text(body: bytes) -> str:
-    """The message of an error body of OpenAI's shape, or the beginning of whatever it is."""
+def _told(body: bytes) -> str | None:
+    """The message of an error body of OpenAI's shape, None for any other."""
     try:
-        return str(json.loads(body)["error"]["message"])
+        return str(json.loads(body)["error"]["message"] or "") or None
     except (ValueError, KeyError, TypeError):
-        return body[:300].decode("utf-8", "replace") or "no message"
+        return None
+
+
+def _beginning(body: bytes) -> str:
+    return body[:300].decode("utf-8", "replace").strip() or "no message"
+
+
+def _refusal(status: int, body: bytes) -> str:
+    return _told(body) or f"The server answers {status}: {_beginning(body)}"
+
+
+def _chunk(data: str) -> dict[str, Any]:
+    try:
+        chunk = json.loads(data)
+    except ValueError:
+        chunk = None
+    if not isinstance(chunk, dict):
+        raise ApiError(502, "The server sent what is no answer of an OpenAI-compatible server.")
+    return chunk
 
 
 async def _pieces(reply: httpx.Response) -> AsyncIterator[Piece]:
@@ -122,9 +155,9 @@ async def _pieces(reply: httpx.Response) -> AsyncIterator[Piece]:
         data = line[5:].strip()
         if data == "[DONE]":
             break
-        chunk = json.loads(data)
-        if "error" in chunk:
-            raise ApiError(500, _error_text(data.encode()))
+        chunk = _chunk(data)
+        if chunk.get("error"):
+            raise ApiError(500, _refusal(500, data.encode()))
         if chunk.get("usage"):
             told = chunk["usage"].get("completion_tokens")
             prompt_tokens = chunk["usage"].get("prompt_tokens", 0)

@@ -7,6 +7,8 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from convert.errors import InputError, ResourceError, TmqError
+
 _KINDS = {
     401: "authentication_error",
     403: "permission_error",
@@ -15,8 +17,12 @@ _KINDS = {
 }
 
 
-class ApiError(HTTPException):
-    """An answer other than success. `param` names the field at fault, `code` is for programs."""
+class ApiError(HTTPException, TmqError):
+    """An answer other than success. `param` names the field at fault, `code` is for programs.
+
+    On the command line it is its message alone: bad input where the request was refused, a lack of resources where the
+    server is full (429), failed (5xx) or gone.
+    """
 
     def __init__(
         self,
@@ -29,6 +35,11 @@ class ApiError(HTTPException):
     ) -> None:
         super().__init__(status, message, dict(headers or {}))
         self.message, self.param, self.code = message, param, code
+        lacking = status >= 500 or status == 429
+        self.exit_code = ResourceError.exit_code if lacking else InputError.exit_code
+
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def body(self) -> dict[str, Any]:

@@ -75,7 +75,9 @@ sampling_options: Callable[[Any], Any] = together(
         "--repetition-penalty", default=1.0, show_default=True, type=click.FloatRange(0, 10, min_open=True)
     ),
     click.option(
-        "--max-tokens", type=click.IntRange(1), help="Of an answer. [default: what the context leaves]"
+        "--max-tokens",
+        type=click.IntRange(1),
+        help="Of an answer; more than the context leaves is refused. [default: what the context leaves]",
     ),
     click.option("--seed", type=int, help="Same seed, same answers."),
 )

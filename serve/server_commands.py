@@ -171,7 +171,7 @@ def web(
                 continue
             with waiting(f"Loading {source}"):
                 model = stack.enter_context(open_model(model_source(source, flags), engine_config(flags)))
-            backends.append(EngineBackend(model.engine, model.tokenizer, model.name))
+            backends.append(EngineBackend(model.engine, model.tokenizer, model.name, clip=True))
             config = replace(config, server_port=listener.getsockname()[1])
         click.echo(f"The page is at {config.base_url}  (Ctrl-C ends it)", err=True)
         return serve_page(backends, config, listener)

@@ -1,5 +1,6 @@
 """What a streaming answer needs of a terminal: wrapping at words while they grow, silence on the keyboard, no control codes."""
 
+import io
 import sys
 import termios
 from collections.abc import Iterator
@@ -17,16 +18,28 @@ def printable(text: str) -> str:
     )
 
 
+def piped_text() -> str:
+    """All of an input that is no terminal; bytes that are no text, as of a character cut in two, become U+FFFD."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    return sys.stdin.read()
+
+
 class WordWrap:
-    """Writes text that comes in pieces; a word that outgrows its line is taken back and moved to the next one."""
+    """Writes text that comes in pieces; a word that outgrows its line is taken back and moved to the next one.
+
+    `begun` says whether any text has been written.
+    """
 
     def __init__(self, file: IO[str], width: int | None) -> None:
         self._file, self._width = file, width  # None: no terminal, no wrapping
+        self.begun = False
         self._column = 0  # cells used on this line
         self._word = ""  # the word that stands at the end of this line
 
     def write(self, text: str) -> None:
         out = [text] if self._width is None else [self._place(character, self._width) for character in text]
+        self.begun = self.begun or bool(text)
         self._file.write("".join(out))
         self._file.flush()
 

@@ -21,7 +21,6 @@ from convert.errors import TmqError
 from serve.backends import Backend, ChatSettings
 from serve.config import ServeConfig
 from serve.conversation import Conversation
-from serve.errors import ApiError
 from serve.middleware import Gate
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read by gradio while it is imported
@@ -107,9 +106,9 @@ async def _fill(
                 news.set()
     except asyncio.CancelledError:
         ending = " · stopped"
-    except (ApiError, TmqError) as error:
+    except TmqError as error:
         pane.failed = not pane.text
-        ending = f" · {error.message if isinstance(error, ApiError) else error}"
+        ending = f" · {error}"
     finally:
         pane.status = html.escape((pane.status + ending).removeprefix(" · "))
         news.set()

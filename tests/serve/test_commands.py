@@ -130,7 +130,7 @@ def test_client_answers_a_pipe() -> None:
         assert done.returncode == 0 and done.stdout.strip() == "world! 你好 🙂"
         assert run("client", server.url, "--model", "another", input="hi").returncode == 3
     gone = run("client", server.url, input="hi")
-    assert gone.returncode == 3 and "tmq serve" in gone.stderr
+    assert gone.returncode == 4 and "tmq serve" in gone.stderr
 
 
 def test_client_sends_its_key(tmp_path: Path) -> None:
@@ -154,7 +154,19 @@ def test_addresses_of_servers(url: str, base: str) -> None:
     assert api_base(url) == base
 
 
-@pytest.mark.parametrize("url", ["ftp://h", "", "file:///etc/passwd"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "ftp://h",
+        "",
+        "file:///etc/passwd",
+        "http://h:x",
+        "http://h:99999",
+        "h:0",
+        "http://[::1",
+        "http://h\x00",
+    ],
+)
 def test_what_is_no_address(url: str) -> None:
     with pytest.raises(InputError):
         api_base(url)

@@ -33,7 +33,9 @@ def engine() -> FakeEngine:
 
 @pytest.fixture(scope="module")
 def server(engine: FakeEngine) -> Iterator[LiveServer]:
-    backends = [EngineBackend(engine, FakeTokenizer(), name) for name in ("model fp16", "model int4")]
+    backends = [
+        EngineBackend(engine, FakeTokenizer(), name, clip=True) for name in ("model fp16", "model int4")
+    ]
     with live_server(engine, app=create_page(backends, ServeConfig())) as server:
         yield server
 
