@@ -6,6 +6,7 @@ strings in a user's text as text. Knows no model.
 
 import codecs
 import json
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -20,6 +21,8 @@ from convert.files import json_bytes, sha256_bytes
 from convert.json_files import show
 from convert.sentencepiece_model import SPACE
 from convert.tokenizer_files import TokenizerFiles, has_tokenizer_file, read_tokenizer_files
+
+_BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 def load_tokenizer(folder: Path | str, trust_remote_code: bool = False) -> "Tokenizer":
@@ -126,12 +129,11 @@ class Tokenizer:
         """A decoder for one new sequence, which goes on behind a prompt."""
         return IncrementalDecoder(self)
 
-    def token_text(self, token_id: int) -> str:
-        """The text of one token alone, control tokens by their name."""
-        return self.token_bytes(token_id).decode("utf-8", "replace")
-
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for; empty for an id that no token has."""
+        """The bytes that a token stands for, which may be a part of a character; a control token's are its name.
+
+        Empty for an id that no token has.
+        """
         if token_id in self._added:
             return self._added[token_id].encode()
         token = self._fast.id_to_token(token_id)
@@ -141,8 +143,8 @@ class Tokenizer:
             if all(character in BYTE_OF_CHARACTER for character in token):
                 return bytes(BYTE_OF_CHARACTER[character] for character in token)
             return str(token).encode()
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes([int(token[3:5], 16)])
+        if byte := _BYTE_PIECE.fullmatch(token):
+            return bytes.fromhex(byte[1])
         return str(token).replace(SPACE, " ").encode()
 
     def digest(self) -> str:

@@ -1,6 +1,6 @@
 """All that `serve` sees of the engine: requests in, events out. Plain data, no tensors, no torch.
 
-Requests and events cross a process boundary as JSON (`to_json`, `from_json`), never as pickles.
+Requests cross a process boundary as JSON (`to_json`, `from_json`), events as `engine.wire` writes them; nothing as pickles.
 """
 
 import json
@@ -79,12 +79,15 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability of one generated token, and of the likeliest alternatives as (token id, text, logprob)."""
+    """Log-probability of one generated token, and of the likeliest alternatives as (token id, bytes, logprob).
+
+    `raw` are the bytes that the token stands for: a character of UTF-8 may be spread over several tokens.
+    """
 
     token_id: int
-    text: str
+    raw: bytes
     logprob: float
-    top: tuple[tuple[int, str, float], ...] = ()
+    top: tuple[tuple[int, bytes, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,19 +106,6 @@ class Event:
     error: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> "Event":
-        raw = json.loads(text)
-        raw["token_ids"] = tuple(raw["token_ids"])
-        raw["logprobs"] = tuple(
-            TokenLogprob(p["token_id"], p["text"], p["logprob"], tuple((i, t, v) for i, t, v in p["top"]))
-            for p in raw["logprobs"]
-        )
-        return Event(**raw)
 
 
 @dataclass(frozen=True)

@@ -283,9 +283,9 @@ class EngineCore:
         top: Iterable[tuple[int, float]] = ()
         if count and sampled.top_ids is not None and sampled.top_logprobs is not None:
             top = zip(sampled.top_ids[place][:count], sampled.top_logprobs[place][:count], strict=True)
-        token, text = sampled.token_ids[place], self._text.token_text
+        token, raw = sampled.token_ids[place], self._text.token_bytes
         return TokenLogprob(
-            token, text(token), sampled.logprobs[place], tuple((i, text(i), value) for i, value in top)
+            token, raw(token), sampled.logprobs[place], tuple((i, raw(i), value) for i, value in top)
         )
 
     def _forget_old_counts(self) -> None:

@@ -25,8 +25,8 @@ class TextTools(Protocol):
         """A decoder for one new sequence."""
         ...
 
-    def token_text(self, token_id: int) -> str:
-        """The text of one token alone, for log-probabilities."""
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for, for log-probabilities."""
         ...
 
 
@@ -44,8 +44,8 @@ class NoText:
     def flush(self) -> str:
         return ""
 
-    def token_text(self, token_id: int) -> str:
-        return ""
+    def token_bytes(self, token_id: int) -> bytes:
+        return b""
 
 
 class NumberText:
@@ -62,8 +62,8 @@ class NumberText:
     def flush(self) -> str:
         return ""
 
-    def token_text(self, token_id: int) -> str:
-        return self.push(token_id)
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.push(token_id).encode()
 
 
 class TextStream:

@@ -1,4 +1,7 @@
-"""How events cross the pipe: all events of a step in one line of JSON, each a list, since thousands pass in a second."""
+"""How events cross the pipe: all events of a step in one line of JSON, each a list, since thousands pass in a second.
+
+Bytes of tokens, which need be no text, cross as a string with one character a byte (Latin-1).
+"""
 
 import json
 from collections.abc import Sequence
@@ -14,7 +17,7 @@ def encode_events(events: Sequence[Event]) -> str:
             event.request_id,
             event.token_ids,
             event.text,
-            [[p.token_id, p.text, p.logprob, p.top] for p in event.logprobs],
+            [_packed(p) for p in event.logprobs],
             event.finish_reason,
             event.error,
             event.prompt_tokens,
@@ -38,5 +41,11 @@ def decode_events(rows: Sequence[Sequence[Any]], names: dict[str, str]) -> list[
     return out
 
 
-def _logprob(token_id: int, text: str, logprob: float, top: list[tuple[int, str, float]]) -> TokenLogprob:
-    return TokenLogprob(token_id, text, logprob, tuple((i, t, value) for i, t, value in top))
+def _packed(p: TokenLogprob) -> list[Any]:
+    top = [(i, raw.decode("latin-1"), value) for i, raw, value in p.top]
+    return [p.token_id, p.raw.decode("latin-1"), p.logprob, top]
+
+
+def _logprob(token_id: int, raw: str, logprob: float, top: list[tuple[int, str, float]]) -> TokenLogprob:
+    alternatives = tuple((i, other.encode("latin-1"), value) for i, other, value in top)
+    return TokenLogprob(token_id, raw.encode("latin-1"), logprob, alternatives)

@@ -1,5 +1,6 @@
 """Bodies of answers in OpenAI's shape, whole and streamed. Pure functions of events; TypedDicts are for OpenAPI."""
 
+import codecs
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -129,31 +130,55 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
     }
 
 
-def _chat_token(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": max(logprob, _MIN_LOGPROB), "bytes": list(text.encode())}
+def token_name(raw: bytes) -> str:
+    """A token's text, or where its bytes are no whole characters `bytes:\\xe4\\xbd`, as OpenAI writes it."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _chat_token(raw: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": token_name(raw), "logprob": max(logprob, _MIN_LOGPROB), "bytes": list(raw)}
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
     """The `logprobs` object of a chat choice."""
     return {
         "content": [
-            _chat_token(t.text, t.logprob) | {"top_logprobs": [_chat_token(text, p) for _, text, p in t.top]}
+            _chat_token(t.raw, t.logprob) | {"top_logprobs": [_chat_token(raw, p) for _, raw, p in t.top]}
             for t in tokens
         ],
         "refusal": None,
     }
 
 
+def _named(token: TokenLogprob) -> dict[str, float]:
+    """The alternatives by name. Of tokens with one name, as "A" and the byte 0x41, all but the chosen or first one go by their id."""
+    named: dict[str, float] = {}
+    own = token_name(token.raw)
+    for token_id, raw, logprob in token.top:
+        name = token_name(raw)
+        if token_id != token.token_id and (name == own or name in named):
+            name = f"token_id:{token_id}"
+        named[name] = max(logprob, _MIN_LOGPROB)
+    return named
+
+
 def text_logprobs(tokens: Sequence[TokenLogprob], offset: int = 0) -> dict[str, Any]:
-    """The `logprobs` object of a completion choice. `offset`: characters of the text before `tokens`."""
+    """The `logprobs` object of a completion choice. `offset`: characters of the text before `tokens`.
+
+    A token inside a character has the offset of that character.
+    """
     offsets = []
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
         offsets.append(offset)
-        offset += len(token.text)
+        offset += len(utf8.decode(token.raw))
     return {
-        "tokens": [t.text for t in tokens],
+        "tokens": [token_name(t.raw) for t in tokens],
         "token_logprobs": [max(t.logprob, _MIN_LOGPROB) for t in tokens],
-        "top_logprobs": [{text: max(p, _MIN_LOGPROB) for _, text, p in t.top} for t in tokens],
+        "top_logprobs": [_named(t) for t in tokens],
         "text_offset": offsets,
     }
 

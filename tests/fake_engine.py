@@ -57,8 +57,8 @@ class FakeEngine:
                         sent += text
                     logprobs = ()
                     if text and sampling.logprobs is not None:
-                        top = tuple((i, WORDS[i], -1.0 - i) for i in range(sampling.logprobs))
-                        logprobs = (TokenLogprob(done, text, -0.5, top),)
+                        top = tuple((i, WORDS[i].encode(), -1.0 - i) for i in range(sampling.logprobs))
+                        logprobs = (TokenLogprob(done, text.encode(), -0.5, top),)
                     yield Event(
                         request_id, (done,) if text else (), text, logprobs, reason, error,
                         len(request.prompt_ids), done,

@@ -168,6 +168,64 @@ def test_broken_bytes_become_replacement_characters(tokenizer: Tokenizer) -> Non
     assert decoder.push(END) == ""  # control tokens have no text
 
 
+def _load(folder: Path, vocab: list[str], decoder: object, **model: object) -> Tokenizer:
+    document = {
+        "added_tokens": [{**EOS_TOKEN, "id": len(vocab), "special": True, "single_word": False}],
+        "decoder": decoder,
+        "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(vocab)}, "merges": [], **model},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(document))
+    (folder / "tokenizer_config.json").write_text("{}")
+    return load_tokenizer(folder)
+
+
+def test_bytes_of_tokens_of_a_byte_level_vocabulary(tmp_path) -> None:
+    """By hand: GPT-2 writes e4 bd a0, the bytes of 你, as "ä½ł", a space as "Ġ" and a newline as "Ċ"."""
+    vocab = ["ä", "ä½", "ł", "ä½ł", "Ġhi", "Ġä", "Ċ", "ÿ"]
+    decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    tokenizer = _load(tmp_path, vocab, decoder)
+    raws = [
+        b"\xe4",
+        b"\xe4\xbd",
+        b"\xa0",
+        "你".encode(),
+        b" hi",
+        b" \xe4",
+        b"\n",
+        b"\xff",
+        b"<|im_end|>",
+        b"",
+    ]
+    assert [tokenizer.token_bytes(index) for index in range(len(raws))] == raws
+    assert tokenizer.decode([1, 2, 4]) == "你 hi"
+
+
+def test_bytes_of_tokens_of_a_vocabulary_with_byte_fallback(tmp_path) -> None:
+    """By hand: <0xNN> is a byte where it is one, and ▁ a space."""
+    vocab = ["<0xE4>", "<0xBD>", "<0xa0>", "▁hi", "你", "▁", "<0x0A>", "<0xZZ>", "<0x+1>", "ä"]
+    steps = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    tokenizer = _load(tmp_path, vocab, {"type": "Sequence", "decoders": steps}, byte_fallback=True)
+    raws = [
+        b"\xe4",
+        b"\xbd",
+        b"\xa0",
+        b" hi",
+        "你".encode(),
+        b" ",
+        b"\n",
+        b"<0xZZ>",
+        b"<0x+1>",
+        "ä".encode(),
+        b"<|im_end|>",
+    ]
+    assert [tokenizer.token_bytes(index) for index in range(len(raws))] == raws
+    assert tokenizer.decode([0, 1, 2, 3]) == "你 hi"
+
+
 def test_lone_surrogates_do_no_harm(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode_plain("a\ud800b")) == "a\ufffdb"
 
@@ -257,7 +315,7 @@ def test_reserved_pieces_get_the_names_of_the_config(sentencepiece_folder: Path,
     tokenizer = load_tokenizer(tmp_path)
     ids = tokenizer.encode("<|im_start|>fox<|im_end|>")
     assert (ids[0], ids[1], ids[-1]) == (reference.bos_id(), reserved, behind)
-    assert tokenizer.vocab_size == behind + 1 and tokenizer.token_text(reserved) == "<|im_start|>"
+    assert tokenizer.vocab_size == behind + 1 and tokenizer.token_bytes(reserved) == b"<|im_start|>"
     assert reserved not in tokenizer.encode_plain(
         "<|im_start|>" + reference.id_to_piece(reserved) + "<|im_end|>"
     )

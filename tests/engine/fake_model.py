@@ -72,7 +72,8 @@ class Letters:
     def flush(self):
         return ""
 
-    token_text = push
+    def token_bytes(self, token_id):
+        return self.push(token_id).encode()
 
 
 def alone(request, eos=(0,)):

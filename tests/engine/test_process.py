@@ -150,7 +150,7 @@ def test_what_loading_raises_reaches_the_parent():
 
 
 def test_events_survive_the_pipe():
-    logprob = TokenLogprob(3, "x", -0.5, ((3, "x", -0.5), (4, "é\n", -1.5)))
+    logprob = TokenLogprob(3, b"x", -0.5, ((3, b"x", -0.5), (4, b"\xe9\n\x00\xff", -1.5)))
     events = [
         Event("1", (3, 4), "x\u2028é\n", (logprob,), "stop", None, 5, 2),
         Event("2", finish_reason="error", error="no", prompt_tokens=1),
