@@ -140,9 +140,15 @@ class AwqWriter:
         return list(dict.fromkeys(names))
 
     def _write_index(self) -> None:
+        """Raises RuntimeError where a block was never written: a folder that lacks one must not look finished."""
+        written = self.out.written()
+        if absent := [i for i in range(self.config.num_layers) if self.shard_name(i) not in written]:
+            raise RuntimeError(
+                f"{len(absent)} of {self.config.num_layers} blocks were never written: {absent[:4]}"
+            )
         tables = {
             name: entry["tensors"]
-            for name, entry in self.out.written().items()
+            for name, entry in written.items()
             if name.endswith(".safetensors") and "/" not in name
         }
         weight_map = {tensor: name for name, table in tables.items() for tensor in table}

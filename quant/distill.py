@@ -4,8 +4,9 @@ B samples a step, L tokens a sample, V vocabulary, R groups of all blocks, g gro
 only what the format leaves free moves. For models that fit on the device whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,7 @@ class Distilling:
 
 
 DISTILLING = Distilling()
+_STRIDE = 20  # steps between two looks, on a GPU
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,22 @@ class DistillReport:
     steps: int
     kl_first: float
     kl_last: float
+
+
+class Keeper(Protocol):
+    """Keeps a pass across a kill, and shows how far it is."""
+
+    def load(self) -> dict[str, Tensor] | None:
+        """What was saved last of this very pass, or None."""
+
+    def reached(self, done: int, steps: int, kl: float, state: Callable[[], dict[str, Tensor]]) -> None:
+        """`done` steps are done, the last with this KL; `state` gives what to save."""
+
+
+def window_of(config: ModelConfig, text_tokens: int, how: Distilling) -> tuple[int, int]:
+    """(windows of a step, tokens of a window): neither is longer than the model's context or the text."""
+    window = min(how.window, config.max_position, text_tokens)
+    return max(1, min(how.tokens, text_tokens) // window), window
 
 
 def distill(
@@ -70,20 +88,21 @@ def distill(
     head: Tensor,
     device: torch.device | str,
     settings: Distilling | None = None,
+    keeper: Keeper | None = None,
 ) -> tuple[list[BlockWeights], Tensor, DistillReport]:
     """Train the scales and norms of `blocks` for `quant.distill_steps` steps.
 
     Args:
         source: float blocks; blocks: their quantized forms. tokens: (S, L) int64, the calibration text.
         embedding, head: (V, H); final_norm: (H,), all of the float model.
+        keeper: goes on where it was saved last, in the same bytes; None: nothing is saved or shown.
 
     Returns the blocks, the final norm (H,) float16 and a report.
     """
     how = DISTILLING if settings is None else settings
     device = torch.device(device)
     flat = FlatLinears.of(blocks, device)
-    window = min(how.window, config.max_position)
-    count = max(1, how.tokens // window)
+    count, window = window_of(config, tokens.numel(), how)
     steps = quant.distill_steps
     text = (
         splice(tokens, steps * count, window, how.swap, quant.seed + 2).view(steps, count * window).to(device)
@@ -144,12 +163,32 @@ def distill(
             counter.add_(1)
 
     with fast_products(), repeatable(), torch.no_grad():
-        Steps(step, device).run(steps)
+        state = {"scale_move": scale_move, "norm_move": norm_move, "history": history, "counter": counter}
+        state |= {f"adam.{i}": tensor for i, tensor in enumerate(optimizer.state())}
+        _run(Steps(step, device), steps, state, keeper, device)
         by_block, norm = norms()
         done = flat.packed(flat.codes, fp16_scale(flat.scales * (1 + scale_move)), by_block)
     span = max(1, steps // 10)
     report = DistillReport(steps, float(history[:span].mean()), float(history[-span:].mean()))
     return done, norm.half(), report
+
+
+def _run(
+    runner: Steps, steps: int, state: dict[str, Tensor], keeper: Keeper | None, device: torch.device
+) -> None:
+    """All steps, from where the keeper left off; a few at a time on a GPU, where asking for the KL waits for them."""
+    if keeper is None:
+        runner.run(steps)
+        return
+    if (saved := keeper.load()) is not None:
+        for name, tensor in state.items():
+            tensor.copy_(saved[name])
+    stride = 1 if device.type == "cpu" else _STRIDE
+    done = int(state["counter"])
+    while done < steps:
+        runner.run(min(stride, steps - done))
+        done = int(state["counter"])
+        keeper.reached(done, steps, float(state["history"][done - 1]), lambda: state)
 
 
 def splice(tokens: Tensor, windows: int, length: int, swap: float, seed: int) -> Tensor:

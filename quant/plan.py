@@ -14,6 +14,7 @@ from convert.families import linear_shapes, norm_shapes
 from kernels.int4 import bits_per_weight
 from quant.chunks import chunk_samples
 from quant.config import QuantConfig
+from quant.distill import DISTILLING, window_of
 from quant.presets import PLANS
 
 GIB = 2**30
@@ -46,11 +47,15 @@ class Plan:
     batch_bytes: int
     generation_bytes: int
     ragged: tuple[str, ...] = ()
+    pass_bytes: int = 0  # of the end-to-end pass, 0 where there is none
+    pass_steps: int = 0
 
     @property
     def peak_bytes(self) -> int:
         return max(
-            self.block_bytes + self.stream_bytes + self.gram_bytes + self.batch_bytes, self.generation_bytes
+            self.block_bytes + self.stream_bytes + self.gram_bytes + self.batch_bytes,
+            self.generation_bytes,
+            self.pass_bytes,
         )
 
     @property
@@ -74,6 +79,11 @@ class Plan:
         if self.generation_bytes:
             lines.append(
                 f"memory while the model writes its own text: {_gib(self.generation_bytes)} (the whole model)"
+            )
+        if self.pass_steps:
+            patience = ": on a CPU hours for all but small models" if self.device.startswith("cpu") else ""
+            lines.append(
+                f"end-to-end pass: {self.pass_steps} steps over the whole model in float32, {_gib(self.pass_bytes)}{patience}"
             )
         size = "" if self.bits_per_weight is None else f", {self.bits_per_weight:.3f} bits a quantized weight"
         lines.append(
@@ -206,7 +216,23 @@ def plan_quantization(
         if is_generated and has_text
         else 0,
         ragged=tuple(ragged),
+        pass_bytes=pass_bytes(config, quant) if quant.distill else 0,
+        pass_steps=quant.distill_steps if quant.distill else 0,
     )
+
+
+def pass_bytes(config: ModelConfig, quant: QuantConfig) -> int:
+    """An end-to-end pass: both models, the gradient of the weights, a step's activations in every layer, its logits."""
+    block, outside = count_weights(config)
+    windows, window = window_of(config, quant.samples * quant.seqlen, DISTILLING)
+    weights = block * config.num_layers
+    width = (
+        6 * config.hidden_size
+        + 3 * config.intermediate_size * max(1, config.num_experts)
+        + 3 * config.num_heads * config.head_dim
+    )
+    activations = windows * window * (width * config.num_layers + 5 * config.vocab_size)
+    return FLOAT_BYTES * (5 * weights + outside + activations) + weights  # codes: a byte each
 
 
 def needs_float_stream(quant: QuantConfig) -> bool:

@@ -58,6 +58,7 @@ class Progress:
         self._bar: RichProgress | None = None
         self._total = self._first = 0
         self._begin = self._said_at = 0.0
+        self._begin_done = 0
 
     def say(self, text: str) -> None:
         """One line of text for the user."""
@@ -106,15 +107,22 @@ class Progress:
         else:
             self.say(f"{self.title}: layer {index + 1}/{self._total}, {', '.join(parts)}")
 
-    def step(self, done: int, total: int) -> None:
+    def step(self, done: int, total: int, news: str = "") -> None:
         """`done` of `total` steps of a kind that has no loss; the first call begins."""
         if self._begin == 0.0:
             self.start(total, 0)
+            self._begin_done = done
+        parts = [news] if news else []
+        elapsed = time.monotonic() - self._begin
+        if done > self._begin_done:
+            left = elapsed / (done - self._begin_done) * (total - done)
+            parts.append(f"{duration(left)} left")
+        parts.append(f"{peak_rss_gib():.1f} GiB")
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, news=f"{peak_rss_gib():.1f} GiB")
+            self._bar.update(self._bar.task_ids[0], completed=done, news=", ".join(parts))
         elif done == total or time.monotonic() - self._said_at >= QUIET_S:
             self._said_at = time.monotonic()
-            self.say(f"{self.title}: {done}/{total}")
+            self.say(f"{self.title}: {done}/{total}, {', '.join(parts)}")
 
     def stop(self) -> None:
         if self._bar is not None:

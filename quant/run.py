@@ -5,6 +5,7 @@ before the hidden states behind it, and a block without all of them is done agai
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,16 @@ from kernels.int4 import bits_per_weight
 from quant.calibrate import StatisticsFolder
 from quant.config import QuantConfig
 from quant.fingerprint import device_kind, library_versions
-from quant.frontier import Frontier
+from quant.frontier import Frontier, Resumption
 from quant.held import HeldBlocks, WithFinalNorm
 from quant.kv import KV_FILE, kv_parameters
+from quant.pass_work import PassWork
 from quant.plan import needs_float_stream, ragged_roles
 from quant.progress import Progress, gpu_peak_gib, peak_rss_gib
 from quant.records import Streams
 from quant.report import above_rtn, far_above
 from quant.walk import (
+    Step,
     distill_blocks,
     first_streams,
     measure_ranges,
@@ -56,7 +59,11 @@ class RunResult:
 
 
 def check_statistics_use(quant: QuantConfig) -> None:
-    """Raises UsageError where saved statistics are given to a preset that needs the text itself."""
+    """Raises UsageError where saved statistics are given to what needs the text itself."""
+    if quant.distill:
+        raise UsageError(
+            "--distill needs the calibration text, which --stats do not hold: leave out one of the two."
+        )
     if quant.preset != "fast":
         raise UsageError(
             f"--stats goes with --preset fast alone: {quant.preset} needs the calibration text itself. Leave --stats out, or "
@@ -88,10 +95,8 @@ def quantize_model(
     frontier = Frontier(folder.work)
     resumed = frontier.resume(store.has_block)
     records = resumed.records
-    start = _start(ckpt, quant, source, device, dtype, resumed.tensors)
     progress.start(layers, resumed.first, frontier.notes)
-    tokens = source.tokens if isinstance(source, CalibrationSet) else None
-    for step in walk(ckpt, quant, start, device, dtype, resumed.first, tokens):
+    for step in _steps(ckpt, quant, source, device, dtype, resumed):
         store.write_block(step.index, step.result.weights)
         record = {
             "reports": [report_record(report, step.index) for report in step.result.reports],
@@ -104,15 +109,19 @@ def quantize_model(
         saved = _saved(step.result.streams)
         if step.index + 1 < layers and frontier.is_due(saved):
             frontier.save(step.index + 1, saved)
+        elif step.index + 1 == layers and quant.distill:
+            frontier.save(layers, {})  # a pass that is interrupted finds all blocks done
         progress.layer(step.index, step.result.reports, step.warnings)
     progress.stop()
     ckpt.check_unchanged()
     ranges = [None if record["ranges"] is None else ranges_of(record["ranges"]) for record in records]
     distilled = None
-    if isinstance(store, HeldBlocks) and isinstance(source, CalibrationSet):
-        progress.say("distilling scales and norms end to end ...")
+    if isinstance(store, HeldBlocks):
+        assert isinstance(source, CalibrationSet)
         held = [store.read_block(index) for index in range(layers)]
-        blocks, norm, distilled = distill_blocks(ckpt, held, quant, source.tokens, device)
+        with Progress("end-to-end pass over scales and norms", progress.console) as shown:
+            keeper = PassWork(folder.work, shown)
+            blocks, norm, distilled = distill_blocks(ckpt, held, quant, source.tokens, device, keeper)
         writer = AwqWriter(folder, WithFinalNorm(ckpt, norm), writer.fmt)
         for block in blocks:
             writer.write_block(block.index, block)
@@ -170,6 +179,22 @@ def quantize_model(
 def quant_format(ckpt: Checkpoint, quant: QuantConfig, ragged: list[str]) -> QuantFormat:
     """The stored format; `modules_to_not_convert` by role where some linears stay float."""
     return QuantFormat(quant.bits, quant.group_size, tuple(ragged))
+
+
+def _steps(
+    ckpt: Checkpoint,
+    quant: QuantConfig,
+    source: CalibrationSet | StatisticsFolder | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    resumed: Resumption,
+) -> Iterator[Step]:
+    """The blocks that are not done yet."""
+    if resumed.first == ckpt.config.num_layers:
+        return
+    start = _start(ckpt, quant, source, device, dtype, resumed.tensors)
+    tokens = source.tokens if isinstance(source, CalibrationSet) else None
+    yield from walk(ckpt, quant, start, device, dtype, resumed.first, tokens)
 
 
 def _start(

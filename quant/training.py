@@ -268,6 +268,10 @@ class Adam:
         self._bias = torch.ones(2, device=self.params[0].device)
         self._betas = torch.tensor(self.betas, device=self.params[0].device)
 
+    def state(self) -> list[Tensor]:
+        """The tensors that an update changes beside the parameters, to save and to put back in place."""
+        return [*self._first, *self._second, self._bias]
+
     def step(self, grads: Sequence[Tensor], schedule: Tensor) -> None:
         """One update; schedule: a factor on all rates, a tensor of one element."""
         self._bias.mul_(self._betas)

@@ -15,6 +15,7 @@ from quant.blocks import quantize_block
 from quant.calibrate import StatisticsFolder
 from quant.chunks import ChunkMemory
 from quant.config import QuantConfig
+from quant.distill import Keeper, distill
 from quant.key_smoothing import key_channels, key_factors, smooth_channels, smooth_keys
 from quant.kv import folded_ranges
 from quant.plan import needs_float_stream
@@ -162,16 +163,20 @@ def report_record(report: LinearReport, index: int) -> dict[str, object]:
 
 
 def distill_blocks(
-    ckpt: Checkpoint, blocks: Sequence[BlockWeights], quant: QuantConfig, tokens: Tensor, device: torch.device
+    ckpt: Checkpoint,
+    blocks: Sequence[BlockWeights],
+    quant: QuantConfig,
+    tokens: Tensor,
+    device: torch.device,
+    keeper: Keeper | None = None,
 ) -> tuple[list[BlockWeights], Tensor, dict[str, float]]:
     """The end-to-end pass over quantized blocks: blocks, final norm (H,), and its KL before and after on the text."""
-    from quant.distill import distill
 
     source = [ckpt.block(index) for index in range(ckpt.config.num_layers)]
     embedding = ckpt.embedding().to(device)
     head = embedding if ckpt.config.tie_embeddings else ckpt.lm_head().to(device)
     done, norm, report = distill(
-        source, blocks, ckpt.config, quant, tokens, embedding, ckpt.final_norm(), head, device
+        source, blocks, ckpt.config, quant, tokens, embedding, ckpt.final_norm(), head, device, keeper=keeper
     )
     return done, norm, {"kl_first": report.kl_first, "kl_last": report.kl_last}
 

@@ -152,6 +152,17 @@ def test_C33_no_two_names_differ_in_case_alone(tmp_path) -> None:
     assert len({name.casefold() for name in names}) == len(names)
 
 
+def test_a_checkpoint_that_lacks_a_block_is_never_finished(tmp_path) -> None:
+    write_model(tmp_path / "m")
+    ckpt = open_checkpoint(tmp_path / "m")
+    with OutputFolder.begin(tmp_path / "out", {}) as folder:
+        writer = AwqWriter(folder, ckpt, QuantFormat(4, 32))
+        writer.write_block(0, ckpt.block(0))
+        with pytest.raises(RuntimeError, match="blocks were never written"):
+            writer.finish_files()
+    assert folder_state(tmp_path / "out") is not FolderState.FINISHED
+
+
 def test_safetensors_of_ours_are_read_by_the_library(tmp_path) -> None:
     from safetensors.torch import load_file
 

@@ -119,6 +119,63 @@ def test_D38_self_written_text_survives_a_kill(place, tmp_path):
     assert files_of(tmp_path / "out") == files_of(tmp_path / "quiet")
 
 
+def test_D38_an_end_to_end_pass_goes_on_where_it_was_killed(place, tmp_path):
+    arguments = [
+        "awq",
+        place / "model",
+        "--calib-data",
+        place / "text.txt",
+        *FAST,
+        "--preset",
+        "fast",
+        "--distill",
+        "-o",
+    ]
+    done = run("quantize", *arguments, tmp_path / "quiet")
+    assert done.returncode == 0, done.stderr
+    process = Forked("quantize", *arguments, tmp_path / "out")
+    process.until("end-to-end pass over scales and norms: 1/600")
+    saved = tmp_path / "out" / "tmq" / "work" / "pass.json"
+    while not saved.is_file() or json.loads(saved.read_text())["done"] < 5:
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait().returncode == -signal.SIGKILL
+    again = run("quantize", *arguments, tmp_path / "out")
+    assert again.returncode == 0, again.stderr
+    assert (
+        "resuming at layer 3 of 3" in again.stderr
+        and "going on with the end-to-end pass behind step" in again.stderr
+    )
+    assert "layer 3/3" not in again.stderr and "600/600, KL" in again.stderr
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "quiet")
+
+
+def test_a_damaged_state_of_the_end_to_end_pass_is_passed_over(place, tmp_path):
+    arguments = [
+        "awq",
+        place / "model",
+        "--calib-data",
+        place / "text.txt",
+        *FAST,
+        "--preset",
+        "fast",
+        "--distill",
+        "-o",
+    ]
+    process = Forked("quantize", *arguments, tmp_path / "out")
+    process.until("end-to-end pass over scales and norms: 1/600")
+    saved = tmp_path / "out" / "tmq" / "work" / "pass.json"
+    while not saved.is_file():
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    state = saved.with_suffix(".safetensors")
+    state.write_bytes(state.read_bytes()[:-1] + b"\xff")
+    saved.write_text(json.dumps({"done": 5, "sha256": "0"}))
+    again = run("quantize", *arguments, tmp_path / "out")
+    assert again.returncode == 0 and "state of the end-to-end pass is damaged" in again.stderr
+
+
 def test_two_runs_of_one_seed_are_byte_identical(place, quiet, tmp_path):
     for case in ("awq-fast", "awq-two-streams"):
         job(case, place, tmp_path / case)

@@ -126,6 +126,11 @@ WRONG = {
         2,
         "--stats goes with --preset fast",
     ),
+    "stats-with-distill": (
+        ["awq", "MODEL", "-o", "OUT", "--stats", "S", "--preset", "fast", "--distill"],
+        2,
+        "--distill needs the calibration text",
+    ),
     "no-model": (["awq", "nowhere/at/all", "-o", "OUT"], 3, "nowhere/at/all"),
     "group": (["awq", "MODEL", "-o", "OUT", "--group-size", "64"], 3, "down (K = 96)"),
     "device": (["awq", "MODEL", "-o", "OUT", "--device", "tpu", "--group-size", "32"], 2, "--device tpu"),

@@ -1,5 +1,7 @@
 """Sizes by hand arithmetic, memory limits of containers, and what a run is refused for before it starts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from convert.config import ModelConfig
 from convert.errors import InputError, ResourceError
 from quant import jobs, memory
 from quant.config import QuantConfig
+from quant.distill import DISTILLING, window_of
 from quant.plan import (
     packed_block_bytes,
     plan_quantization,
@@ -115,3 +118,22 @@ def test_best_says_where_the_text_is_too_little_to_learn_from() -> None:
 
     assert "little text: from 8,192 tokens, best" in lines("best", 16)
     assert "little text" not in lines("best", 32) + lines("default", 16)
+
+
+def test_an_end_to_end_pass_counts_both_models_and_the_logits() -> None:
+    def plan(distill: bool):
+        quant = QuantConfig(preset="best", samples=128, seqlen=512, distill=distill)
+        return plan_quantization(LLAMA_7B, quant, torch.device("cpu"), torch.float32, False, True)
+
+    alone, whole = plan(False), plan(True)
+    weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    logits = 4096 * 32000 * 4
+    assert alone.pass_bytes == 0 and whole.peak_bytes > 4 * 5 * weights + 3 * logits > alone.peak_bytes
+    assert "end-to-end pass: 600 steps" in "\n".join(whole.lines()) and "hours" in "\n".join(whole.lines())
+    assert "end-to-end" not in "\n".join(alone.lines())
+
+
+def test_the_windows_of_a_pass_are_no_longer_than_the_text() -> None:
+    assert window_of(LLAMA_7B, 65536, DISTILLING) == (2, 2048)
+    assert window_of(LLAMA_7B, 512, DISTILLING) == (1, 512)
+    assert window_of(replace(LLAMA_7B, max_position=1024), 3000, DISTILLING) == (2, 1024)
