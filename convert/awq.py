@@ -94,15 +94,19 @@ class AwqWriter:
         """Floats as they are stored: float16."""
         return _half(tensors)
 
-    def finish_files(self) -> None:
-        """Write the last shard, index, config.json, and copy tokenizer, template, generation config and code (never run)."""
+    def rest(self) -> dict[str, Tensor]:
+        """What lies outside the blocks, as it is stored. Raises InputError for values that are not finite in float16."""
         rest = {
             self.family.embedding + ".weight": self.source.embedding(),
             self.family.final_norm + ".weight": self.source.final_norm(),
         }
         if not self.config.tie_embeddings:
             rest[self.family.lm_head + ".weight"] = self.source.lm_head()
-        self.out.save_tensors(self.shard_name(self.config.num_layers), self.store_floats(rest))
+        return self.store_floats(rest)
+
+    def finish_files(self) -> None:
+        """Write the last shard, index, config.json, and copy tokenizer, template, generation config and code (never run)."""
+        self.out.save_tensors(self.shard_name(self.config.num_layers), self.rest())
         self._write_index()
         self.out.write_json("config.json", self.config_document())
         self._copy_others()

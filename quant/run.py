@@ -90,6 +90,7 @@ def quantize_model(
     layers = ckpt.config.num_layers
     ragged = ragged_roles(ckpt.config, quant.group_size)
     writer = AwqWriter(folder, ckpt, quant_format(ckpt, quant, ragged))
+    writer.rest()  # read once now: damage there would show behind the last block
     # An end-to-end pass changes every block once more: until then they are held, so that a kill in it mixes nothing.
     store = HeldBlocks(folder.work, quant.bits, quant.group_size) if quant.distill else writer
     frontier = Frontier(folder.work)

@@ -68,6 +68,15 @@ def test_a_damaged_weight_is_named_and_nothing_looks_finished(case, place, tmp_p
     assert run("evaluate", "ppl", tmp_path / "out").returncode == 3
 
 
+def test_damage_outside_the_blocks_shows_before_the_first_of_them(place, tmp_path):
+    def spoil(tensors):
+        tensors["model.norm.weight"][7] = float("inf")
+
+    done = quantize(place, changed(place, tmp_path / "model", spoil), tmp_path / "out", "--preset", "fast")
+    assert done.returncode == 3 and "model.norm.weight" in done.stderr
+    assert "layer 1/2" not in done.stderr
+
+
 @pytest.mark.parametrize("preset", ["gptq", "awq", "fast", "default"])
 def test_F58_zero_channels_and_constant_groups(preset, place, tmp_path):
     """Dead channels of up (so zero inputs of down), all-zero rows and groups, constant groups: finite, and said to be zero."""
