@@ -8,7 +8,10 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_runs import FAST, Forked, files_of, run, write_runnable, write_text
+
+from convert.files import sha256_file
 
 CASES = {
     "awq-fast": ("awq", "--preset", "fast", *FAST, "--kv-bits", 8),
@@ -119,60 +122,45 @@ def test_D38_self_written_text_survives_a_kill(place, tmp_path):
     assert files_of(tmp_path / "out") == files_of(tmp_path / "quiet")
 
 
-def test_D38_an_end_to_end_pass_goes_on_where_it_was_killed(place, tmp_path):
-    arguments = [
-        "awq",
-        place / "model",
-        "--calib-data",
-        place / "text.txt",
-        *FAST,
-        "--preset",
-        "fast",
-        "--distill",
-        "-o",
-    ]
-    done = run("quantize", *arguments, tmp_path / "quiet")
-    assert done.returncode == 0, done.stderr
-    process = Forked("quantize", *arguments, tmp_path / "out")
+def distilling(place):
+    """The arguments of a run with an end-to-end pass; the output folder follows."""
+    text = place / "text.txt"
+    return ["awq", place / "model", "--calib-data", text, *FAST, "--preset", "fast", "--distill", "-o"]
+
+
+def kill_in_the_pass(place, out):
+    """Begin a run with an end-to-end pass, kill it behind its first saved steps; the path of the saved tensors."""
+    process = Forked("quantize", *distilling(place), out)
     process.until("end-to-end pass over scales and norms: 1/600")
-    saved = tmp_path / "out" / "tmq" / "work" / "pass.json"
-    while not saved.is_file() or json.loads(saved.read_text())["done"] < 5:
+    state = out / "tmq" / "work" / "pass.safetensors"
+    while not state.is_file():
         time.sleep(0.005)
+    time.sleep(0.1)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait().returncode == -signal.SIGKILL
-    again = run("quantize", *arguments, tmp_path / "out")
+    # a kill between the two files leaves no mark, which is the other way to begin the pass anew
+    mark = {"done": int(load_file(state)["counter"]), "sha256": sha256_file(state)}
+    state.with_suffix(".json").write_text(json.dumps(mark))
+    return state
+
+
+def test_D38_an_end_to_end_pass_goes_on_where_it_was_killed(place, tmp_path):
+    done = run("quantize", *distilling(place), tmp_path / "quiet")
+    assert done.returncode == 0, done.stderr
+    kill_in_the_pass(place, tmp_path / "out")
+    again = run("quantize", *distilling(place), tmp_path / "out")
     assert again.returncode == 0, again.stderr
-    assert (
-        "resuming at layer 3 of 3" in again.stderr
-        and "going on with the end-to-end pass behind step" in again.stderr
-    )
+    assert "resuming at layer 3 of 3" in again.stderr
+    assert "going on with the end-to-end pass behind step" in again.stderr
     assert "layer 3/3" not in again.stderr and "600/600, KL" in again.stderr
     assert files_of(tmp_path / "out") == files_of(tmp_path / "quiet")
 
 
 def test_a_damaged_state_of_the_end_to_end_pass_is_passed_over(place, tmp_path):
-    arguments = [
-        "awq",
-        place / "model",
-        "--calib-data",
-        place / "text.txt",
-        *FAST,
-        "--preset",
-        "fast",
-        "--distill",
-        "-o",
-    ]
-    process = Forked("quantize", *arguments, tmp_path / "out")
-    process.until("end-to-end pass over scales and norms: 1/600")
-    saved = tmp_path / "out" / "tmq" / "work" / "pass.json"
-    while not saved.is_file():
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    state = saved.with_suffix(".safetensors")
-    state.write_bytes(state.read_bytes()[:-1] + b"\xff")
-    saved.write_text(json.dumps({"done": 5, "sha256": "0"}))
-    again = run("quantize", *arguments, tmp_path / "out")
+    state = kill_in_the_pass(place, tmp_path / "out")
+    whole = state.read_bytes()
+    state.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    again = run("quantize", *distilling(place), tmp_path / "out")
     assert again.returncode == 0 and "state of the end-to-end pass is damaged" in again.stderr
 
 
