@@ -6,7 +6,8 @@ spends at most about a tenth of its time on it. What is saved does not depend on
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,27 @@ from convert.safetensors_files import read_header, read_tensor
 
 SAVE_SHARE = 0.1  # of the run's time that saving may take
 DISK_BYTES_PER_S = 1e9  # guess for the first save: writing and hashing on a good disk
+
+
+class SaveClock:
+    """Says when the next save is due: saving may take SAVE_SHARE of the time. The first is judged by its size."""
+
+    def __init__(self) -> None:
+        self._saved_at = time.monotonic()
+        self._cost_s = 0.0
+
+    def is_due(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether enough time has passed since the last save for another one to be cheap."""
+        cost_s = max(self._cost_s, sum(tensor.nbytes for tensor in tensors.values()) / DISK_BYTES_PER_S)
+        return (time.monotonic() - self._saved_at) * SAVE_SHARE >= cost_s
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around a save: how long it takes is the cost of the next."""
+        begin = time.monotonic()
+        yield
+        self._saved_at = time.monotonic()
+        self._cost_s = self._saved_at - begin
 
 
 @dataclass(frozen=True)
@@ -35,8 +57,7 @@ class Frontier:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.notes: list[str] = []
-        self._saved_at = time.monotonic()
-        self._cost_s = 0.0
+        self._clock = SaveClock()
         remove_temporaries(folder)
 
     def record(self, index: int, record: dict[str, Any]) -> None:
@@ -44,21 +65,18 @@ class Frontier:
         write_json(self._record_path(index), record)
 
     def is_due(self, tensors: dict[str, Tensor]) -> bool:
-        """Whether enough time has passed since the last save for another one to be cheap; the first is judged by its size."""
-        cost_s = max(self._cost_s, sum(tensor.nbytes for tensor in tensors.values()) / DISK_BYTES_PER_S)
-        return (time.monotonic() - self._saved_at) * SAVE_SHARE >= cost_s
+        """Whether saving these is cheap by now."""
+        return self._clock.is_due(tensors)
 
     def save(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Save the state before block `index`, then drop older ones."""
-        begin = time.monotonic()
-        path = self._path(index)
-        _, digest = atomic_write(path, safetensors_chunks(tensors))
-        write_json(path.with_suffix(".json"), {"index": index, "sha256": digest})
-        for old in self._indices():
-            if old != index:
-                self._remove(old)
-        self._saved_at = time.monotonic()
-        self._cost_s = self._saved_at - begin
+        with self._clock.saving():
+            path = self._path(index)
+            _, digest = atomic_write(path, safetensors_chunks(tensors))
+            write_json(path.with_suffix(".json"), {"index": index, "sha256": digest})
+            for old in self._indices():
+                if old != index:
+                    self._remove(old)
 
     def resume(self, has_files: Callable[[int], bool]) -> Resumption:
         """The newest whole state before which every block has its record and its files. Damaged ones are passed over."""

@@ -1,6 +1,5 @@
 """The state of an end-to-end pass in the work folder of its run, and how far it is, on the terminal."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from convert.files import atomic_write, safetensors_chunks, sha256_file, write_json
 from convert.safetensors_files import read_header, read_tensor
-from quant.frontier import DISK_BYTES_PER_S, SAVE_SHARE, read_record
+from quant.frontier import SaveClock, read_record
 from quant.progress import Progress
 
 
@@ -19,8 +18,7 @@ class PassWork:
         self._path = folder / "pass.safetensors"
         self._mark = self._path.with_suffix(".json")
         self._progress = progress
-        self._saved_at = time.monotonic()
-        self._cost_s = 0.0
+        self._clock = SaveClock()
 
     def load(self) -> dict[str, Tensor] | None:
         """The tensors saved last, or None."""
@@ -37,12 +35,9 @@ class PassWork:
         """Show the step, and save it where that is due."""
         self._progress.step(done, steps, f"KL {kl:.4f}")
         tensors = state()
-        cost_s = max(self._cost_s, sum(tensor.nbytes for tensor in tensors.values()) / DISK_BYTES_PER_S)
-        begin = time.monotonic()
-        if done < steps and (begin - self._saved_at) * SAVE_SHARE < cost_s:
+        if done < steps and not self._clock.is_due(tensors):
             return
-        self._mark.unlink(missing_ok=True)  # it speaks of the state before
-        _, digest = atomic_write(self._path, safetensors_chunks(tensors))
-        write_json(self._mark, {"done": done, "sha256": digest})
-        self._saved_at = time.monotonic()
-        self._cost_s = self._saved_at - begin
+        with self._clock.saving():
+            self._mark.unlink(missing_ok=True)  # it speaks of the state before
+            _, digest = atomic_write(self._path, safetensors_chunks(tensors))
+            write_json(self._mark, {"done": done, "sha256": digest})
