@@ -55,7 +55,7 @@ def score_candidates(
 ) -> Tensor:
     """Loss tr(dW G dW^T) of each candidate after clipping with `pairs`: (C, number of segments) float32.
 
-    weight (N, K), column_scales (C, K), gram (K, K), all float32; segments: rows of each linear of the stack.
+    weight (N, K), column_scales (C, K), gram (K, K) or (K,), all float32; segments: rows of each linear of the stack.
     """
     step = max(1, _CANDIDATE_BYTES // (4 * weight.numel()))
     losses = []

@@ -35,7 +35,7 @@ def group_ranges(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 def search_clip(
     weight: Tensor, column_scales: Tensor, gram: Tensor, pairs: Tensor, group_size: int, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero of the best range of each group: weight (N, K), column_scales (C, K), gram (K, K) -> two (C, N, G).
+    """Scale and zero of the best range of each group: weight (N, K), column_scales (C, K), gram (K, K) or (K,) -> two (C, N, G).
 
     The weight that is quantized is weight * column_scales; the inputs shrink by as much, and the loss with them.
     """

@@ -14,7 +14,7 @@ from quant.block_search import BlockSearch
 from quant.folding import Fold, fold_norm, norm_fold, row_fold
 from quant.gram import InputStats, observe
 from quant.parts import Parts
-from quant.scaling import choose_scale
+from quant.scaling import choose_scale, judged_by
 
 MIN_TOKENS = 64  # an expert that fewer tokens reach is searched on all of them
 
@@ -64,7 +64,8 @@ def _share_scale(search: BlockSearch, stats: InputStats, norm: Tensor) -> Fold:
     fold = norm_fold(norm)
     scale = torch.ones_like(norm)
     if search.plan.scale:
-        scale = choose_scale(search.stack(roles), stats, fold, search.effort, search.quant)[0]
+        judged = judged_by(stats, search.plan)
+        scale = choose_scale(search.stack(roles), judged, fold, search.effort, search.quant)[0]
     search.put_norm("mlp_norm", fold_norm(norm, scale))
     router = search.weights.linears["router"]
     if not isinstance(router.weight, Quantized):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.gptq import gptq_sweep
 from kernels.int4 import qparams
-from quant.gram import inverse_factor
+from quant.gram import inverse_factor, unexplained
 
 DAMPING = 0.01
 
@@ -21,6 +21,21 @@ def per_weight(part: Tensor, group_size: int, order: Tensor) -> Tensor:
 def act_order(gram: Tensor) -> Tensor:
     """Columns by decreasing diagonal of G; ties keep their order, so that a run repeats."""
     return torch.argsort(gram.diagonal(), descending=True, stable=True)
+
+
+def compensated_costs(gram: Tensor, damping: float = DAMPING) -> Tensor | None:
+    """What a rounding error of each column costs once the columns after it, in act-order, have made up for what they can: (K,).
+
+    GPTQ ends at the sum over j of e_j^2 c_j, e_j the error of column j in its turn and c_j the power of x_j that the columns
+    after it do not explain (Chen et al., The Geometry of LLM Quantization, 2025). None where no damping makes G definite.
+    """
+    order = act_order(gram)
+    found = unexplained(gram[order][:, order], damping)
+    if found is None:
+        return None
+    costs = torch.empty_like(found)
+    costs[order] = found
+    return costs
 
 
 def gptq_static(

@@ -22,7 +22,8 @@ class InputStats:
     """What the search knows of the inputs X of a linear.
 
     gram: X^T X / M (K, K) float32 of all tokens; fit and hold: the same of the samples that steps are fitted on and
-    judged by (both equal to gram where there are too few samples to split). mean_abs: mean |x| (K,). tokens: M.
+    judged by (both equal to gram where there are too few samples to split). A diagonal matrix may come as (K,).
+    mean_abs: mean |x| (K,). tokens: M.
     excluded: tokens left out because they held a NaN or an infinity.
     """
 
@@ -113,12 +114,16 @@ def from_sums(gram_sum: Tensor, mean_abs: Tensor, tokens: int) -> InputStats:
 
 
 def loss_rows(delta: Tensor, gram: Tensor) -> Tensor:
-    """Each row's share of tr(delta G delta^T): (N, K), (K, K) -> (N,)."""
+    """Each row's share of tr(delta G delta^T): (N, K) and (K, K), or (K,) for a diagonal G -> (N,)."""
+    if gram.ndim == 1:
+        return torch.mv(delta.square(), gram)
     return times_symmetric(delta, gram).mul_(delta).sum(-1)
 
 
 def diagonal_blocks(gram: Tensor, group_size: int) -> Tensor:
-    """The blocks of G that couple the columns of one group: (K, K) -> (G, g, g)."""
+    """The blocks of G that couple the columns of one group: (K, K), or (K,) for a diagonal G -> (G, g, g)."""
+    if gram.ndim == 1:
+        return torch.diag_embed(gram.view(-1, group_size))
     groups = gram.shape[0] // group_size
     return (
         gram.view(groups, group_size, groups, group_size)
@@ -134,20 +139,36 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     return gram + torch.diag_embed((damping * mean).expand(gram.shape[0]))
 
 
+def reversed_factors(gram: Tensor, damping: float) -> Iterator[tuple[Tensor, float]]:
+    """L (K, K) with J G J = L L^T, J the reversal and G damped, for each rung of a ladder of dampings where there is one."""
+    for step in (1, 3, 10, 30, 100, 1000):
+        lower, info = torch.linalg.cholesky_ex(damped(gram, damping * step).flip(0, 1).contiguous())
+        if not int(info):
+            yield lower, damping * step
+
+
 def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float] | None:
     """Upper Cholesky factor U of the inverse of damped G (inverse = U^T U), rows divided by their diagonal.
 
-    Climbs a ladder of dampings until the factorization succeeds; returns U (K, K) float32 and the damping, or None.
     One factorization of the reversed matrix suffices: J G J = L L^T gives U = J L^-1 J, J the reversal.
+    Returns U (K, K) float32 and the first damping that gives one, or None.
     """
-    for step in (1, 3, 10, 30, 100, 1000):
-        reversed_gram = damped(gram, damping * step).flip(0, 1).contiguous()
-        lower, info = torch.linalg.cholesky_ex(reversed_gram)
-        if int(info):
-            continue
+    for lower, used in reversed_factors(gram, damping):
         eye = torch.eye(len(gram), device=gram.device)
         factor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
         factor = factor / factor.diagonal()[:, None]
         if bool(factor.isfinite().all()):
-            return factor.contiguous(), damping * step
+            return factor.contiguous(), used
+    return None
+
+
+def unexplained(gram: Tensor, damping: float) -> Tensor | None:
+    """The power of each column that the columns after it do not explain: (K, K) -> (K,), or None where G stays indefinite.
+
+    These are the squared pivots L_jj^2, read backwards.
+    """
+    for lower, _ in reversed_factors(gram, damping):
+        power = lower.diagonal().square().flip(0)
+        if bool(power.isfinite().all()):
+            return power
     return None

@@ -1,7 +1,9 @@
-"""Channel scales and clip ranges of a stack, chosen together by the Gram form of the loss.
+"""Channel scales and clip ranges of a stack, chosen together by the Gram form of the loss, as compensation will leave it.
 
 N out features of the whole stack, K in features, K' channels of the operation before it, G groups.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from quant.awq import candidates, exponents, score_candidates
 from quant.clip import search_clip
 from quant.config import QuantConfig
 from quant.folding import Fold
+from quant.gptq import compensated_costs
 from quant.gram import InputStats
 from quant.presets import Effort, Plan
 from quant.solution import Judge, Solution, Stack, round_to, round_to_nearest
@@ -29,6 +32,7 @@ def scale_and_clip(
     ones = torch.ones_like(fold.shrink(stats.mean_abs))
     if not plan.scale:
         return Solution(ones, fold.spread(ones), *plain)
+    stats = judged_by(stats, plan)
     scale, found = choose_scale(Stack(target, stack.roles, stack.rows), stats, fold, effort, config)
     solution = _clipped(target, stats, fold, scale, effort, config)
     if not found:
@@ -37,6 +41,12 @@ def scale_and_clip(
         solution.steps.insert(0, "scale")
     solution.values.update(found)
     return solution
+
+
+def judged_by(stats: InputStats, plan: Plan) -> InputStats:
+    """The statistics that scales and ranges are chosen by: where compensation follows, what it will leave of each column."""
+    costs = compensated_costs(stats.gram) if plan.compensate == "static" else None
+    return stats if costs is None else replace(stats, gram=costs, fit=costs, hold=costs)
 
 
 def choose_scale(
