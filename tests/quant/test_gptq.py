@@ -1,5 +1,7 @@
 """GPTQ against the textbook loop, descent against exhaustive moves, refit against least squares."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,10 +9,11 @@ from kernels.gptq import descent_sweep, gptq_sweep
 from kernels.int4 import qparams, quantize
 from quant.config import QuantConfig
 from quant.descent import descend, expand, refit_scales
-from quant.folding import no_fold
-from quant.gptq import act_order, gptq_published, gptq_static
+from quant.folding import no_fold, norm_fold
+from quant.gptq import act_order, compensated_costs, gptq_published, gptq_static
 from quant.gram import damped, loss_rows, observe
 from quant.presets import PLANS, effort_on
+from quant.scaling import scale_and_clip
 from quant.solution import Stack, round_to_nearest
 from quant.solve import solve
 
@@ -25,16 +28,24 @@ def textbook(
     weight: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, size: int
 ) -> torch.Tensor:
     """Frantar et al., one column at a time, with the inverse Hessian updated after every column; float64."""
+    return textbook_with_errors(weight, gram, scale, zero, size)[0]
+
+
+def textbook_with_errors(
+    weight: torch.Tensor, gram: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (N, K), and by how much each column was rounded when its turn came, (N, K)."""
     work, inverse = weight.double().clone(), torch.linalg.inv(gram.double())
-    codes = torch.zeros_like(work)
+    codes, errors = torch.zeros_like(work), torch.zeros_like(work)
     for j in range(weight.shape[1]):
         s, z = scale[:, j // size].double(), zero[:, j // size].double()
         codes[:, j] = (work[:, j] / s).round().clamp(-z, 15 - z)
-        error = (work[:, j] - codes[:, j] * s) / inverse[j, j]
+        errors[:, j] = work[:, j] - codes[:, j] * s
+        error = errors[:, j] / inverse[j, j]
         work -= error[:, None] * inverse[j]
         inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
         inverse[j, j] = 1  # the column is done; it no longer takes part
-    return codes
+    return codes, errors
 
 
 def test_static_groups_give_the_codes_of_the_textbook_loop() -> None:
@@ -50,6 +61,44 @@ def test_static_groups_give_the_codes_of_the_textbook_loop() -> None:
     per_column = scale[:, order // 32], zero[:, order // 32]
     expected[:, order] = textbook(weight[:, order], steady, *per_column, size=1)
     assert (found[0].double() != expected).float().mean() < 0.002  # float32 may break a tie the other way
+
+
+def test_the_costs_behind_compensation_add_up_to_the_loss() -> None:
+    """tr(dW G dW^T) of compensated codes is the sum of each column's own rounding error times its cost."""
+    weight, gram = problem(seed=8)
+    grouped = weight.view(24, 2, 32)
+    scale, zero = qparams(grouped.amin(-1), grouped.amax(-1), 4)
+    costs = compensated_costs(gram)
+    assert costs is not None and bool((costs <= damped(gram, 0.01).diagonal() * (1 + 1e-5)).all())
+    order, steady = act_order(gram), damped(gram, 0.01)
+    codes, errors = textbook_with_errors(
+        weight[:, order], steady[order][:, order], scale[:, order // 32], zero[:, order // 32], size=1
+    )
+    delta = codes * scale[:, order // 32].double() - weight[:, order].double()
+    loss = ((delta @ steady[order][:, order].double()) * delta).sum(-1)
+    torch.testing.assert_close((errors.square() * costs[order].double()).sum(-1), loss, rtol=1e-4, atol=0)
+    assert compensated_costs(torch.full((32, 32), torch.nan)) is None
+
+
+def test_ranges_and_scales_are_chosen_for_what_compensation_leaves() -> None:
+    """On inputs that share a few directions, choices by these costs end lower than choices by the inputs as they are."""
+    generator = torch.Generator().manual_seed(9)
+    shared = torch.randn(16, 256, 6, generator=generator) @ torch.randn(6, 64, generator=generator)
+    own = torch.randn(16, 256, 64, generator=generator) * torch.logspace(-1.5, 0.5, 64)
+    stats = observe([shared + own], "toy")
+    weight = torch.randn(96, 64, generator=generator)
+    plan, effort, config = PLANS["default"], effort_on(torch.device("cpu")), QuantConfig(group_size=32)
+    stack, fold = Stack(weight, ("up",), (96,)), norm_fold(torch.ones(64))
+    plain = round_to_nearest(weight, config)
+    losses = {}
+    for name, how in (("costs", plan), ("inputs", replace(plan, compensate="none"))):
+        found = scale_and_clip(stack, weight, stats, fold, how, effort, config, plain)
+        gram = stats.gram / found.column_scale[:, None] / found.column_scale
+        made = gptq_static(weight * found.column_scale, gram, found.scale, found.zero, 32, 4)
+        assert made is not None
+        delta = expand(made[0], found.scale) / found.column_scale - weight
+        losses[name] = float(loss_rows(delta, stats.gram).sum())
+    assert losses["costs"] < 0.95 * losses["inputs"]
 
 
 def test_published_groups_take_their_scale_from_the_compensated_weights() -> None:

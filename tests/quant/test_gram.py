@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from convert.errors import InputError
-from quant.gram import damped, diagonal_blocks, inverse_factor, loss_rows, observe
+from quant.gram import damped, diagonal_blocks, inverse_factor, loss_rows, observe, unexplained
 
 
 def test_the_gram_form_equals_the_loss_computed_directly() -> None:
@@ -76,3 +76,24 @@ def test_diagonal_blocks_are_those_of_the_groups() -> None:
     gram = torch.arange(36.0).view(6, 6)
     blocks = diagonal_blocks(gram, 3)
     assert torch.equal(blocks[0], gram[:3, :3]) and torch.equal(blocks[1], gram[3:, 3:])
+
+
+def test_a_diagonal_matrix_may_come_as_its_diagonal() -> None:
+    generator = torch.Generator().manual_seed(6)
+    delta, power = torch.randn(5, 6, generator=generator), torch.rand(6, generator=generator)
+    whole = torch.diag(power)
+    torch.testing.assert_close(loss_rows(delta, power), loss_rows(delta, whole))
+    assert torch.equal(diagonal_blocks(power, 3), diagonal_blocks(whole, 3))
+
+
+def test_what_later_columns_do_not_explain_is_the_residual_of_their_regression() -> None:
+    x = torch.randn(500, 8, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    x[:, 2] += 2 * x[:, 6]
+    gram = x.t() @ x / 500
+    found = unexplained(gram.float(), 1e-7)
+    assert found is not None
+    for column in range(7):
+        fitted = x[:, column + 1 :] @ torch.linalg.lstsq(x[:, column + 1 :], x[:, column]).solution
+        assert float(found[column]) == pytest.approx(float((x[:, column] - fitted).square().mean()), rel=1e-4)
+    assert float(found[7]) == pytest.approx(float(gram[7, 7]), rel=1e-5)
+    assert unexplained(torch.full((8, 8), torch.nan), 0.01) is None
