@@ -7,10 +7,12 @@ import torch
 from tiny_runs import LAYERS, files_of, write_runnable, write_text
 
 from convert.config import ModelConfig
+from convert.errors import InputError
 from engine.attention import causal_attend
 from quant.calibrate import block_file
 from quant.captured_steps import Steps
 from quant.commands import evaluate, quantize
+from quant.pass_work import PassWork
 from quant.statistics import load_statistics
 from quant.training import repeatable, training_attend
 
@@ -18,6 +20,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+DEVICE = "cuda"
 SETTINGS = ["--group-size", "32", "--samples", "8", "--seqlen", "64", "--kv-bits", "8"]
 
 
@@ -36,10 +39,42 @@ def call(group, *arguments):
 @pytest.mark.parametrize("preset", ["rtn", "gptq-r", "awq", "fast", "default", "best"])
 def test_two_runs_of_one_seed_are_byte_identical(preset, place, tmp_path):
     text = [] if preset == "rtn" else ["--calib-data", place / "text.txt"]
-    base = ["awq", place / "model", *text, *SETTINGS, "--preset", preset, "--device", "cuda"]
+    base = ["awq", place / "model", *text, *SETTINGS, "--preset", preset, "--device", DEVICE]
     for name in ("one", "two"):
         call(quantize, *base, "-o", tmp_path / name)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+def test_an_end_to_end_pass_that_was_stopped_goes_on_in_the_same_bytes(place, tmp_path, monkeypatch, capsys):
+    """The steps are a captured graph, run a few at a time; the second run begins with what the first saved."""
+    base = [
+        "awq",
+        place / "model",
+        "--calib-data",
+        place / "text.txt",
+        *SETTINGS,
+        "--preset",
+        "fast",
+        "--distill",
+    ]
+    base += ["--device", DEVICE, "-o"]
+    call(quantize, *base, tmp_path / "whole")
+    reached = PassWork.reached
+
+    def stop_at_half(work, done, steps, kl, state):
+        work._clock.is_due = lambda tensors: True
+        reached(work, done, steps, kl, state)
+        if done >= steps // 2:
+            raise InputError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PassWork, "reached", stop_at_half)
+        with pytest.raises(BaseException, match="stopped"):
+            call(quantize, *base, tmp_path / "stopped")
+    capsys.readouterr()
+    call(quantize, *base, tmp_path / "stopped")
+    assert "going on with the end-to-end pass behind step 300" in capsys.readouterr().err
+    assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
 
 
 def test_gradients_through_attention_repeat_at_full_lengths():
@@ -91,7 +126,7 @@ def test_a_model_quantized_on_the_gpu_judges_alike_on_both(place, tmp_path, caps
         "--preset",
         "default",
         "--device",
-        "cuda",
+        DEVICE,
     ]
     call(quantize, *base, "-o", tmp_path / "out")
     found = []
@@ -125,7 +160,7 @@ def test_self_written_text_on_the_gpu(place, tmp_path, monkeypatch):
         "--preset",
         "fast",
         "--device",
-        "cuda",
+        DEVICE,
     )
     manifest = json.loads((tmp_path / "out" / "tmq" / "manifest.json").read_text())
     assert manifest["calibration"]["source"] == "generated"
