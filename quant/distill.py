@@ -4,7 +4,7 @@ B samples a step, L tokens a sample, V vocabulary, R groups of all blocks, g gro
 only what the format leaves free moves. For models that fit on the device whole.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,8 +67,8 @@ class Keeper(Protocol):
     def load(self) -> dict[str, Tensor] | None:
         """What was saved last of this very pass, or None."""
 
-    def reached(self, done: int, steps: int, kl: float, state: Callable[[], dict[str, Tensor]]) -> None:
-        """`done` steps are done, the last with this KL; `state` gives what to save."""
+    def reached(self, done: int, steps: int, kl: float, state: dict[str, Tensor]) -> None:
+        """`done` steps are done, the last with this KL; `state` is what to save."""
 
 
 def window_of(config: ModelConfig, text_tokens: int, how: Distilling) -> tuple[int, int]:
@@ -188,7 +188,7 @@ def _run(
     while done < steps:
         runner.run(min(stride, steps - done))
         done = int(state["counter"])
-        keeper.reached(done, steps, float(state["history"][done - 1]), lambda: state)
+        keeper.reached(done, steps, float(state["history"][done - 1]), state)
 
 
 def splice(tokens: Tensor, windows: int, length: int, swap: float, seed: int) -> Tensor:

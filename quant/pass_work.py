@@ -1,6 +1,5 @@
 """The state of an end-to-end pass in the work folder of its run, and how far it is, on the terminal."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -31,13 +30,12 @@ class PassWork:
         self._progress.say(f"going on with the end-to-end pass behind step {mark['done']}")
         return {name: read_tensor(info) for name, info in read_header(self._path).items()}
 
-    def reached(self, done: int, steps: int, kl: float, state: Callable[[], dict[str, Tensor]]) -> None:
+    def reached(self, done: int, steps: int, kl: float, state: dict[str, Tensor]) -> None:
         """Show the step, and save it where that is due."""
         self._progress.step(done, steps, f"KL {kl:.4f}")
-        tensors = state()
-        if done < steps and not self._clock.is_due(tensors):
+        if done < steps and not self._clock.is_due(state):
             return
         with self._clock.saving():
             self._mark.unlink(missing_ok=True)  # it speaks of the state before
-            _, digest = atomic_write(self._path, safetensors_chunks(tensors))
+            _, digest = atomic_write(self._path, safetensors_chunks(state))
             write_json(self._mark, {"done": done, "sha256": digest})

@@ -36,10 +36,15 @@ def call(group, *arguments):
     group.main([str(part) for part in arguments], standalone_mode=False)
 
 
+def search(place, preset):
+    """The arguments of a search on the GPU, without its output."""
+    text = [] if preset == "rtn" else ["--calib-data", place / "text.txt"]
+    return ["awq", place / "model", *text, *SETTINGS, "--preset", preset, "--device", DEVICE]
+
+
 @pytest.mark.parametrize("preset", ["rtn", "gptq-r", "awq", "fast", "default", "best"])
 def test_two_runs_of_one_seed_are_byte_identical(preset, place, tmp_path):
-    text = [] if preset == "rtn" else ["--calib-data", place / "text.txt"]
-    base = ["awq", place / "model", *text, *SETTINGS, "--preset", preset, "--device", DEVICE]
+    base = search(place, preset)
     for name in ("one", "two"):
         call(quantize, *base, "-o", tmp_path / name)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
@@ -47,17 +52,7 @@ def test_two_runs_of_one_seed_are_byte_identical(preset, place, tmp_path):
 
 def test_an_end_to_end_pass_that_was_stopped_goes_on_in_the_same_bytes(place, tmp_path, monkeypatch, capsys):
     """The steps are a captured graph, run a few at a time; the second run begins with what the first saved."""
-    base = [
-        "awq",
-        place / "model",
-        "--calib-data",
-        place / "text.txt",
-        *SETTINGS,
-        "--preset",
-        "fast",
-        "--distill",
-    ]
-    base += ["--device", DEVICE, "-o"]
+    base = [*search(place, "fast"), "--distill", "-o"]
     call(quantize, *base, tmp_path / "whole")
     reached = PassWork.reached
 
@@ -117,17 +112,7 @@ def test_statistics_are_those_of_the_cpu(place, tmp_path):
 
 
 def test_a_model_quantized_on_the_gpu_judges_alike_on_both(place, tmp_path, capsys):
-    base = [
-        "awq",
-        place / "model",
-        "--calib-data",
-        place / "text.txt",
-        *SETTINGS,
-        "--preset",
-        "default",
-        "--device",
-        DEVICE,
-    ]
+    base = search(place, "default")
     call(quantize, *base, "-o", tmp_path / "out")
     found = []
     for device in ("cpu", "cuda"):

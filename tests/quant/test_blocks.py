@@ -9,10 +9,13 @@ import torch
 from convert.checkpoint import BlockWeights, LinearWeights
 from convert.errors import InputError
 from kernels.int4 import Quantized
+from quant import experts
 from quant.blocks import quantize_block
 from quant.config import QuantConfig
+from quant.gram import InputStats
 from quant.parts import Parts
 from quant.records import BlockResult, Streams
+from quant.scaling import choose_scale
 from tests.quant.toy_blocks import SHAPES, block_of, config_of, stream_of
 
 PRESETS = ("gptq", "gptq-r", "awq", "fast", "default", "best")
@@ -191,3 +194,19 @@ def test_awq_is_searched_on_what_the_quantized_model_reads() -> None:
     expected = codes(Streams(x, x))
     assert torch.equal(codes(Streams(other, x)), expected)
     assert not torch.equal(codes(Streams(x, other)), expected)
+
+
+@pytest.mark.parametrize(("preset", "dimensions"), [("fast", 2), ("default", 1)])
+def test_experts_share_a_scale_that_is_judged_as_all_others_are(
+    preset: str, dimensions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the inputs where nothing follows (K, K), by what compensation leaves of each column (K,) where it does."""
+    seen = []
+
+    def choose(stack: Any, stats: InputStats, *rest: Any) -> Any:
+        seen.append(stats.gram.ndim)
+        return choose_scale(stack, stats, *rest)
+
+    monkeypatch.setattr(experts, "choose_scale", choose)
+    run("mixtral", preset)
+    assert seen == [dimensions]
