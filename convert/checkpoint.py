@@ -12,8 +12,8 @@ from typing import Literal
 from torch import Tensor
 
 from convert.config import ModelConfig
-from convert.files import combined_digest, file_digests
-from convert.folder_state import FolderState, folder_state, read_manifest
+from convert.folder.files import combined_digest, file_digests
+from convert.folder.state import FolderState, folder_state, read_manifest
 from kernels.int4 import Quantized
 from kernels.packing import SEQUENTIAL_ORDER, pack_columns, unpack_columns
 
@@ -52,7 +52,7 @@ class LinearWeights:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """One decoder block. Roles of linears and norms are those of `convert.families`."""
+    """One decoder block. Roles of linears and norms are those of `convert.families.table`."""
 
     index: int
     linears: dict[str, LinearWeights]

@@ -6,12 +6,12 @@ from typing import Any
 
 from convert.config import ModelConfig
 from convert.errors import InputError
-from convert.families import linear_shapes, norm_shapes
-from convert.folder_state import refuse_statistics
-from convert.gguf_file import open_gguf
-from convert.json_files import read_object, show
+from convert.families.table import linear_shapes, norm_shapes
+from convert.folder.json_files import read_object, show
+from convert.folder.state import refuse_statistics
+from convert.gguf.file import open_gguf
+from convert.hf.tensor_folder import TensorFolder
 from convert.readers import open_checkpoint
-from convert.tensor_folder import TensorFolder
 from kernels.int4 import bits_per_weight
 
 

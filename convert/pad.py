@@ -18,7 +18,7 @@ from torch import Tensor
 from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights
 from convert.config import ModelConfig
 from convert.errors import InputError
-from convert.families import linear_shapes, norm_shapes
+from convert.families.table import linear_shapes, norm_shapes
 from kernels.int4 import Quantized
 
 

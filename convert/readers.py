@@ -4,11 +4,11 @@ from pathlib import Path
 
 from convert.checkpoint import Checkpoint
 from convert.errors import InputError
-from convert.gguf import unpack_gguf
-from convert.hf import open_hf
-from convert.hub import fetch_from_hub, is_hub_name
-from convert.json_files import show
-from convert.workspace import open_workspace
+from convert.folder.json_files import show
+from convert.gguf.reader import unpack_gguf
+from convert.hf.hub import fetch_from_hub, is_hub_name
+from convert.hf.reader import open_hf
+from convert.turbomind.reader import open_workspace
 
 
 def open_checkpoint(

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from convert.checkpoint import BlockWeights, Checkpoint
 from convert.errors import InputError
-from convert.json_files import show
+from convert.folder.json_files import show
+from convert.folder.output import FolderState, Manifest, folder_state, read_manifest
+from convert.hf.safetensors_files import check_finite, read_header, read_tensor
 from convert.likeness import compare_block, distance
-from convert.manifest import FolderState, Manifest, folder_state, read_manifest
 from convert.pad import pad_checkpoint
 from convert.readers import open_checkpoint
-from convert.safetensors_files import check_finite, read_header, read_tensor
-from convert.tokenizer import check_tokenizer
+from convert.tokenizer.tokenizer import check_tokenizer
 from kernels.int4 import Quantized
 
 RANGES = (".min", ".max", ".channel_min", ".channel_max")  # of K and V, in statistics

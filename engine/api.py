@@ -1,6 +1,6 @@
 """All that `serve` sees of the engine: requests in, events out. Plain data, no tensors, no torch.
 
-Requests cross a process boundary as JSON (`to_json`, `from_json`), events as `engine.wire` writes them; nothing as pickles.
+Requests cross a process boundary as JSON (`to_json`, `from_json`), events as `engine.process.wire` writes them; nothing as pickles.
 """
 
 import json

@@ -13,19 +13,19 @@ from convert.config import ModelConfig
 from convert.errors import InputError, ResourceError, UsageError
 from convert.readers import open_checkpoint
 from engine.api import SamplingParams
-from engine.cache import CPU_CACHE_BYTES, PagedCache, block_bytes, plan_blocks
 from engine.config import GIB, EngineConfig
-from engine.core import EngineCore
-from engine.detokenize import TextTools
 from engine.gpu_checks import check_gpu
-from engine.kv_simulation import read_kv_params
-from engine.model import Model, compute_dtype
-from engine.parallel import TensorParallel
-from engine.random_weights import random_checkpoint
-from engine.runner import ModelRunner
-from engine.scheduler import Join, Segment, StepPlan
+from engine.model.forward import Model, compute_dtype
+from engine.model.kv_simulation import read_kv_params
+from engine.model.parallel import TensorParallel
+from engine.model.random_weights import random_checkpoint
+from engine.serving.cache import CPU_CACHE_BYTES, PagedCache, block_bytes, plan_blocks
+from engine.serving.core import EngineCore
+from engine.serving.detokenize import TextTools
+from engine.serving.runner import ModelRunner
+from engine.serving.scheduler import Join, Segment, StepPlan
 from engine.source import ModelSource
-from kernels.kv_cache import StaticKV
+from kernels.kv.pages import StaticKV
 
 # Bytes for each logit while tokens are drawn, at most: float32 logits as they came, shaped, their log-probabilities, scaled and cut
 # (20), sorted values and places (12), float64 probabilities and their sums (16), and masks (4).

@@ -10,15 +10,15 @@ from torch import Tensor
 from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
 from convert.errors import InputError
-from engine.block import Tap
-from quant.awq_published import quantize_published
-from quant.block_search import BlockSearch
+from engine.model.block import Tap
 from quant.config import QuantConfig
 from quant.records import BlockResult, GramStatistics, Streams
-from quant.rtn import round_block
-from quant.statistics_walk import search_on_statistics
-from quant.stored import check_block
-from quant.stream_walk import search_on_streams
+from quant.search.awq_published import quantize_published
+from quant.search.block_search import BlockSearch
+from quant.search.rtn import round_block
+from quant.search.statistics_walk import search_on_statistics
+from quant.search.stored import check_block
+from quant.search.stream_walk import search_on_streams
 
 
 def quantize_block(

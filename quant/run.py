@@ -13,23 +13,23 @@ from typing import Any
 import torch
 
 from calib_data.blocks import CalibrationSet
-from convert.awq import AwqWriter
+from convert.awq.writer import AwqWriter
 from convert.checkpoint import Checkpoint
 from convert.config import QuantFormat
 from convert.errors import UsageError
-from convert.manifest import OutputFolder
+from convert.folder.output import OutputFolder
 from kernels.int4 import bits_per_weight
-from quant.calibrate import StatisticsFolder
 from quant.config import QuantConfig
-from quant.fingerprint import device_kind, library_versions
-from quant.frontier import Frontier, Resumption
-from quant.held import HeldBlocks, WithFinalNorm
-from quant.kv import KV_FILE, kv_parameters
-from quant.pass_work import PassWork
-from quant.plan import needs_float_stream, ragged_roles
+from quant.estimate import needs_float_stream, ragged_roles
+from quant.evaluation.layer_report import above_rtn, far_above
+from quant.kv.parameters import KV_FILE, kv_parameters
 from quant.progress import Progress, gpu_peak_gib, peak_rss_gib
 from quant.records import Streams
-from quant.report import above_rtn, far_above
+from quant.state.end_to_end import PassWork
+from quant.state.fingerprint import device_kind, library_versions
+from quant.state.frontier import Frontier, Resumption
+from quant.state.held_blocks import HeldBlocks, WithFinalNorm
+from quant.statistics.calibrate import StatisticsFolder
 from quant.walk import (
     Step,
     distill_blocks,

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from convert.checkpoint import BlockWeights, Checkpoint
 from quant.blocks import quantize_block
-from quant.calibrate import StatisticsFolder
-from quant.chunks import ChunkMemory
 from quant.config import QuantConfig
-from quant.distill import Keeper, distill
-from quant.key_smoothing import key_channels, key_factors, smooth_channels, smooth_keys
-from quant.kv import folded_ranges
-from quant.plan import needs_float_stream
+from quant.estimate import needs_float_stream
+from quant.kv.key_smoothing import key_channels, key_factors, smooth_channels, smooth_keys
+from quant.kv.parameters import folded_ranges
+from quant.learn.distill import Keeper, distill
+from quant.learn.sensitivity import fits_whole, measure_sensitivity
 from quant.records import BlockResult, LinearReport, Streams, dead_channels
-from quant.sensitivity import fits_whole, measure_sensitivity
-from quant.statistics import BlockStatistics, SavedStatistics
-from quant.streams import advance, embed_tokens
+from quant.statistics.block import BlockStatistics, SavedStatistics
+from quant.statistics.calibrate import StatisticsFolder
+from quant.statistics.chunks import ChunkMemory
+from quant.statistics.streams import advance, embed_tokens
 
 HeadRanges = dict[str, tuple[Tensor, Tensor]]  # "k" and "v" -> minima and maxima (Hkv,), after RoPE
 
@@ -136,7 +136,7 @@ def error_metrics(
 
 
 def _learns(quant: QuantConfig) -> bool:
-    from quant.presets import PLANS
+    from quant.recipes import PLANS
 
     plan = PLANS.get(quant.preset)
     return plan is not None and plan.learn

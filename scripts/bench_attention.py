@@ -33,12 +33,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kernels.attention import decode_attention_reference, rope_decode_attention  # noqa: E402
-from kernels.attention_operands import DecodeWorkspace  # noqa: E402
-from kernels.attention_triton import launch_decode  # noqa: E402
-from kernels.attention_units import CONFIGS, DecodeConfig, max_units  # noqa: E402
-from kernels.fused import add_rms_norm, rope_store, silu_mul  # noqa: E402
-from kernels.kv_cache import BLOCK_SIZE, KVCache  # noqa: E402
+from kernels.attention.launch import launch_decode  # noqa: E402
+from kernels.attention.operands import DecodeWorkspace  # noqa: E402
+from kernels.attention.paged import decode_attention_reference, rope_decode_attention  # noqa: E402
+from kernels.attention.units import CONFIGS, DecodeConfig, max_units  # noqa: E402
+from kernels.block.fused import add_rms_norm, rope_store, silu_mul  # noqa: E402
+from kernels.kv.pages import BLOCK_SIZE, KVCache  # noqa: E402
 
 LAYOUTS = {"70b": (64, 8, 128), "7b": (32, 32, 128)}
 CONTEXTS = (1024, 2048, 4096, 8192, 16384, 32768)

@@ -1,4 +1,4 @@
-"""One token through float weights: tiles and ways of starting of `kernels/dense_gemv.py` beside cuBLAS, in a chain and alone.
+"""One token through float weights: tiles and ways of starting of `kernels/block/dense_gemv.py` beside cuBLAS, in a chain and alone.
 
 Every product is checked against float64 before it is timed. First the products and norms of a 7B layer as one chain, each
 behind the other as in a decode step (attention left out), then each shape alone: there a product stands behind its like. The
@@ -24,9 +24,9 @@ from kernel_timing import Peaks, copies_for, measure_peaks, quiet_capture, time_
 from provenance import provenance
 from torch import Tensor
 
-from kernels import dense_gemv
-from kernels.dense_gemv import DenseTile, default_tile, launch_dense_gemv
-from kernels.fused import add_rms_norm, silu_mul
+from kernels.block import dense_gemv
+from kernels.block.dense_gemv import DenseTile, default_tile, launch_dense_gemv
+from kernels.block.fused import add_rms_norm, silu_mul
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = [(4, 1024, 4), (8, 512, 2), (2, 2048, 8), (8, 1024, 4), (4, 2048, 8), (4, 512, 2)]  # rows, k, warps
@@ -214,8 +214,8 @@ def measure_engine(
     """fp16 decoding of the 7B shape at batch 1, prompt 512: with cuBLAS, the default tiles and the tiles named."""
     from throughput_report import STATIC, contender
 
-    from engine import layers
-    from engine.throughput import open_bench
+    from engine.measure.throughput import open_bench
+    from engine.model import layers
 
     tiles = {name_of(tile): tile for tile in TILES}
     kernel_takes = layers._takes_gemv

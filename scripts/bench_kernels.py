@@ -27,8 +27,8 @@ from provenance import provenance
 from triton.errors import TritonError
 from tune_kernels import precompile, random_weight
 
-from kernels.w4a16 import has_wgmma, pick, table_of
-from kernels.w4a16_layout import prepare
+from kernels.w4a16.layout import prepare
+from kernels.w4a16.product import has_wgmma, pick, table_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = [

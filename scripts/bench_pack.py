@@ -90,7 +90,7 @@ def plain_write(path: Path, size: int) -> float:
 def pack(source: Path, workspace: Path, workers: int | None, result: Path) -> None:
     """What `quantize pack` does after it has read its arguments; figures go to `result`."""
     from convert.readers import open_checkpoint
-    from convert.workspace_write import write_workspace
+    from convert.turbomind.writer import write_workspace
 
     begin, cpu = time.perf_counter(), time.process_time()
     packed = write_workspace(open_checkpoint(source), workspace, workers=workers)

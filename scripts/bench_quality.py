@@ -30,15 +30,15 @@ from convert.checkpoint import BlockWeights, Checkpoint
 from convert.config import QuantFormat
 from convert.pad import pad_checkpoint
 from convert.readers import open_checkpoint
-from convert.tokenizer import load_tokenizer
-from engine.model import Model, compute_dtype
-from engine.perplexity import EvalTokens, PerplexityResult, Reference, paired_difference
+from convert.tokenizer.tokenizer import load_tokenizer
+from engine.measure.perplexity import EvalTokens, PerplexityResult, Reference, paired_difference
+from engine.model.forward import Model, compute_dtype
 from quant.config import QuantConfig
-from quant.evaluation import Judgement, join_rows, judge, release
-from quant.generate import SelfGenerator
-from quant.held import WithFinalNorm
-from quant.table import QuantizedInMemory, cache_of
-from quant.text import vocabulary_of
+from quant.evaluation.perplexity import Judgement, join_rows, judge, release
+from quant.evaluation.table import QuantizedInMemory, cache_of
+from quant.state.held_blocks import WithFinalNorm
+from quant.text.calibration import vocabulary_of
+from quant.text.generate import SelfGenerator
 from quant.walk import HeadRanges, distill_blocks, first_streams, measure_ranges, walk
 
 
@@ -224,7 +224,7 @@ class Bench:
         """A peer on the same calibration blocks, judged by the same engine."""
         import tempfile
 
-        from quant.peers import quantize_with
+        from quant.evaluation.peers import quantize_with
 
         tokens = calibration(self.calib, quant)
         if self.device.type == "cuda":
@@ -286,7 +286,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=Path, help="folder with tokenized texts of these models")
     parser.add_argument("--arms", default="rtn,gptq-r,awq,fast,default,best")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--peers", default="", help="names of quant/peers.py, joined by commas")
+    parser.add_argument("--peers", default="", help="names of quant/evaluation/peers.py, joined by commas")
     parser.add_argument(
         "--kv", default="", help="caches to simulate beside the float one: 8,8:static,4,4:static"
     )

@@ -34,11 +34,11 @@ from torch import Tensor  # noqa: E402
 from turbomind_rows import merge_rows  # noqa: E402
 
 from convert.readers import open_checkpoint  # noqa: E402
-from convert.workspace_write import write_workspace  # noqa: E402
+from convert.turbomind.writer import write_workspace  # noqa: E402
 from engine.config import EngineConfig  # noqa: E402
+from engine.measure.throughput import Contender, open_bench  # noqa: E402
+from engine.measure.throughput_rows import row_document  # noqa: E402
 from engine.source import ModelSource  # noqa: E402
-from engine.throughput import Contender, open_bench  # noqa: E402
-from engine.throughput_rows import row_document  # noqa: E402
 
 LIMITS = {"float16": 5e-3, "int4": 5e-3, "bfloat16": 2e-2}  # relative error of the logits
 ARGMAX = 0.99

@@ -32,7 +32,7 @@ from tiny_checkpoints import quantize_source, write_source  # noqa: E402
 from turbomind_rows import merge_rows  # noqa: E402
 
 from convert.readers import open_checkpoint  # noqa: E402
-from convert.workspace_write import write_workspace  # noqa: E402
+from convert.turbomind.writer import write_workspace  # noqa: E402
 from kernels.int4 import Quantized  # noqa: E402
 
 EXPECTED = {  # keys of config.yaml that may differ, and why

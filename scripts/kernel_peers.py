@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from kernels.int4 import Quantized
-from kernels.w4a16 import w4a16_linear
-from kernels.w4a16_layout import W4Weight, prepare
+from kernels.w4a16.layout import W4Weight, prepare
+from kernels.w4a16.product import w4a16_linear
 
 
 class Peer:

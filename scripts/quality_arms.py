@@ -11,8 +11,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from quant import block_search, distill, presets, rounding, sensitivity, targets
+from quant import recipes as presets
 from quant.config import QuantConfig
+from quant.learn import distill, rounding, sensitivity
+from quant.search import block_search
+from quant.search.rounding import targets
 
 CONFIG_TYPES = {field.name: field.type for field in fields(QuantConfig)}
 

@@ -17,8 +17,8 @@ import torch
 from provenance import provenance
 
 from convert.readers import open_checkpoint
-from convert.tokenizer import load_tokenizer
-from quant.regression import DEMO, compare, compute, demo_figures, record_rows
+from convert.tokenizer.tokenizer import load_tokenizer
+from quant.evaluation.regression import DEMO, compare, compute, demo_figures, record_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "regression.json"

@@ -80,7 +80,7 @@ class Server:
         command = [
             sys.executable,
             "-m",
-            "serve.commands",
+            "turbomind_quant.cli.tmq",
             "serve",
             str(model),
             "--server-port",

@@ -13,13 +13,13 @@ from throughput_report import CAP_BYTES, DYNAMIC, KINDS, ROOT, STATIC, TRACE, Re
 
 from convert.errors import ResourceError
 from engine.config import GIB
-from engine.device_limits import peak_gib, reset_peak
-from engine.random_weights import SHAPES
-from engine.throughput import Bench
-from engine.throughput_rows import ThroughputRow
-from engine.trace import read_trace
-from kernels import w4a16
-from kernels.w4a16_unpack import DEPENDENT_MODES
+from engine.measure.device_limits import peak_gib, reset_peak
+from engine.measure.throughput import Bench
+from engine.measure.throughput_rows import ThroughputRow
+from engine.measure.trace import read_trace
+from engine.model.random_weights import SHAPES
+from kernels.w4a16 import product as w4a16
+from kernels.w4a16.unpack import DEPENDENT_MODES
 
 # tok/s and ratio that decode must reach, by batch: (fp16 tok/s, int4 + KV8 over fp16)
 BARS = {1: (0.8 * 227, 2.7), 8: (1180, 2.5), 16: (2070, 2.3), 64: (4900, 1.7)}

@@ -2,7 +2,7 @@
 
 The model of random weights writes B texts through the engine at temperature 1 (paged cache, decode kernels, CUDA graphs), which reports the
 log-probability of each token that it drew. The plain pass reads the same texts: dequantized weights, torch's products and attention, int8
-keys and values rounded on the spot. Perplexities of both over the written tokens must agree to 0.1 %; so must those of `engine.perplexity`
+keys and values rounded on the spot. Perplexities of both over the written tokens must agree to 0.1 %; so must those of `engine.measure.perplexity`
 (prefill kernels) over the whole texts. A text drawn from the model makes the figures sensitive: its perplexity is far below the vocabulary.
 """
 
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights
 from engine.api import Request, SamplingParams
-from engine.attention import causal_attend
 from engine.config import EngineConfig
-from engine.core import EngineCore
-from engine.kv_simulation import KVSimulation
 from engine.loading import make_core
-from engine.model import Model, compute_dtype
-from engine.ops import TORCH_OPS
-from engine.perplexity import perplexity, perplexity_and_reference
-from engine.random_weights import random_checkpoint
-from engine.windows import EvalTokens
+from engine.measure.perplexity import perplexity, perplexity_and_reference
+from engine.measure.windows import EvalTokens
+from engine.model.attention import causal_attend
+from engine.model.forward import Model, compute_dtype
+from engine.model.kv_simulation import KVSimulation
+from engine.model.ops import TORCH_OPS
+from engine.model.random_weights import random_checkpoint
+from engine.serving.core import EngineCore
 from kernels.int4 import Quantized
 
 BAR = 0.001  # relative difference of perplexities

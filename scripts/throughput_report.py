@@ -15,12 +15,12 @@ from provenance import provenance
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from convert.files import atomic_write, write_json  # noqa: E402
-from convert.json_files import read_object  # noqa: E402
+from convert.folder.files import atomic_write, write_json  # noqa: E402
+from convert.folder.json_files import read_object  # noqa: E402
 from engine.config import GIB, EngineConfig  # noqa: E402
+from engine.measure.throughput import Bench, Contender, open_bench  # noqa: E402
+from engine.measure.throughput_rows import ThroughputRow, row_document  # noqa: E402
 from engine.source import ModelSource  # noqa: E402
-from engine.throughput import Bench, Contender, open_bench  # noqa: E402
-from engine.throughput_rows import ThroughputRow, row_document  # noqa: E402
 
 TRACE = ROOT / "benchmarks" / "dialogues.trace.jsonl"
 START = time.monotonic()

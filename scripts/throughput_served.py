@@ -23,9 +23,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 from throughput_report import DYNAMIC, TRACE, Report, contender, log, opened  # noqa: E402
 
 from engine.config import EngineConfig  # noqa: E402
+from engine.measure.throughput_rows import ThroughputRow, percentile  # noqa: E402
+from engine.measure.trace import TraceEntry, read_trace  # noqa: E402
 from engine.source import ModelSource  # noqa: E402
-from engine.throughput_rows import ThroughputRow, percentile  # noqa: E402
-from engine.trace import TraceEntry, read_trace  # noqa: E402
 
 STARTING_S = 120.0
 GENTLE_SHARE = 0.7  # of the engine's requests a second: a load at which time to first token says something
@@ -46,11 +46,11 @@ class NumberTokenizer:
 
 def serve(first: dict[str, Any]) -> int:
     """Be the server: port on standard output once it listens and the model is loaded, until SIGTERM."""
-    from engine.process import ProcessEngine
-    from engine.random_weights import shape_named
+    from engine.model.random_weights import shape_named
+    from engine.process.parent import ProcessEngine
     from serve.config import ServeConfig
-    from serve.limits import Limits
-    from serve.server import bind, serve_forever, set_up_logging
+    from serve.http.limits import Limits
+    from serve.http.server import bind, serve_forever, set_up_logging
 
     first["config"]["graph_batches"] = tuple(first["config"]["graph_batches"])
     source, config = ModelSource(**first["source"]), EngineConfig(**first["config"])

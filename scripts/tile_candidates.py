@@ -6,11 +6,11 @@ has a predicted gain in benchmarks/NOTES.md; the rest was deleted.
 
 from typing import Any
 
-from kernels.w4a16 import TILE_KINDS, Tile
-from kernels.w4a16_gemv import GemvTile
-from kernels.w4a16_prefill import PrefillTile
-from kernels.w4a16_schedule import GemmTile, WgmmaTile, compiled_segments, schedule
-from kernels.w4a16_split import MAX_TOKENS, SplitTile, pieces
+from kernels.w4a16.gemv import GemvTile
+from kernels.w4a16.prefill import PrefillTile
+from kernels.w4a16.product import TILE_KINDS, Tile
+from kernels.w4a16.schedule import GemmTile, WgmmaTile, compiled_segments, schedule
+from kernels.w4a16.split import MAX_TOKENS, SplitTile, pieces
 
 GEMV = [(4, 8, 2), (8, 8, 2), (8, 16, 4), (4, 16, 4)]
 GEMV_AHEAD = [(4, 8, 2, 32), (4, 8, 2, 16), (8, 8, 2, 32), (8, 16, 4, 32), (4, 16, 4, 32)]  # and blocks ahead

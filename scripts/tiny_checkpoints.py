@@ -158,7 +158,7 @@ def write_source(
 
 def quantize_source(source: Path, out: Path) -> Path:
     """`quantize awq --preset rtn --group-size 128`, as a user runs it, in this process."""
-    from quant.commands import quantize
+    from turbomind_quant.cli.quantize import quantize
 
     arguments = [
         "awq",

@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not args.teacher:
             parser.error("--prune takes layers of --teacher: name one.")
         pruned_shape(args)
-    from convert.tokenizer import load_tokenizer
+    from convert.tokenizer.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer)
     (args.out / "held").mkdir(parents=True, exist_ok=True)

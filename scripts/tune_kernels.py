@@ -32,10 +32,10 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from kernels.int4 import Quantized
-from kernels.w4a16 import TILE_KINDS, Size, Tile, has_wgmma, multiprocessors, pick, run_tile, table_of
-from kernels.w4a16_layout import W4Weight, prepare
-from kernels.w4a16_prefill import PrefillTile
-from kernels.w4a16_unpack import DEPENDENT_MODES
+from kernels.w4a16.layout import W4Weight, prepare
+from kernels.w4a16.prefill import PrefillTile
+from kernels.w4a16.product import TILE_KINDS, Size, Tile, has_wgmma, multiprocessors, pick, run_tile, table_of
+from kernels.w4a16.unpack import DEPENDENT_MODES
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = [

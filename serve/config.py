@@ -3,7 +3,7 @@
 import ipaddress
 from dataclasses import dataclass, field
 
-from serve.limits import Limits
+from serve.http.limits import Limits
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from convert.errors import TmqError
 from convert.readers import open_checkpoint
-from convert.tokenizer import Tokenizer, load_tokenizer
+from convert.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from engine.config import EngineConfig
-from engine.process import ProcessEngine
+from engine.process.parent import ProcessEngine
 from engine.source import ModelSource
 
 

@@ -1,7 +1,6 @@
 """Fixtures that more than one folder of tests uses."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,9 +9,6 @@ import torch
 
 if not torch.cuda.is_available():  # read when a kernel module is imported: set before any test module is
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-
-sys.path.append(str(Path(__file__).parent))  # for `tiny_models`, which several folders of tests use
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import uvicorn
 from fake_engine import FakeEngine, FakeTokenizer
 from fastapi import FastAPI
 
-from serve.app import create_app
 from serve.config import ServeConfig
-from serve.server import bind, uvicorn_config
-from serve.service import Service
+from serve.http.app import create_app
+from serve.http.server import bind, uvicorn_config
+from serve.http.service import Service
 
 
 @dataclass

@@ -17,13 +17,15 @@ import tiny_models
 import torch
 
 # What the commands import when they are called: here once, so that a forked command starts at once.
-import quant.actions
-import quant.calibrate
-import quant.commands
-import quant.evaluate_actions
-import quant.run
-import quant.text
+import turbomind_quant.cli.evaluate
+import turbomind_quant.cli.evaluate_actions
+import turbomind_quant.cli.quantize
+import turbomind_quant.cli.quantize_actions
 
+COMMANDS = {
+    "quantize": turbomind_quant.cli.quantize.quantize,
+    "evaluate": turbomind_quant.cli.evaluate.evaluate,
+}
 LAYERS = 4
 VOCAB = 264
 FAST = ("--group-size", "32", "--samples", "4", "--seqlen", "32", "--device", "cpu")
@@ -97,7 +99,7 @@ class Forked:
             os.environ["TMQ_CACHE"] = str(self._place / "cache")
             if prepare is not None:
                 prepare()
-            getattr(quant.commands, name).main(arguments)
+            COMMANDS[name].main(arguments)
         except SystemExit as leaving:
             code = leaving.code if isinstance(leaving.code, int) else 1
         except BaseException:

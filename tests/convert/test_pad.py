@@ -8,8 +8,8 @@ from tiny_models import random_tensors, write_model
 from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights
 from convert.config import ModelConfig
 from convert.errors import InputError
-from convert.hf_config import updated_config
-from convert.json_files import read_object
+from convert.folder.json_files import read_object
+from convert.hf.config import updated_config
 from convert.pad import PaddedCheckpoint, pad_checkpoint, padded_config
 from convert.readers import open_checkpoint
 

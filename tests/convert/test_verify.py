@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import random_tensors, write_model
 
-from convert.awq import AwqWriter
+from convert.awq.writer import AwqWriter
 from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights
 from convert.config import QuantFormat
 from convert.errors import InputError
+from convert.folder.output import OutputFolder
 from convert.inspect import count_parameters, inspect_path
 from convert.likeness import relative_rest
-from convert.manifest import OutputFolder
 from convert.pad import pad_checkpoint
 from convert.readers import open_checkpoint
 from convert.verify import _check_ranges, verify_path

@@ -9,8 +9,8 @@ import transformers
 from torch import Tensor
 
 from convert.readers import open_checkpoint
-from engine.model import Model, causal_attend
-from engine.perplexity import EvalTokens, perplexity
+from engine.measure.perplexity import EvalTokens, perplexity
+from engine.model.forward import Model, causal_attend
 
 pytestmark = pytest.mark.e2e
 PROMPT = "The lighthouse keeper wrote in his log that the winter of 1904 had been"

@@ -27,7 +27,7 @@ class Served:
 
     def __init__(self, model: Path, *flags: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "serve.commands", "serve", str(model), "--server-port", "0", "--model-name", "demo", *flags],
+            [sys.executable, "-m", "turbomind_quant.cli.tmq", "serve", str(model), "--server-port", "0", "--model-name", "demo", *flags],
             cwd=ROOT, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert self.process.stderr is not None
@@ -186,7 +186,7 @@ def test_chat_from_a_pipe(demo_model: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "serve.commands",
+        "turbomind_quant.cli.tmq",
         "chat",
         str(demo_model),
         "--max-tokens",

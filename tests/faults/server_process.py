@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fake_engine import FakeEngine, FakeTokenizer
 
 from serve.config import ServeConfig
-from serve.server import bind, serve_forever, set_up_logging
+from serve.http.server import bind, serve_forever, set_up_logging
 
 
 class MortalEngine(FakeEngine):

@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.attention import (
+from kernels.attention.launch import launch_decode
+from kernels.attention.paged import (
     allocate_workspace,
     decode_attention,
     decode_attention_reference,
     prefill_attention,
     rope_decode_attention,
 )
-from kernels.attention_triton import launch_decode
-from kernels.fused import (
+from kernels.block.fused import (
     add_rms_norm,
     rms_norm,
     rms_norm_reference,
@@ -21,8 +21,8 @@ from kernels.fused import (
     silu_mul,
     silu_mul_reference,
 )
-from kernels.kv8 import gather_kv, gather_kv_reference, store_kv, store_kv_reference
-from kernels.kv_cache import KVCache, StaticKV, allocate_cache
+from kernels.kv.int8 import gather_kv, gather_kv_reference, store_kv, store_kv_reference
+from kernels.kv.pages import KVCache, StaticKV, allocate_cache
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.dense_gemv import DenseTile, default_tile, dense_gemv, launch_dense_gemv, takes
-from kernels.fused import add_rms_norm
-from kernels.w4a16_unpack import DEPENDENT_MODES
+from kernels.block.dense_gemv import DenseTile, default_tile, dense_gemv, launch_dense_gemv, takes
+from kernels.block.fused import add_rms_norm
+from kernels.w4a16.unpack import DEPENDENT_MODES
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from engine.api import Request, SamplingParams
 from engine.config import EngineConfig
-from engine.core import EngineCore
 from engine.loading import make_core
-from engine.model import Model, causal_attend
-from engine.random_weights import random_checkpoint
-from engine.sampled import PendingSample
-from engine.sampling import Sampler
+from engine.model.forward import Model, causal_attend
+from engine.model.random_weights import random_checkpoint
+from engine.serving.core import EngineCore
+from engine.serving.sampled import PendingSample
+from engine.serving.sampling import Sampler
 
 pytestmark = [
     pytest.mark.gpu,
@@ -142,7 +142,7 @@ def test_a_captured_step_whose_sampling_fails_is_taken_again_from_the_same_token
             raise torch.OutOfMemoryError("injected")
         return PendingSample(tensors)
 
-    monkeypatch.setattr("engine.sampling.PendingSample", failing)
+    monkeypatch.setattr("engine.serving.sampling.PendingSample", failing)
     got = generate(engine(), batch)
     same = sum(got[r.id] == expected[r.id] for r in batch)
     assert same >= 3  # prompts share their chunks, and round otherwise

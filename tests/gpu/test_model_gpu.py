@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from convert.config import ModelConfig, QuantFormat
-from engine.attention import causal_attend
-from engine.cache import PagedAttend, PagedCache, StepBatch
 from engine.config import EngineConfig
-from engine.kv_simulation import KVSimulation
-from engine.model import Model
-from engine.perplexity import EvalTokens, perplexity
-from engine.random_weights import SHAPES, RandomCheckpoint
-from kernels.dense_gemv import dense_gemv
+from engine.measure.perplexity import EvalTokens, perplexity
+from engine.model.attention import causal_attend
+from engine.model.forward import Model
+from engine.model.kv_simulation import KVSimulation
+from engine.model.random_weights import SHAPES, RandomCheckpoint
+from engine.serving.cache import PagedAttend, PagedCache, StepBatch
+from kernels.block.dense_gemv import dense_gemv
 
 pytestmark = [
     pytest.mark.gpu,

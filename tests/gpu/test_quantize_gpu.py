@@ -8,13 +8,14 @@ from tiny_runs import LAYERS, files_of, write_runnable, write_text
 
 from convert.config import ModelConfig
 from convert.errors import InputError
-from engine.attention import causal_attend
-from quant.calibrate import block_file
-from quant.captured_steps import Steps
-from quant.commands import evaluate, quantize
-from quant.pass_work import PassWork
-from quant.statistics import load_statistics
-from quant.training import repeatable, training_attend
+from engine.model.attention import causal_attend
+from quant.learn.captured_steps import Steps
+from quant.learn.training import repeatable, training_attend
+from quant.state.end_to_end import PassWork
+from quant.statistics.block import load_statistics
+from quant.statistics.calibrate import block_file
+from turbomind_quant.cli.evaluate import evaluate
+from turbomind_quant.cli.quantize import quantize
 
 pytestmark = [
     pytest.mark.gpu,

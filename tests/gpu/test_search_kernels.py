@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kernels.clip import choose_ranges
-from kernels.gptq import descent_sweep, gptq_sweep
-from quant.clip import shrink_pairs
-from quant.gram import inverse_factor
+from kernels.search.clip import choose_ranges
+from kernels.search.sweeps import descent_sweep, gptq_sweep
+from quant.search.scales.clip import shrink_pairs
+from quant.statistics.gram import inverse_factor
 
 pytestmark = [
     pytest.mark.gpu,

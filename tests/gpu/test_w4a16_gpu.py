@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from kernels.int4 import Quantized
-from kernels.w4a16 import Tile, has_wgmma, run_tile, table_of, w4a16_linear, w4a16_reference
-from kernels.w4a16_gemv import GemvTile
-from kernels.w4a16_layout import W4Weight, pair, prepare, restore
-from kernels.w4a16_prefill import PrefillTile
-from kernels.w4a16_schedule import GemmTile, WgmmaTile
-from kernels.w4a16_split import SplitTile
+from kernels.w4a16.gemv import GemvTile
+from kernels.w4a16.layout import W4Weight, pair, prepare, restore
+from kernels.w4a16.prefill import PrefillTile
+from kernels.w4a16.product import Tile, has_wgmma, run_tile, table_of, w4a16_linear, w4a16_reference
+from kernels.w4a16.schedule import GemmTile, WgmmaTile
+from kernels.w4a16.split import SplitTile
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,7 +7,14 @@ import itertools, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernels import attention_decode, attention_merge, fused_triton, kv8_triton, w4a16_gemm, w4a16_gemv, w4a16_prefill, w4a16_split
+from kernels.attention import decode as attention_decode
+from kernels.attention import merge as attention_merge
+from kernels.block import fused_triton
+from kernels.kv import int8_triton as kv8_triton
+from kernels.w4a16 import gemm as w4a16_gemm
+from kernels.w4a16 import gemv as w4a16_gemv
+from kernels.w4a16 import prefill as w4a16_prefill
+from kernels.w4a16 import split as w4a16_split
 
 FLOATS = {"cos_ptr", "sin_ptr", "q_scale_ptr", "static_ptr", "partial_ptr", "lse_ptr"}
 INTS = {"params_ptr", "tables_ptr", "table_ptr", "lens_ptr", "arrivals_ptr"}

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant import block_search, distill, presets, rounding, targets
+from quant import recipes as presets
 from quant.config import QuantConfig
+from quant.learn import distill, rounding
+from quant.search import block_search
+from quant.search.rounding import targets
 from scripts import bench_quality
 from tests.tiny_runs import write_runnable
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from convert.readers import open_checkpoint
-from engine.attention import causal_attend
-from engine.model import Model
+from engine.model.attention import causal_attend
+from engine.model.forward import Model
 from kernels.int4 import quantize
 from scripts.plant_outliers import main as plant_main
 from scripts.plant_outliers import plant
@@ -45,7 +45,7 @@ def logits_of(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_trained_model_loads_and_has_learned(trained: Path) -> None:
-    from convert.tokenizer import load_tokenizer
+    from convert.tokenizer.tokenizer import load_tokenizer
 
     held = (trained / "held" / "text.txt").read_text()
     assert TEXT.endswith(held) and len(held) >= 0.25 * len(TEXT)

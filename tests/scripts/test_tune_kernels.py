@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kernels.w4a16 import Size, Tile, parse_table, pick
-from kernels.w4a16_gemv import GemvTile
-from kernels.w4a16_prefill import PrefillTile
-from kernels.w4a16_schedule import GemmTile, WgmmaTile
+from kernels.w4a16.gemv import GemvTile
+from kernels.w4a16.prefill import PrefillTile
+from kernels.w4a16.product import Size, Tile, parse_table, pick
+from kernels.w4a16.schedule import GemmTile, WgmmaTile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 

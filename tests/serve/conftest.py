@@ -6,8 +6,8 @@ import pytest
 from fake_engine import FakeEngine, FakeTokenizer
 from starlette.testclient import TestClient
 
-from serve.app import create_app
 from serve.config import ServeConfig
+from serve.http.app import create_app
 
 
 @pytest.fixture

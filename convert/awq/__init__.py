@@ -1,0 +1,1 @@
+"""AWQ "gemm" checkpoints, written."""

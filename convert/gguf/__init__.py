@@ -1,0 +1,1 @@
+"""GGUF files, read: weights, configuration and tokenizer."""

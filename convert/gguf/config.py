@@ -1,0 +1,132 @@
+"""The metadata of a GGUF file as a config.json: sizes, RoPE, special tokens. A row for each architecture that is read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convert.errors import InputError
+from convert.folder.json_files import show
+
+
+@dataclass(frozen=True)
+class GgufArchitecture:
+    """A row for each architecture that is read. `permuted`: llama.cpp stores the rows of q and k as interleaved pairs."""
+
+    architecture: str
+    model_type: str
+    permuted: bool
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+
+ARCHITECTURES = {
+    "llama": GgufArchitecture("LlamaForCausalLM", "llama", permuted=True),
+    "qwen2": GgufArchitecture("Qwen2ForCausalLM", "qwen2", permuted=False, qkv_bias=True),
+    "qwen3": GgufArchitecture("Qwen3ForCausalLM", "qwen3", permuted=False, qk_norm=True),
+}
+
+
+def gguf_config(
+    file: str, arch: str, row: GgufArchitecture, fields: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> dict[str, Any]:
+    def need(key: str) -> Any:
+        value = fields.get(f"{arch}.{key}")
+        if value is None:
+            raise InputError(
+                f"{show(file)}: the metadata key {arch}.{key} is missing. Download the file again."
+            )
+        return value
+
+    if fields.get(f"{arch}.expert_count"):
+        raise InputError(
+            f"{show(file)}: mixtures of experts are not read from GGUF. Use the model's safetensors."
+        )
+    if "token_embd.weight" not in tensors:
+        raise InputError(f"{show(file)} holds no token_embd.weight. Download it again.")
+    hidden, heads = need("embedding_length"), need("attention.head_count")
+    if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
+        raise InputError(f"{show(file)}: head counts that differ by layer are not supported.")
+    head_dim = fields.get(f"{arch}.attention.key_length", hidden // heads)
+    if fields.get(f"{arch}.rope.dimension_count", head_dim) != head_dim:
+        raise InputError(f"{show(file)}: only part of each head is rotated; that is not supported.")
+    matrices = [t.tensor_type.name for n, t in tensors.items() if len(t.shape) == 2]
+    dtype = {frozenset({"F16"}): "float16", frozenset({"BF16"}): "bfloat16"}.get(
+        frozenset(matrices), "float32"
+    )
+    config: dict[str, Any] = {
+        "architectures": [row.architecture],
+        "model_type": row.model_type,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": need("feed_forward_length"),
+        "num_hidden_layers": need("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.get(f"{arch}.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
+        "max_position_embeddings": need("context_length"),
+        "rms_norm_eps": _short(need("attention.layer_norm_rms_epsilon")),
+        "rope_theta": _short(fields.get(f"{arch}.rope.freq_base", 10000.0)),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": row.model_type == "llama" and "blk.0.attn_q.bias" in tensors,
+        "dtype": dtype,
+    }
+    scaling = _rope_scaling(file, arch, fields, tensors, config)
+    if scaling is not None:
+        config["rope_scaling"] = scaling
+    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        value = fields.get(f"tokenizer.ggml.{theirs}_token_id")
+        if value is not None:
+            config[f"{ours}_token_id"] = value
+    return config
+
+
+def _short(value: float) -> float:
+    """The shortest decimal that rounds to the same float32: metadata holds 1e-5 as 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _rope_scaling(
+    file: str, arch: str, fields: Mapping[str, Any], tensors: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    kind = fields.get(f"{arch}.rope.scaling.type")
+    factor = fields.get(f"{arch}.rope.scaling.factor")
+    original = fields.get(f"{arch}.rope.scaling.original_context_length")
+    if "rope_freqs.weight" in tensors:
+        return _llama3_scaling(file, torch.from_numpy(np.array(tensors["rope_freqs.weight"].data)), config)
+    if kind in (None, "none"):
+        return None
+    if kind not in ("linear", "yarn") or not factor:
+        raise InputError(
+            f"{show(file)}: RoPE scaling {show(repr(kind))} is not supported; expected linear or yarn."
+        )
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": _short(factor)}
+    if kind == "yarn" and original:
+        scaling["original_max_position_embeddings"] = original
+    return scaling
+
+
+def _llama3_scaling(file: str, factors: Tensor, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Llama 3.1 and 3.2 store the quotient old / new frequency; the published parameters that give it are looked up."""
+    dim = config["head_dim"]
+    frequency = 1.0 / config["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    wavelength = 2 * torch.pi / frequency
+    for factor in (8.0, 16.0, 32.0):
+        low, high, original = 1.0, 4.0, 8192
+        smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
+        expected = 1.0 / ((1 - smooth) / factor + smooth)
+        if factors.shape == expected.shape and torch.allclose(factors.double(), expected, rtol=1e-4):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
+    raise InputError(
+        f"{show(file)}: its RoPE frequency factors follow no published rule. Use the model's safetensors."
+    )

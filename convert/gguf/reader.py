@@ -1,0 +1,176 @@
+"""GGUF files become ordinary Hugging Face folders: weights dequantized, config, tokenizer and chat template from the metadata.
+
+Quantized tensors are written as float32, because w = d q + m has more significant bits than fp16 or bf16 hold: the file's own
+values are the reference of every figure made with it, so nothing may be lost. 16-bit tensors stay 16-bit.
+N out features, K in features, D head_dim.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convert.errors import InputError
+from convert.folder.disk_space import check_free_space
+from convert.folder.files import (
+    TEMP_SUFFIX,
+    atomic_write,
+    make_folder,
+    safetensors_chunks,
+    sha256_file,
+    sync_folder,
+    write_failure,
+    write_json,
+)
+from convert.folder.json_files import show
+from convert.gguf.config import ARCHITECTURES, GgufArchitecture, gguf_config
+from convert.gguf.file import open_gguf
+from convert.gguf.tokenizer import write_tokenizer
+from convert.hf.safetensors_files import check_finite
+from convert.hf.tensor_folder import INDEX_NAME
+
+LAYOUT_VERSION = 1  # of the folder that is written; part of its name in the cache
+
+
+BLOCK_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+}
+OTHER_TENSORS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+def default_cache(environment: Mapping[str, str]) -> Path:
+    """The cache folder: TMQ_CACHE of the given environment, else the user's cache. Called once, at the command line."""
+    if environment.get("TMQ_CACHE"):
+        return Path(environment["TMQ_CACHE"])
+    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turbomind-quant"
+
+
+def unpack_gguf(path: Path, cache_dir: Path | None = None) -> Path:
+    """The HF folder of a GGUF file, made on first use in the cache, under the digest of the file."""
+    cache = (default_cache({}) if cache_dir is None else cache_dir) / "gguf"
+    target = cache / f"{sha256_file(path)[:32]}-v{LAYOUT_VERSION}"
+    if not target.is_dir():
+        convert_gguf(path, target)
+    return target
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write the HF folder of a GGUF file; it appears whole or not at all. Raises InputError on a damaged or unknown file."""
+    reader = open_gguf(path)
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    name = fields.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise InputError(
+            f"{show(path.name)} has architecture {show(repr(name))}; known: {', '.join(ARCHITECTURES)}. Use the model's safetensors."
+        )
+    row = ARCHITECTURES[name]
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = gguf_config(path.name, name, row, fields, tensors)
+    size = sum(
+        int(t.n_elements) * (2 if t.tensor_type.name in ("F16", "BF16") else 4) for t in reader.tensors
+    )
+    make_folder(folder.parent)
+    check_free_space(folder.parent, size, f"unpacking {show(path.name)}")
+    temp = folder.with_name(f".{folder.name}.{os.getpid()}{TEMP_SUFFIX}")
+    try:
+        temp.mkdir()
+        _write_shards(temp, row, config, tensors)
+        write_tokenizer(temp, path.name, fields, config["vocab_size"], config["max_position_embeddings"])
+        write_json(temp / "config.json", config)
+        special = ("bos_token_id", "eos_token_id", "pad_token_id")
+        write_json(temp / "generation_config.json", {key: config[key] for key in special if key in config})
+        try:
+            temp.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process made the same folder meanwhile: use that
+                raise
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise write_failure(folder, error) from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def unpermute(tensor: Tensor, heads: int) -> Tensor:
+    """Rows (heads * D, ...) from llama.cpp's interleaved pairs (2j, 2j + 1) back to the two halves (j, j + D / 2) of each head."""
+    rows = tensor.shape[0]
+    paired = tensor.view(heads, rows // heads // 2, 2, *tensor.shape[1:])
+    return paired.transpose(1, 2).reshape(tensor.shape)
+
+
+def _load(tensor: Any) -> Tensor:
+    """One GGUF tensor, (N, K) or (N,), float32 for quantized types, else its own dtype."""
+    from gguf import quants
+
+    kind = tensor.tensor_type.name
+    try:
+        if kind in ("F32", "F16"):
+            values = torch.from_numpy(np.array(tensor.data))
+        else:
+            values = torch.from_numpy(
+                np.ascontiguousarray(quants.dequantize(tensor.data, tensor.tensor_type))
+            )
+            values = values.bfloat16() if kind == "BF16" else values.float()
+    except NotImplementedError as error:
+        raise InputError(
+            f"tensor {show(tensor.name)!r} has the GGUF type {kind}, which the gguf package cannot dequantize. Use another file."
+        ) from error
+    values = values.reshape([int(extent) for extent in reversed(tensor.shape)])
+    check_finite(tensor.name, values)
+    return values
+
+
+def _write_shards(
+    folder: Path, row: GgufArchitecture, config: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> None:
+    layers = config["num_hidden_layers"]
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    used = {"rope_freqs.weight"}
+    weight_map: dict[str, str] = {}
+    for index in range(layers + 1):
+        shard = f"model-{index:05d}-of-{layers:05d}.safetensors"
+        loaded: dict[str, Tensor] = {}
+        if index < layers:
+            for source, target in BLOCK_TENSORS.items():
+                for part in ("weight", "bias"):
+                    name = f"blk.{index}.{source}.{part}"
+                    if name not in tensors:
+                        continue
+                    used.add(name)
+                    value = _load(tensors[name])
+                    if row.permuted and source in heads:
+                        value = unpermute(value, heads[source])
+                    loaded[f"model.layers.{index}.{target}.{part}"] = value
+        else:
+            for name, target in OTHER_TENSORS.items():
+                if name in tensors:
+                    used.add(name)
+                    loaded[target] = _load(tensors[name])
+        atomic_write(folder / shard, safetensors_chunks(loaded))
+        weight_map |= dict.fromkeys(loaded, shard)
+    unknown = sorted(set(tensors) - used)
+    if unknown:
+        raise InputError(
+            f"{len(unknown)} tensors of the GGUF file have no place in a {row.model_type} model, the first is {show(unknown[0])!r}. "
+            "Use the model's safetensors."
+        )
+    write_json(folder / INDEX_NAME, {"metadata": {}, "weight_map": weight_map})

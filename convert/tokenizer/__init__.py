@@ -1,0 +1,1 @@
+"""Tokenizers of every family as one type, and chat templates."""

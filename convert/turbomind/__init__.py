@@ -1,0 +1,1 @@
+"""TurboMind workspaces of both dialects, written and read."""

@@ -1,0 +1,1 @@
+"""The one forward pass: blocks that calibration taps, perplexity runs and serving batches."""

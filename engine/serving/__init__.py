@@ -1,0 +1,1 @@
+"""Continuous batching: paged KV cache, scheduler, sampling, CUDA graphs."""

@@ -1,0 +1,1 @@
+"""Kernels of the search: choice of clip ranges, and the column sweeps of compensated rounding."""

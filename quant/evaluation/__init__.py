@@ -1,0 +1,1 @@
+"""Tables and reports: models judged on the same text."""

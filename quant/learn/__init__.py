@@ -1,0 +1,1 @@
+"""Learned rounding of a block and distillation of a whole model."""

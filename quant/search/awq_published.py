@@ -1,0 +1,254 @@
+"""AWQ: channel scales judged by the output of the block part that reads them, then clipping. Lin et al., AWQ, 2023.
+
+N out features, K in features, S samples, L tokens a sample. Two things are ours: a block is judged on the quantized stream, which
+is what it will read, and what makes a part's output worse than plain rounding is not taken.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from convert.checkpoint import BlockWeights, LinearWeights
+from convert.config import ModelConfig
+from convert.families.table import scale_groups
+from engine.model.block import Tap
+from kernels.int4 import Quantized, quantize, quantize_codes
+from quant.config import QuantConfig
+from quant.records import BlockResult, LinearReport, Streams
+from quant.search.scales.awq import candidates, exponents
+from quant.search.scales.clip import search_published_clip
+from quant.search.scales.folding import Fold, fold_norm, fold_rows, kv_fold, norm_fold, row_fold
+from quant.search.stored import to_float16
+from quant.statistics.gram import InputStats, fast_products, observe
+from quant.statistics.parts import Parts, linear
+
+GRID = 20
+NOT_CLIPPED = ("q", "k")  # as published: their product is attended to, not added
+
+
+def quantize_published(
+    weights: BlockWeights, config: ModelConfig, quant: QuantConfig, inputs: Streams, tap: Tap | None
+) -> BlockResult:
+    """One block; weights and norms are float32 on the device of the streams."""
+    search = _Search(weights, config, quant, inputs.quantized)
+    for before, readers in scale_groups(config):
+        search.scale(before, readers)
+    done, reports = search.finish()
+    parts = search.parts
+    dense, source = parts.dense(done), parts.dense(weights)
+    quantized = parts.map(lambda h: parts.block(h, dense, tap), inputs.quantized)
+    return BlockResult(
+        done, tuple(reports), Streams(parts.map(lambda h: parts.block(h, source), inputs.fp), quantized)
+    )
+
+
+class _Search:
+    """The block with the scales folded so far, and what each of its linears reads: x (S, L, H) through the block before its search."""
+
+    def __init__(self, weights: BlockWeights, config: ModelConfig, quant: QuantConfig, x: Tensor) -> None:
+        self.source = self.weights = weights
+        self.config, self.quant = config, quant
+        self.parts = Parts(config, x)
+        self.device = x.device
+        dense = self.parts.dense(weights)
+        attn_in = self.parts.map(lambda h: self.parts.norm(h, weights.norms["attn_norm"]), x)
+        self.inputs = {"q": attn_in, "o": self.parts.map(lambda h: self.parts.mixed(h, dense), attn_in)}
+        mid = x + self.parts.map(
+            lambda h: linear(h, weights.linears["o"], self.weight("o")), self.inputs["o"]
+        )
+        mlp_in = self.parts.map(lambda h: self.parts.norm(h, weights.norms["mlp_norm"]), mid)
+        self.inputs["gate"] = mlp_in
+        if not config.num_experts:
+            self.inputs["down"] = self.parts.map(lambda h: self.parts.gated(h, dense), mlp_in)
+        self.values: dict[str, dict[str, float]] = {}
+        self.stats: dict[str, InputStats] = {}
+        self.scales: dict[str, Tensor] = {}  # by role: what multiplies the columns
+
+    def weight(self, role: str) -> Tensor:
+        weight = self.source.linears[role].weight
+        assert isinstance(weight, Tensor)
+        return weight.float()
+
+    def key(self, role: str) -> str:
+        """Whose input this linear reads; experts are judged together, on what the norm gives them."""
+        part = role.rsplit(".", 1)[-1]
+        return {"k": "q", "v": "q", "up": "gate", "router": "gate"}.get(part, part)
+
+    def observed(self, role: str) -> InputStats:
+        key = self.key(role)
+        if key not in self.stats:
+            chunks = (self.inputs[key][part] for part in self.parts.slices())
+            self.stats[key] = observe(chunks, f"Block {self.weights.index}, {role}")
+        return self.stats[key]
+
+    def fold(self, before: str) -> Fold:
+        if before in self.source.norms:
+            return norm_fold(self.source.norms[before])
+        return kv_fold(self.weight(before), self.config) if before == "v" else row_fold(self.weight(before))
+
+    def scale(self, before: str, readers: tuple[str, ...]) -> None:
+        """Choose the scale of one group and fold it in; experts' own pairs (up, down) keep scale 1."""
+        roles = tuple(role for role in readers if role != "router" and self._fits(role))
+        if (
+            not roles
+            or self.key(roles[0]) not in self.inputs
+            or (before not in self.source.norms and not self._fits(before))
+        ):
+            return
+        fold, stats = self.fold(before), self.observed(roles[0])
+        stacked = torch.cat([self.weight(role) for role in roles])
+        grid = exponents(GRID)
+        scales = candidates(stacked, stats.mean_abs, self.quant.group_size, fold, grid)
+        losses = self._losses(roles, fold.spread(scales))
+        losses = losses.nan_to_num(nan=torch.inf)
+        chosen = int(losses.argmin())
+        scale = scales[chosen]
+        values = {"part_rtn": float(losses[0]), "part_scaled": float(losses[chosen])}
+        if chosen:
+            values |= {"alpha": grid[chosen - 1][0], "weight_term": float(grid[chosen - 1][1])}
+        linears = dict(self.weights.linears)
+        for role in readers:
+            part = linears[role]
+            assert isinstance(part.weight, Tensor)
+            linears[role] = replace(part, weight=part.weight.float() * fold.spread(scale))
+            self.scales[role] = fold.spread(scale)
+            self.values[role] = values
+        norms = dict(self.weights.norms)
+        if before in norms:
+            norms[before] = fold_norm(norms[before], scale)
+        else:
+            linears[before] = fold_rows(linears[before], scale)
+        self.weights = replace(self.weights, linears=linears, norms=norms)
+
+    def _fits(self, role: str) -> bool:
+        return self.source.linears[role].weight.shape[1] % self.quant.group_size == 0
+
+    def _losses(self, roles: tuple[str, ...], column_scales: Tensor) -> Tensor:
+        """Mean squared error of the part's output for every candidate (C, K): (C,)."""
+        key = self.key(roles[0])
+        losses = []
+        with fast_products():
+            if key in ("o", "down"):  # the part is the linear itself: the Gram form is its output error
+                weight, gram = self.weight(roles[0]), self.stats[key].gram
+                for scale in column_scales:
+                    delta = self._rounded(weight * scale).div_(scale).sub_(weight)
+                    losses.append((torch.matmul(delta, gram) * delta).sum())
+                return torch.stack(losses)
+            dense = self.parts.dense(self.source)
+            run = self.parts.attention if key == "q" else self.parts.mlp
+            wanted = [run(self.inputs[key][part], dense) for part in self.parts.slices()]
+            for scale in column_scales:
+                trial = dict(dense.linears)
+                for role in roles:
+                    rounded = self._rounded(self.weight(role) * scale).div_(scale)
+                    trial[role] = LinearWeights(rounded.to(wanted[0].dtype), trial[role].bias)
+                block = replace(dense, linears=trial)
+                total = torch.zeros((), dtype=torch.float64, device=self.device)
+                for part, good in zip(self.parts.slices(), wanted, strict=True):
+                    total += (
+                        (run(self.inputs[key][part], block) - good).float().pow(2).sum(dtype=torch.float64)
+                    )
+                losses.append(total / self.inputs[key].numel())
+        return torch.stack(losses).float()
+
+    def _rounded(self, weight: Tensor) -> Tensor:
+        return quantize(weight, self.quant.bits, self.quant.group_size).dequantize()
+
+    def finish(self) -> tuple[BlockWeights, list[LinearReport]]:
+        """Clip and round what the scales have made of the linears; a part that clipping harms is left unclipped."""
+        linears, reports = dict(self.weights.linears), []
+        rounded: dict[str, Quantized] = {}
+        clipped: dict[str, Quantized] = {}
+        for role, part in self.weights.linears.items():
+            if role == "router" or not self._fits(role):
+                continue
+            assert isinstance(part.weight, Tensor)
+            weight = part.weight.float()
+            rounded[role] = quantize(weight, self.quant.bits, self.quant.group_size)
+            clipped[role] = rounded[role] if role in NOT_CLIPPED else self._clip(role, weight)
+        for roles in self._parts_of(tuple(rounded)):
+            taken = self._better(roles, rounded, clipped)
+            for role in roles:
+                linears[role] = replace(self.weights.linears[role], weight=taken[role])
+        done = replace(self.weights, linears=linears)
+        for role in rounded:
+            reports.append(
+                self._report(role, linears[role].weight, taken_clip=linears[role].weight is clipped[role])
+            )
+        return to_float16(done), reports
+
+    def _parts_of(self, roles: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Linears judged together: those that read the attention's norm, o, those that read the other norm, each down."""
+        groups: dict[str, list[str]] = {}
+        for role in roles:
+            key = self.key(role)
+            groups.setdefault(key if key in self.inputs else role, []).append(role)
+        return [tuple(group) for group in groups.values()]
+
+    def _better(
+        self, roles: tuple[str, ...], rounded: dict[str, Quantized], clipped: dict[str, Quantized]
+    ) -> dict[str, Quantized]:
+        if self.key(roles[0]) not in self.inputs or all(clipped[role] is rounded[role] for role in roles):
+            return rounded
+        losses = [self._part_loss(roles, choice) for choice in (rounded, clipped)]
+        self.values.setdefault(roles[0], {})
+        for role in roles:
+            self.values[role] = {**self.values.get(role, {}), "part_after": min(losses)}
+        return clipped if losses[1] < losses[0] else rounded
+
+    def _part_loss(self, roles: tuple[str, ...], choice: dict[str, Quantized]) -> float:
+        """Error of the part's output with these linears, mean over tokens (o, down: summed over outputs)."""
+        key = self.key(roles[0])
+        back = {role: self._unfolded(role, choice[role]) for role in roles}
+        with fast_products():
+            if key in ("o", "down"):
+                delta = back[roles[0]] - self.weight(roles[0])
+                return float((torch.matmul(delta, self.stats[key].gram) * delta).sum())
+            dense = self.parts.dense(self.source)
+            run = self.parts.attention if key == "q" else self.parts.mlp
+            like = self.inputs[key]
+            trial = {
+                **dense.linears,
+                **{r: LinearWeights(w.to(like.dtype), dense.linears[r].bias) for r, w in back.items()},
+            }
+            block, total = replace(dense, linears=trial), 0.0
+            for part in self.parts.slices():
+                delta = run(like[part], block) - run(like[part], dense)
+                total += float(delta.float().pow(2).sum(dtype=torch.float64))
+        return total / like.numel()
+
+    def _unfolded(self, role: str, quantized: Quantized) -> Tensor:
+        """What a quantized linear is worth in the space of the source: without the scales of its columns and rows."""
+        weight = quantized.dequantize()
+        if role in self.scales:
+            weight = weight / self.scales[role]
+        for before, readers in scale_groups(self.config):
+            if before == role and readers[0] in self.scales:
+                weight = weight * self.fold(before).shrink(self.scales[readers[0]])[:, None]
+        return weight
+
+    def _clip(self, role: str, weight: Tensor) -> Quantized:
+        size, bits = self.quant.group_size, self.quant.bits
+        key = self.key(role)
+        if key not in self.inputs:
+            return quantize(weight, bits, size)
+        gram = self.observed(role).gram
+        column_scale = self.scales.get(role)
+        if column_scale is not None:
+            gram = gram / column_scale[:, None] / column_scale
+        scale, zero = search_published_clip(weight, gram, size, bits)
+        codes = quantize_codes(weight, scale, zero, size, bits)
+        return Quantized(codes.to(torch.uint8), scale.half(), zero.to(torch.uint8), size, bits)
+
+    def _report(self, role: str, quantized: Tensor | Quantized, *, taken_clip: bool) -> LinearReport:
+        assert isinstance(quantized, Quantized)
+        values = self.values.get(role, {})
+        steps = (("scale",) if "alpha" in values else ()) + (
+            ("clip",) if taken_clip and role not in NOT_CLIPPED else ()
+        )
+        before = values.get("part_rtn", 0.0)
+        after = values.get("part_after", values.get("part_scaled", before))
+        return LinearReport(
+            role, quantized.shape, before, values.get("part_scaled", before), after, steps, values=values
+        )

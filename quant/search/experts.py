@@ -1,0 +1,114 @@
+"""Mixtral's experts: one channel scale from the shared norm, then each expert on the tokens that are routed to it.
+
+The router reads the same norm and stays float: its columns take the scale over. E experts, K in features.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kernels.int4 import Quantized
+from quant.search.block_search import BlockSearch
+from quant.search.scales.folding import Fold, fold_norm, norm_fold, row_fold
+from quant.search.scales.joint import choose_scale, judged_by
+from quant.statistics.gram import InputStats, observe
+from quant.statistics.parts import Parts
+
+MIN_TOKENS = 64  # an expert that fewer tokens reach is searched on all of them
+
+
+def quantize_experts(search: BlockSearch, parts: Parts, mid: Tensor) -> Tensor:
+    """Gate, up and down of every expert; returns the stream after the block."""
+    norm = search.weights.norms["mlp_norm"]
+    h = parts.map(lambda part: parts.norm(part, norm), mid)
+    shared = observe((h[part] for part in parts.slices()), search.name("experts"))
+    fixed = _share_scale(search, shared, norm)
+    h = parts.map(lambda part: parts.norm(part, search.weights.norms["mlp_norm"]), mid)
+    column_scale = fixed.spread(fixed.snap(shared.mean_abs))
+    for part in ("in", "down_in"):
+        seen = _expert_inputs(search, parts, h, part)
+        for expert in range(search.config.num_experts):
+            name = f"experts.{expert}."
+            if part == "in":
+                stats = _scaled(_stats_or(seen.get(expert), search, name, None), column_scale) or shared
+                search.quantize((name + "gate", name + "up"), stats, fixed)
+            else:
+                cols = search.source.linears[name + "down"].weight.shape[1]
+                inner = _stats_or(seen.get(expert), search, name, cols)
+                assert inner is not None
+                solution = search.quantize((name + "down",), inner, row_fold(search.weight(name + "up")))
+                search.fold_back(name + "up", solution)
+    dense = parts.dense(search.weights)
+    return mid + parts.map(lambda part: parts.mlp(part, dense), h)
+
+
+def experts_from_statistics(search: BlockSearch, stats: Callable[[str], InputStats]) -> None:
+    """The same on saved statistics of the float stream."""
+    norm = search.source.norms["mlp_norm"]
+    shared = stats("mlp_in")
+    fixed = _share_scale(search, shared, norm)
+    for expert in range(search.config.num_experts):
+        name = f"experts.{expert}."
+        own = stats(name + "in")
+        search.quantize((name + "gate", name + "up"), own if own.tokens >= MIN_TOKENS else shared, fixed)
+        inner = stats(name + "down_in")
+        solution = search.quantize((name + "down",), inner, row_fold(search.weight(name + "up")))
+        search.fold_back(name + "up", solution)
+
+
+def _share_scale(search: BlockSearch, stats: InputStats, norm: Tensor) -> Fold:
+    """Choose the norm's scale for all experts at once and fold it; returns the fold that holds it fixed."""
+    roles = tuple(f"experts.{e}.{part}" for e in range(search.config.num_experts) for part in ("gate", "up"))
+    fold = norm_fold(norm)
+    scale = torch.ones_like(norm)
+    if search.plan.scale:
+        judged = judged_by(stats, search.plan)
+        scale = choose_scale(search.stack(roles), judged, fold, search.effort, search.quant)[0]
+    search.put_norm("mlp_norm", fold_norm(norm, scale))
+    router = search.weights.linears["router"]
+    if not isinstance(router.weight, Quantized):
+        search.put("router", replace(router, weight=router.weight.float() * scale))
+    return Fold(lambda value: value, lambda value: value, lambda value: scale.expand_as(value))
+
+
+def _expert_inputs(search: BlockSearch, parts: Parts, h: Tensor, what: str) -> dict[int, list[Tensor]]:
+    """What reaches each expert, by expert, in chunks of (tokens, K)."""
+    dense, seen = parts.dense(search.weights), dict[int, list[Tensor]]()
+    ending = "." + what
+
+    def tap(name: str, value: Tensor) -> None:
+        if name.startswith("experts.") and name.endswith(ending):
+            seen.setdefault(int(name.split(".")[1]), []).append(value)
+
+    for part in parts.slices():
+        parts.mlp(h[part], dense, tap)
+    return seen
+
+
+def _stats_or(
+    chunks: list[Tensor] | None, search: BlockSearch, name: str, cols: int | None
+) -> InputStats | None:
+    """Statistics of an expert's own tokens; with too few of them none, or, where cols is given, those of white noise."""
+    count = sum(len(chunk) for chunk in chunks or ())
+    if chunks and count >= MIN_TOKENS:
+        return observe((chunk[None] for chunk in chunks), search.name(name + "inputs"))
+    if cols is None:
+        return None
+    gram = torch.eye(cols, device=search.device)
+    return InputStats(gram, gram, gram, torch.ones(cols, device=search.device), count)
+
+
+def _scaled(stats: InputStats | None, column_scale: Tensor) -> InputStats | None:
+    """Statistics of inputs that a folded norm has divided by column_scale, as they were before."""
+    if stats is None:
+        return None
+    outer = column_scale[:, None] * column_scale
+    return replace(
+        stats,
+        gram=stats.gram * outer,
+        fit=stats.fit * outer,
+        hold=stats.hold * outer,
+        mean_abs=stats.mean_abs * column_scale,
+    )

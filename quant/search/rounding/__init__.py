@@ -1,0 +1,1 @@
+"""Codes of one stack of linears: error compensation, descent, and the targets they aim at."""

@@ -1,0 +1,1 @@
+"""Channel scales and clip ranges, chosen by the loss they leave."""

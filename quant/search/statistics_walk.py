@@ -1,0 +1,37 @@
+"""The linears of a block searched on saved statistics of the float stream, in place of text."""
+
+from quant.records import BlockResult, GramStatistics
+from quant.search.block_search import BlockSearch
+from quant.search.experts import experts_from_statistics
+from quant.search.scales.folding import Fold, fold_norm, kv_fold, norm_fold, row_fold
+from quant.search.stored import to_float16
+from quant.statistics.gram import InputStats, from_sums
+
+
+def search_on_statistics(search: BlockSearch, saved: GramStatistics) -> BlockResult:
+    """Quantize the block; no stream comes out."""
+
+    def stats(name: str) -> InputStats:
+        return from_sums(
+            saved.grams[name].to(search.device), saved.mean_abs[name].to(search.device), saved.tokens[name]
+        )
+
+    for roles, name, norm_role in (
+        (("q", "k", "v"), "attn_in", "attn_norm"),
+        (("gate", "up"), "mlp_in", "mlp_norm"),
+    ):
+        if roles[0] not in search.source.linears or not search.fits(roles[0]):
+            continue
+        norm = search.source.norms[norm_role]
+        solution = search.quantize(roles, stats(name), norm_fold(norm))
+        search.put_norm(norm_role, fold_norm(norm, solution.channel_scale))
+    lasts: list[tuple[str, str, str, Fold]] = [("o", "v", "o_in", kv_fold(search.weight("v"), search.config))]
+    if "down" in search.source.linears:
+        lasts.append(("down", "up", "down_in", row_fold(search.weight("up"))))
+    for role, before, name, fold in lasts:
+        if search.fits(role):
+            solution = search.quantize((role,), stats(name), fold)
+            search.fold_back(before, solution)
+    if search.config.num_experts:
+        experts_from_statistics(search, stats)
+    return BlockResult(to_float16(search.weights), tuple(search.reports), None)

@@ -1,0 +1,61 @@
+"""What makes two runs the same run: source, text, settings, versions, device kind. Flat, so that a difference has a name."""
+
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from convert.checkpoint import Checkpoint
+from quant.config import QuantConfig
+from quant.kv.key_smoothing import RULE
+from quant.learn import distill, rounding
+
+LIBRARIES = ("turbomind-quant", "torch", "transformers", "safetensors")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the tool and of what its bytes depend on."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def device_kind(device: torch.device | str) -> str:
+    """ "cpu", or the name of the GPU."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def run_fingerprint(
+    command: str,
+    ckpt: Checkpoint,
+    quant: QuantConfig,
+    text: dict[str, Any] | None,
+    device: torch.device | str,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The fingerprint of a run; `text` identifies what it reads (None: no text)."""
+    table: dict[str, Any] = {
+        "command": command,
+        "source": ckpt.digest(),
+        "model": str(ckpt.config),
+        "device": device_kind(device),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    table |= {f"version of {name}": number for name, number in library_versions().items()}
+    table |= {name: value for name, value in asdict(quant).items()}
+    if quant.kv_bits != 16:
+        table["smoothing of K"] = RULE
+    if quant.preset == "awq":
+        table["stream of the search"] = "quantized"
+    if quant.preset == "best":
+        table["learned rounding"] = str(asdict(rounding.LEARNING))
+    if quant.distill:
+        table["distillation"] = str(asdict(distill.DISTILLING))
+    table |= {f"text {name}": value for name, value in (text or {}).items()}
+    return table

@@ -1,0 +1,1 @@
+"""The calibration text of a run, read or written by the model itself."""

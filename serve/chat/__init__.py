@@ -1,0 +1,1 @@
+"""Conversations: what a chat talks to, the terminal chat and the API client."""

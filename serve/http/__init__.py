@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: app, gate, limits, life of the process."""

@@ -1,0 +1,45 @@
+"""What the routes share: one engine, one tokenizer, and the parts that guard them."""
+
+import time
+
+from engine.api import Engine
+from serve.config import ServeConfig
+from serve.http.errors import ApiError
+from serve.http.generation.admission import Admission
+from serve.http.generation.prompts import Prompts, Tokenizer
+from serve.http.generation.runs import Runs
+from serve.http.generation.sessions import Sessions
+from serve.http.health import Health
+from serve.http.metrics import Metrics
+
+
+class Service:
+    """The server without HTTP. Built once per app, inside or outside an event loop."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, config: ServeConfig) -> None:
+        self.config = config
+        stats = engine.stats()
+        self.model_name = config.model_name or stats.model or "model"
+        self.created = int(time.time())
+        self.metrics = Metrics()
+        self.admission = Admission(config.limits)
+        self.runs = Runs(engine, self.admission, self.metrics, config.limits)
+        self.prompts = Prompts(tokenizer, stats.context_length, config.limits)
+        self.sessions = Sessions(config.limits)
+        self.health = Health(engine, self.runs, config.limits.health_s)
+        self.metrics.watch(engine.stats, lambda: self.admission.pending, lambda: self.admission.refused_total)
+
+    def check_model(self, name: str | None) -> None:
+        """404 for a model that is not the served one; null is the served one."""
+        if name is not None and name != self.model_name:
+            raise ApiError(
+                404,
+                f"There is no model {name!r} here: this server has {self.model_name!r}.",
+                param="model",
+                code="model_not_found",
+            )
+
+    @property
+    def delivery_s(self) -> float:
+        """Seconds an answer may take as a whole, slow reading included."""
+        return self.config.limits.request_s + self.config.limits.delivery_s

@@ -1,0 +1,16 @@
+"""The terminal chat on a fake engine, for tests through a pty. Arguments: seconds a token takes, history file."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from fake_engine import FakeEngine, FakeTokenizer
+
+from serve.chat.backends import ChatSettings, EngineBackend
+from serve.chat.loop import chat
+
+backend = EngineBackend(FakeEngine(float(sys.argv[1])), FakeTokenizer(), "fake")
+settings = ChatSettings(max_tokens=int(sys.argv[3]))
+asyncio.run(chat(backend, settings, "", Path(sys.argv[2])))

@@ -1,0 +1,1 @@
+"""The front door: a Python library, and in `cli` the commands that translate flags into calls of it."""

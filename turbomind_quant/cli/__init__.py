@@ -1,0 +1,1 @@
+"""The commands `quantize`, `evaluate` and `tmq`: flags in, calls out, tables and JSON out."""

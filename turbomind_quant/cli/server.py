@@ -1,0 +1,177 @@
+"""The commands that listen: `tmq serve` and `tmq web`. Flags in, calls out; heavy imports wait inside."""
+
+import asyncio
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from convert.errors import UsageError
+from serve.config import ServeConfig
+from serve.http.limits import Limits
+from turbomind_quant.cli.notices import announce, need, waiting
+from turbomind_quant.cli.options import debug_option, together
+from turbomind_quant.cli.serve_options import (
+    KEY_VARIABLE,
+    SETTINGS,
+    client_key,
+    engine_config,
+    engine_options,
+    key_file_option,
+    model_source,
+    sequences_option,
+)
+
+if TYPE_CHECKING:
+    from serve.chat.backends import Backend
+
+
+@click.command(short_help="Serve a model: OpenAI-compatible API, health, metrics.", context_settings=SETTINGS)
+@click.argument("path")
+@click.option(
+    "--server-name", default=ServeConfig.server_name, show_default=True, help="Address to listen on."
+)
+@click.option(
+    "--server-port",
+    default=ServeConfig.server_port,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="0: any free one.",
+)
+@click.option("--model-name", default="", help="Name in the API. [default: the name of PATH]")
+@key_file_option
+@click.option(
+    "--allow-origin",
+    "allow_origins",
+    multiple=True,
+    help="Web site that may call the API (CORS); repeatable.",
+)
+@click.option(
+    "--max-pending",
+    default=Limits.pending,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Sequences running or waiting; beyond it 429.",
+)
+@click.option(
+    "--request-timeout",
+    default=Limits.request_s,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="Seconds for one request.",
+)
+@click.option(
+    "--drain-timeout",
+    default=ServeConfig.drain_s,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Seconds for running requests after SIGTERM.",
+)
+@click.option(
+    "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"])
+)
+@together(engine_options, sequences_option, debug_option)
+def serve(path: str, **flags: Any) -> int:
+    """Serve the model at PATH: an OpenAI-compatible API, LMDeploy's interactive endpoint, health and metrics.
+
+    The page at / of the server shows how to call it. LMDeploy's flags work, with hyphens or underscores. SIGTERM lets running
+    requests end; a second signal ends at once.
+
+    \b
+    Example:  tmq serve ./my-model-4bit --server-port 23333
+    Next:     tmq client http://127.0.0.1:23333
+    """
+    need("serve", "fastapi", "uvicorn", "prometheus_client")
+    from serve.http.auth import read_keys
+    from serve.http.server import bind, serve_forever, set_up_logging
+    from serve.local import open_model
+
+    keys = read_keys(flags["api_key_file"]) if flags["api_key_file"] else ()
+    if os.environ.get(KEY_VARIABLE):
+        keys = (*keys, os.environ[KEY_VARIABLE])
+    pending = flags["max_pending"]
+    limits = Limits(pending=pending, pending_per_client=pending, request_s=flags["request_timeout"])
+    try:
+        config = ServeConfig(
+            flags["server_name"],
+            flags["server_port"],
+            flags["model_name"],
+            keys,
+            flags["allow_origins"],
+            flags["drain_timeout"],
+            limits,
+        )
+    except ValueError as e:
+        raise UsageError(str(e)) from e
+    set_up_logging(flags["log_level"])
+    engine = engine_config(flags)
+    listener = bind(config)  # before the model is loaded: a port in use is told at once
+    with ExitStack() as stack:
+        stack.callback(listener.close)
+        with waiting(f"Loading {path}"):
+            model = stack.enter_context(open_model(model_source(path, flags), engine))
+        config = replace(
+            config, server_port=listener.getsockname()[1], model_name=config.model_name or model.name
+        )
+        announce(config)
+        return serve_forever(model.engine, model.tokenizer, config, listener)
+
+
+@click.command(short_help="Talk to models on a web page, side by side.", context_settings=SETTINGS)
+@click.argument("sources", nargs=-1, required=True, metavar="PATH|URL...")
+@click.option(
+    "--server-name", default=ServeConfig.server_name, show_default=True, help="Address to listen on."
+)
+@click.option(
+    "--server-port", default=6006, show_default=True, type=click.IntRange(0, 65535), help="0: any free one."
+)
+@key_file_option
+@together(engine_options, sequences_option, debug_option)
+def web(
+    sources: Sequence[str], server_name: str, server_port: int, api_key_file: Path | None, **flags: Any
+) -> int:
+    """A page to talk to models, side by side where several are given: PATH is loaded here, URL is a running server.
+
+    The page loads nothing from the network and listens on this machine only.
+
+    \b
+    Example:  tmq web ./my-model ./my-model-4bit
+              tmq web http://127.0.0.1:23333
+    """
+    need("web", "gradio")
+    need("serve", "fastapi", "uvicorn", "httpx")
+    from serve.chat.backends import EngineBackend
+    from serve.chat.client import HttpBackend
+    from serve.http.server import bind, serve_page, set_up_logging
+    from serve.local import open_model
+
+    if len(sources) > 4:
+        raise UsageError(f"{len(sources)} models were given: the page has room for 4.")
+    try:
+        config = ServeConfig(server_name, server_port)
+    except ValueError as e:
+        raise UsageError(str(e)) from e
+    if not config.is_loopback:
+        raise UsageError(
+            f"--server-name {server_name}: the page has no keys and listens on this machine only (127.0.0.1, ::1, localhost). "
+            "From elsewhere, use a tunnel: ssh -L 6006:127.0.0.1:6006 HOST."
+        )
+    set_up_logging("warning")
+    listener = bind(config)
+    with ExitStack() as stack:
+        stack.callback(listener.close)
+        backends: list[Backend] = []
+        for source in sources:
+            if source.startswith(("http://", "https://")):
+                backends.append(asyncio.run(HttpBackend.connect(source, client_key(api_key_file))))
+                continue
+            with waiting(f"Loading {source}"):
+                model = stack.enter_context(open_model(model_source(source, flags), engine_config(flags)))
+            backends.append(EngineBackend(model.engine, model.tokenizer, model.name, clip=True))
+            config = replace(config, server_port=listener.getsockname()[1])
+        click.echo(f"The page is at {config.base_url}  (Ctrl-C ends it)", err=True)
+        return serve_page(backends, config, listener)
