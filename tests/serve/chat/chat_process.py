@@ -4,7 +4,9 @@ import asyncio
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[level]) for level in (3, 2)
+]  # packages, then test modules
 
 from fake_engine import FakeEngine, FakeTokenizer
 
