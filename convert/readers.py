@@ -18,7 +18,7 @@ def open_checkpoint(
 
     Args:
         family: a family's name, which decides instead of config.json.
-        cache_dir: where a .gguf is unpacked and a hub model is fetched to; None: the user's cache.
+        cache_dir: where a .gguf is unpacked and a hub model is fetched to; None: the cache folder.
 
     Raises InputError when it is none of these or damaged.
     """

@@ -1,133 +1,104 @@
-"""What a long run says while it works: on a terminal a bar that moves, elsewhere one plain line a layer; all on stderr."""
+"""How far a long run is, as events to one listener. Shows nothing itself: the command line draws the events, a program may log them.
 
-import io
-import resource
-import sys
+Without a listener everything here is silent. Imports no torch.
+"""
+
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
+from typing import TYPE_CHECKING, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-from rich.progress import Progress as RichProgress
+from quant.memory import gpu_peak_gib, peak_rss_gib
 
-from quant.records import LinearReport
+if TYPE_CHECKING:
+    from quant.records import LinearReport
 
-GIB = 2**30
-QUIET_S = 5.0  # between plain lines of quick steps
-
-
-def peak_rss_gib() -> float:
-    """Largest resident memory of this process so far, in GiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024) / GIB
+Kind = Literal["note", "warning", "begin", "layer", "step", "end"]
 
 
-def gpu_peak_gib() -> float:
-    """Largest memory that torch has held on any GPU so far, in GiB; 0 without one."""
-    import torch
+@dataclass(frozen=True)
+class ProgressEvent:
+    """One piece of news.
 
-    if not torch.cuda.is_available():
-        return 0.0
-    return max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / GIB
+    A "note" or a "warning" is a sentence in `text`. A stage that counts begins once ("begin"), tells every decoder block ("layer") or
+    every other step ("step") that is done, and ends once ("end"); `text` of a layer or step holds its figures, as in "KL 0.0123".
+    """
+
+    stage: str  # what is being done: "awq default", "writing text"
+    kind: Kind
+    text: str = ""
+    done: int = 0  # layers or steps behind us, those of an earlier run included
+    total: int = 0
+    elapsed_s: float = 0.0  # since the stage began in this process
+    remaining_s: float | None = None  # as estimated from the steps so far; None before the first
+    memory_gib: float = 0.0  # the largest resident memory of this process so far
+    gpu_memory_gib: float = 0.0  # the largest memory that torch has held on any GPU so far
 
 
-def duration(seconds: float) -> str:
-    """Seconds as 42 s, 3 min 5 s or 2 h 7 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-class PatientConsole(Console):
-    """A console that falls silent where its reader has left, in place of ending the process."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
+Listener = Callable[[ProgressEvent], None]
 
 
 class Progress:
-    """Layers done, loss, time left and memory of one run. Silent until `start`."""
+    """One stage of a run: says sentences, counts layers or steps, measures the time. `listener` None: silent."""
 
-    def __init__(self, title: str, console: Console | None = None) -> None:
-        self.title = title
-        self.console = console or PatientConsole(stderr=True, highlight=False)
-        self._bar: RichProgress | None = None
+    def __init__(self, stage: str, listener: Listener | None = None) -> None:
+        self.stage, self.listener = stage, listener
         self._total = self._first = 0
-        self._begin = self._said_at = 0.0
-        self._begin_done = 0
+        self._begin: float | None = None
+
+    def new_stage(self, stage: str) -> "Progress":
+        """Another stage of the same run, told to the same listener."""
+        return Progress(stage, self.listener)
 
     def say(self, text: str) -> None:
-        """One line of text for the user."""
-        self._print(text, None)
+        """One sentence for the user."""
+        self._tell(ProgressEvent(self.stage, "note", text))
 
     def warn(self, text: str) -> None:
-        self._print(f"warning: {text}", "yellow")
-
-    def _print(self, text: str, style: str | None) -> None:
-        try:
-            self.console.print(text, style=style, markup=False, soft_wrap=True)
-        except OSError:  # the terminal is gone: hours of work do not end because nobody watches
-            self.console = Console(file=io.StringIO())
+        """One sentence about something that the user should look at."""
+        self._tell(ProgressEvent(self.stage, "warning", text))
 
     def start(self, total: int, first: int, notes: Sequence[str] = ()) -> None:
-        """Begin with block `first` of `total`."""
+        """Begin with layer or step `first` of `total`; `notes` are warnings about what an earlier run left."""
         for note in notes:
             self.warn(note)
         if first:
-            self.say(f"{self.title}: resuming at layer {first} of {total}; the layers before it are done.")
+            self.say(f"{self.stage}: resuming at layer {first} of {total}; the layers before it are done.")
         self._total, self._first, self._begin = total, first, time.monotonic()
-        if self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[news]}"),
-            )
-            self._bar = RichProgress(*columns, console=self.console, transient=True)
-            self._bar.start()
-            self._bar.add_task(self.title, total=total, completed=first, news="")
+        self._tell(ProgressEvent(self.stage, "begin", done=first, total=total))
 
-    def layer(self, index: int, reports: Sequence[LinearReport], warnings: Sequence[str]) -> None:
-        """Block `index` is done."""
+    def layer(self, index: int, reports: Sequence["LinearReport"], warnings: Sequence[str]) -> None:
+        """Decoder block `index` is done."""
         for warning in warnings:
             self.warn(warning)
-        done = index + 1 - self._first
-        elapsed = time.monotonic() - self._begin
-        left = elapsed / done * (self._total - index - 1)
-        parts = [loss_line(reports)] if reports else []
-        parts += [f"{duration(elapsed)} gone", f"{duration(left)} left", f"{peak_rss_gib():.1f} GiB"]
-        if (gpu := gpu_peak_gib()) > 0:
-            parts.append(f"GPU {gpu:.1f} GiB")
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=index + 1, news=", ".join(parts))
-        else:
-            self.say(f"{self.title}: layer {index + 1}/{self._total}, {', '.join(parts)}")
+        self._count("layer", index + 1, loss_line(reports) if reports else "")
 
-    def step(self, done: int, total: int, news: str = "") -> None:
-        """`done` of `total` steps of a kind that has no loss; the first call begins."""
-        if self._begin == 0.0:
+    def step(self, done: int, total: int, text: str = "") -> None:
+        """`done` of `total` steps that are no layers; the first call begins the stage."""
+        if self._begin is None:
             self.start(total, 0)
-            self._begin_done = done
-        parts = [news] if news else []
-        elapsed = time.monotonic() - self._begin
-        if done > self._begin_done:
-            left = elapsed / (done - self._begin_done) * (total - done)
-            parts.append(f"{duration(left)} left")
-        parts.append(f"{peak_rss_gib():.1f} GiB")
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, news=", ".join(parts))
-        elif done == total or time.monotonic() - self._said_at >= QUIET_S:
-            self._said_at = time.monotonic()
-            self.say(f"{self.title}: {done}/{total}, {', '.join(parts)}")
+            self._first = done
+        self._count("step", done, text)
+
+    def _count(self, kind: Literal["layer", "step"], done: int, text: str) -> None:
+        elapsed = time.monotonic() - (self._begin or 0.0)
+        fresh = done - self._first
+        remaining = elapsed / fresh * (self._total - done) if fresh > 0 else None
+        event = ProgressEvent(
+            self.stage, kind, text, done, self._total, elapsed, remaining, peak_rss_gib(), gpu_peak_gib()
+        )
+        self._tell(event)
 
     def stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """The stage is over, at its end or before; a stage that never began has none."""
+        if self._begin is not None:
+            self._begin = None
+            self._tell(ProgressEvent(self.stage, "end", total=self._total))
+
+    def _tell(self, event: ProgressEvent) -> None:
+        if self.listener is not None:
+            self.listener(event)
 
     def __enter__(self) -> "Progress":
         return self
@@ -138,8 +109,8 @@ class Progress:
         self.stop()
 
 
-def loss_line(reports: Sequence[LinearReport]) -> str:
-    """The loss of a block's linears, rounding to nearest against what was kept."""
+def loss_line(reports: Sequence["LinearReport"]) -> str:
+    """The summed loss of a block's linears: of round to nearest, and of what was kept."""
     rtn = sum(report.loss_rtn for report in reports)
     after = sum(report.loss_after for report in reports)
     if rtn <= 0 or after == rtn:

@@ -23,7 +23,8 @@ from quant.config import QuantConfig
 from quant.estimate import needs_float_stream, ragged_roles
 from quant.evaluation.layer_report import above_rtn, far_above
 from quant.kv.parameters import KV_FILE, kv_parameters
-from quant.progress import Progress, gpu_peak_gib, peak_rss_gib
+from quant.memory import gpu_peak_gib, peak_rss_gib
+from quant.progress import Progress
 from quant.records import Streams
 from quant.state.end_to_end import PassWork
 from quant.state.fingerprint import device_kind, library_versions
@@ -120,7 +121,7 @@ def quantize_model(
     if isinstance(store, HeldBlocks):
         assert isinstance(source, CalibrationSet)
         held = [store.read_block(index) for index in range(layers)]
-        with Progress("end-to-end pass over scales and norms", progress.console) as shown:
+        with progress.new_stage("end-to-end pass over scales and norms") as shown:
             keeper = PassWork(folder.work, shown)
             blocks, norm, distilled = distill_blocks(ckpt, held, quant, source.tokens, device, keeper)
         writer = AwqWriter(folder, WithFinalNorm(ckpt, norm), writer.fmt)

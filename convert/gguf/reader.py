@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from convert.errors import InputError
+from convert.folder.cache import cache_folder
 from convert.folder.disk_space import check_free_space
 from convert.folder.files import (
     TEMP_SUFFIX,
@@ -57,16 +58,9 @@ OTHER_TENSORS = {
 }
 
 
-def default_cache(environment: Mapping[str, str]) -> Path:
-    """The cache folder: TMQ_CACHE of the given environment, else the user's cache. Called once, at the command line."""
-    if environment.get("TMQ_CACHE"):
-        return Path(environment["TMQ_CACHE"])
-    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "turbomind-quant"
-
-
 def unpack_gguf(path: Path, cache_dir: Path | None = None) -> Path:
     """The HF folder of a GGUF file, made on first use in the cache, under the digest of the file."""
-    cache = (default_cache({}) if cache_dir is None else cache_dir) / "gguf"
+    cache = (cache_folder() if cache_dir is None else cache_dir) / "gguf"
     target = cache / f"{sha256_file(path)[:32]}-v{LAYOUT_VERSION}"
     if not target.is_dir():
         convert_gguf(path, target)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from convert.errors import InputError
+from convert.folder.cache import cache_folder
 from convert.folder.json_files import show
 
 WANTED = ["*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"]
@@ -15,12 +16,12 @@ def is_hub_name(name: str) -> bool:
 
 
 def fetch_from_hub(name: str, cache_dir: Path | None = None) -> Path:
-    """The folder of a downloaded snapshot. Raises InputError when it cannot be had; nothing in it is executed."""
+    """The folder of a downloaded snapshot, kept under `cache_dir` (None: the cache folder). Raises InputError when it cannot be had; nothing in it is executed."""
     from huggingface_hub import snapshot_download
 
     try:
         folder = snapshot_download(
-            name, allow_patterns=WANTED, cache_dir=None if cache_dir is None else cache_dir / "hub"
+            name, allow_patterns=WANTED, cache_dir=(cache_dir or cache_folder()) / "hub"
         )
     except Exception as error:  # the library raises many types, among them those of its HTTP client
         raise InputError(

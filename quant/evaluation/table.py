@@ -23,7 +23,7 @@ from quant.config import QuantConfig
 from quant.evaluation.peers import quantize_with
 from quant.evaluation.perplexity import Judgement, judge, release
 from quant.kv.parameters import kv_parameters
-from quant.progress import gpu_peak_gib, peak_rss_gib
+from quant.memory import gpu_peak_gib, peak_rss_gib
 from quant.state.held_blocks import WithFinalNorm
 from quant.walk import HeadRanges, distill_blocks, first_streams, measure_ranges, walk
 

@@ -17,7 +17,7 @@ from quant.estimate import (
     statistics_bytes,
 )
 from quant.learn.distill import DISTILLING, window_of
-from quant.progress import PatientConsole, Progress, duration
+from quant.progress import Progress
 from turbomind_quant.cli import jobs
 
 LLAMA_7B = ModelConfig(
@@ -86,29 +86,6 @@ def test_the_limit_of_a_container_counts(case, container, capsys):
     (container / "max").write_text("max\n")
     limit = memory.memory_limit_bytes()
     assert limit is None or limit > 2**31
-
-
-def test_durations_are_words():
-    assert [duration(s) for s in (0.4, 59.6, 185, 7620)] == ["0 s", "1 min 0 s", "3 min 5 s", "2 h 7 min"]
-
-
-def test_a_terminal_that_is_gone_does_not_end_the_run():
-    class Gone:
-        encoding = "utf-8"
-
-        def write(self, text):
-            raise BrokenPipeError
-
-        def flush(self):
-            raise BrokenPipeError
-
-        def isatty(self):
-            return False
-
-    progress = Progress("test", PatientConsole(file=Gone()))
-    progress.start(2, 0)
-    progress.layer(0, (), ["warning"])
-    progress.layer(1, (), [])
 
 
 def test_best_says_where_the_text_is_too_little_to_learn_from() -> None:

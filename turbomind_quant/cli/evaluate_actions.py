@@ -10,6 +10,7 @@ from rich.table import Table
 from calib_data.sources import TextRequest, load_blocks
 from convert.checkpoint import Checkpoint
 from convert.errors import UsageError
+from convert.folder.cache import cache_folder
 from convert.folder.files import write_json
 from convert.readers import open_checkpoint
 from engine.loading import use_device
@@ -32,8 +33,9 @@ from quant.evaluation.perplexity import (
 )
 from quant.evaluation.table import DISTILLED, METHODS, NAMES, Row, TableRequest, evaluate_table, needs_ranges
 from quant.progress import Progress
-from turbomind_quant.cli.jobs import cache_folder, fit_seqlen, open_source, tokenizer_of
+from turbomind_quant.cli.jobs import fit_seqlen, open_source, tokenizer_of
 from turbomind_quant.cli.outcome import Outcome
+from turbomind_quant.cli.progress import ShownProgress
 
 Flags = Mapping[str, Any]
 
@@ -46,9 +48,9 @@ def run_ppl(paths: Sequence[str], flags: Flags) -> Outcome:
     rows: list[Judged] = []
     first: PerplexityResult | None = None
     reference: Reference | None = None
-    with Progress("evaluate ppl") as progress:
+    with Progress("evaluate ppl", ShownProgress()) as progress:
         for path in paths:
-            ckpt = open_checkpoint(path, family=flags["family"], cache_dir=cache_folder())
+            ckpt = open_checkpoint(path, family=flags["family"])
             tokens = tokens_of(text, tokenizer_of(ckpt, flags), ckpt)
             kv = simulation(ckpt, flags["kv_bits"], flags["kv_mode"])
             dtype = compute_dtype(ckpt.config, device, flags["dtype"])
@@ -112,7 +114,7 @@ def run_table(model: str, flags: Flags) -> Outcome:
     dtype = compute_dtype(ckpt.config, device, flags["dtype"])
     tokenizer = tokenizer_of(ckpt, flags)
     eval_tokens = tokens_of(load_eval_text(flags["dataset"], flags["text"]), tokenizer, ckpt)
-    with Progress("evaluate table") as progress:
+    with Progress("evaluate table", ShownProgress()) as progress:
         text = None
         if (
             request.peers
@@ -130,7 +132,7 @@ def run_table(model: str, flags: Flags) -> Outcome:
                 flags["allow_fewer"],
             )
             if source.is_generated:
-                with Progress("writing text") as writing:
+                with progress.new_stage("writing text") as writing:
                     text = write_text(
                         source,
                         ckpt,

@@ -5,16 +5,17 @@ from pathlib import Path
 from convert.errors import InputError
 from convert.folder.output import folder_state
 from convert.readers import open_checkpoint
-from quant.progress import Progress, duration
-from turbomind_quant.cli.jobs import Flags, cache_folder
+from quant.progress import Progress
+from turbomind_quant.cli.jobs import Flags
 from turbomind_quant.cli.outcome import Outcome
+from turbomind_quant.cli.progress import ShownProgress, duration
 
 
 def run_pack(path: str, out: Path, flags: Flags) -> Outcome:
     """`quantize pack`."""
     from convert.turbomind.writer import estimate_bytes, plan_packing, write_workspace
 
-    ckpt = open_checkpoint(path, family=flags["family"], cache_dir=cache_folder())
+    ckpt = open_checkpoint(path, family=flags["family"])
     if flags["dry_run"]:
         packing = plan_packing(ckpt, flags["tp"], flags["dialect"], flags["dtype"])
         size = estimate_bytes(packing)
@@ -31,7 +32,7 @@ def run_pack(path: str, out: Path, flags: Flags) -> Outcome:
                 f"pack: {packing.weight_type}, tp {flags['tp']}, {size / 2**20:,.0f} MiB; output folder {out}: {state.value}"
             ],
         )
-    with Progress("pack") as progress:
+    with Progress("pack", ShownProgress()) as progress:
         for note in ckpt.notes:
             progress.say(f"note: {note}")
         result = write_workspace(
@@ -60,7 +61,7 @@ def run_unpack(path: str, out: Path, flags: Flags) -> Outcome:
     ckpt = open_checkpoint(path)
     if not isinstance(ckpt, WorkspaceCheckpoint):
         raise InputError(f"{path} is no TurboMind workspace but {ckpt.kind}: there is nothing to unpack.")
-    with Progress("unpack") as progress:
+    with Progress("unpack", ShownProgress()) as progress:
         for note in ckpt.notes:
             progress.say(f"note: {note}")
         result = unpack_workspace(ckpt, out, restart=not flags["resume"], progress=progress.step)
@@ -73,8 +74,8 @@ def run_verify(path: str, flags: Flags) -> Outcome:
     from convert.verify import verify_path
 
     source = None if flags["source"] is None else Path(flags["source"])
-    with Progress("verify") as progress:
-        report = verify_path(Path(path), source, cache_dir=cache_folder(), progress=progress.step)
+    with Progress("verify", ShownProgress()) as progress:
+        report = verify_path(Path(path), source, progress=progress.step)
     marks = {True: "ok  ", False: "FAIL"}
     lines = [f"{marks[check.passed]} {check.name}: {check.detail}" for check in report.checks]
     lines += [f"note: {note}" for note in report.notes]

@@ -1,6 +1,5 @@
 """The common ground of `quantize calibrate` and `quantize awq`: model, text, device and place, checked before anything starts."""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +12,10 @@ from calib_data.sources import TextRequest
 from convert.checkpoint import Checkpoint
 from convert.config import ModelConfig
 from convert.errors import InputError, ResourceError, UsageError
+from convert.folder.cache import cache_folder
 from convert.folder.disk_space import check_free_space
 from convert.folder.files import check_output_place
 from convert.folder.output import OutputFolder, folder_state, read_manifest
-from convert.gguf.reader import default_cache
 from convert.readers import open_checkpoint
 from engine.loading import use_device
 from engine.model.forward import compute_dtype
@@ -44,14 +43,9 @@ class Job:
     dry_run: bool
 
 
-def cache_folder() -> Path:
-    """Where unpacked .gguf files, fetched models and self-written texts are kept: TMQ_CACHE, else the user's cache."""
-    return default_cache(os.environ)
-
-
 def open_source(model: str, flags: Flags, pad_to: int | None = None) -> Checkpoint:
     """The float checkpoint to work on, padded where asked. Raises InputError for one that is quantized already."""
-    ckpt = open_checkpoint(model, family=flags.get("family"), cache_dir=cache_folder())
+    ckpt = open_checkpoint(model, family=flags.get("family"))
     if ckpt.config.quantization is not None:
         raise InputError(
             f"{model} is quantized already ({ckpt.kind}): give the float model that it was made from. `quantize pack`, `evaluate` "
@@ -149,7 +143,7 @@ def with_text(
         if folder.finished:
             return finished_outcome(job.out)
         if text is None:
-            with Progress("writing text") as writing:
+            with progress.new_stage("writing text") as writing:
                 text = write_text(
                     job.request,
                     job.ckpt,

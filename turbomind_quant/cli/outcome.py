@@ -7,7 +7,7 @@ from typing import Any
 import click
 from rich.console import RenderableType
 
-from quant.progress import PatientConsole
+from turbomind_quant.cli.progress import PatientConsole
 
 SHOWN = 12  # warnings and notes that are printed; all stand in the manifest
 PLAIN_WIDTH = 160  # of tables that go to a file or a pipe

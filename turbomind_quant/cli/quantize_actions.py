@@ -12,10 +12,11 @@ from convert.folder.output import OutputFolder
 from convert.tokenizer.tokenizer import check_tokenizer
 from quant.config import QuantConfig
 from quant.estimate import Plan, plan_calibration, plan_quantization, refuse_ragged
-from quant.progress import Progress, duration
+from quant.progress import Progress
 from quant.state.fingerprint import run_fingerprint
 from turbomind_quant.cli.jobs import Flags, Job, announce, finished_outcome, make_job, with_text
 from turbomind_quant.cli.outcome import SHOWN, Outcome
+from turbomind_quant.cli.progress import ShownProgress, duration
 
 TEXT_NAMES = ("calib_data", "text_column", "allow_fewer")  # what to read and how
 TEXT_AMOUNTS = ("samples", "seqlen", "seed")  # settings that a loop over all presets gives to each
@@ -26,7 +27,7 @@ def run_calibrate(model: str, out: Path, quant: QuantConfig, flags: Flags, seqle
     from quant.statistics.calibrate import calibrate
 
     job = make_job(model, out, quant, flags, seqlen_given, None)
-    with Progress("calibrate") as progress:
+    with Progress("calibrate", ShownProgress()) as progress:
         plan = plan_calibration(job.ckpt.config, job.quant, job.device, job.dtype, job.request.is_generated)
         if (dry := announce(job, plan, progress)) is not None:
             return dry
@@ -66,7 +67,7 @@ def run_awq(
     job = make_job(model, out, quant, flags, seqlen_given, quant.group_size if flags["pad"] else None)
     if not needs_text:  # else it is loaded for the text
         check_tokenizer(job.ckpt.tokenizer_dir)
-    with Progress(f"awq {quant.preset}") as progress:
+    with Progress(f"awq {quant.preset}", ShownProgress()) as progress:
         if idle:
             progress.say(f"note: {idle}")
         refuse_ragged(job.ckpt.config, job.quant)

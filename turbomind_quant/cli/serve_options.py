@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from convert.errors import UsageError
+from convert.folder.cache import cache_folder
 from engine.config import EngineConfig
 from engine.source import ModelSource
 from turbomind_quant.cli.options import device_options, family_option, together
@@ -136,5 +137,4 @@ def client_key(file: Path | None) -> str | None:
 
 def history_file() -> Path:
     """Where the terminal keeps what was typed."""
-    cache = os.environ.get("TMQ_CACHE") or os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "turbomind-quant" / "chat-history"
+    return cache_folder() / "chat-history"

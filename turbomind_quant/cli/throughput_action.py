@@ -17,6 +17,7 @@ from engine.measure.trace import TraceEntry, generate_trace, read_trace
 from engine.source import ModelSource
 from quant.progress import Progress
 from turbomind_quant.cli.outcome import Outcome
+from turbomind_quant.cli.progress import ShownProgress
 
 Flags = Mapping[str, Any]
 
@@ -26,7 +27,7 @@ def run_throughput(paths: Sequence[str], flags: Flags) -> Outcome:
     device = use_device(flags["device"])
     workload = workload_of(flags)
     contenders = contenders_of(paths, flags, workload, device)
-    with Progress("evaluate throughput") as progress:
+    with Progress("evaluate throughput", ShownProgress()) as progress:
 
         def tell(name: str, news: ThroughputRow | ResourceError) -> None:
             if isinstance(news, ResourceError):
