@@ -8,10 +8,10 @@ sys.path[:0] = [
     str(Path(__file__).resolve().parents[level]) for level in (2, 1)
 ]  # packages, then test modules
 
-from fake_engine import FakeEngine, FakeTokenizer
+from fake_engine import FakeEngine, FakeTokenizer  # noqa: E402
 
-from serve.config import ServeConfig
-from serve.http.server import bind, serve_forever, set_up_logging
+from serve.config import ServeConfig  # noqa: E402
+from serve.http.server import bind, serve_forever, set_up_logging  # noqa: E402
 
 
 class MortalEngine(FakeEngine):

@@ -8,10 +8,10 @@ sys.path[:0] = [
     str(Path(__file__).resolve().parents[level]) for level in (3, 2)
 ]  # packages, then test modules
 
-from fake_engine import FakeEngine, FakeTokenizer
+from fake_engine import FakeEngine, FakeTokenizer  # noqa: E402
 
-from serve.chat.backends import ChatSettings, EngineBackend
-from serve.chat.loop import chat
+from serve.chat.backends import ChatSettings, EngineBackend  # noqa: E402
+from serve.chat.loop import chat  # noqa: E402
 
 backend = EngineBackend(FakeEngine(float(sys.argv[1])), FakeTokenizer(), "fake")
 settings = ChatSettings(max_tokens=int(sys.argv[3]))
