@@ -26,6 +26,7 @@ from quant.kv.parameters import KV_FILE, kv_parameters
 from quant.memory import gpu_peak_gib, peak_rss_gib
 from quant.progress import Progress
 from quant.records import Streams
+from quant.stage_clock import block_done, stage
 from quant.state.end_to_end import PassWork
 from quant.state.fingerprint import device_kind, library_versions
 from quant.state.frontier import Frontier, Resumption
@@ -91,7 +92,8 @@ def quantize_model(
     layers = ckpt.config.num_layers
     ragged = ragged_roles(ckpt.config, quant.group_size)
     writer = AwqWriter(folder, ckpt, quant_format(ckpt, quant, ragged))
-    writer.rest()  # read once now: damage there would show behind the last block
+    with stage("check the tensors outside the blocks"):
+        writer.rest()  # read once now: damage there would show behind the last block
     # An end-to-end pass changes every block once more: until then they are held, so that a kill in it mixes nothing.
     store = HeldBlocks(folder.work, quant.bits, quant.group_size) if quant.distill else writer
     frontier = Frontier(folder.work)
@@ -99,7 +101,8 @@ def quantize_model(
     records = resumed.records
     progress.start(layers, resumed.first, frontier.notes)
     for step in _steps(ckpt, quant, source, device, dtype, resumed):
-        store.write_block(step.index, step.result.weights)
+        with stage("write the block"):
+            store.write_block(step.index, step.result.weights)
         record = {
             "reports": [report_record(report, step.index) for report in step.result.reports],
             "warnings": step.warnings,
@@ -110,10 +113,12 @@ def quantize_model(
         frontier.record(step.index, record)
         saved = _saved(step.result.streams)
         if step.index + 1 < layers and frontier.is_due(saved):
-            frontier.save(step.index + 1, saved)
+            with stage("save the hidden states"):
+                frontier.save(step.index + 1, saved)
         elif step.index + 1 == layers and quant.distill:
             frontier.save(layers, {})  # a pass that is interrupted finds all blocks done
         progress.layer(step.index, step.result.reports, step.warnings)
+        block_done()
     progress.stop()
     ckpt.check_unchanged()
     ranges = [None if record["ranges"] is None else ranges_of(record["ranges"]) for record in records]
@@ -143,7 +148,8 @@ def quantize_model(
         folder.save_tensors(KV_FILE, parameters)
         warnings += notes
     standing_out = above_rtn(reports) + far_above(reports)
-    writer.finish_files()
+    with stage("write what lies outside the blocks"):
+        writer.finish_files()
     facts = {
         "kind": "awq",
         "bits": quant.bits,

@@ -19,6 +19,7 @@ from quant.kv.parameters import folded_ranges
 from quant.learn.distill import Keeper, distill
 from quant.learn.sensitivity import fits_whole, measure_sensitivity
 from quant.records import BlockResult, LinearReport, Streams, dead_channels
+from quant.stage_clock import stage
 from quant.statistics.block import BlockStatistics, SavedStatistics
 from quant.statistics.calibrate import StatisticsFolder
 from quant.statistics.chunks import ChunkMemory
@@ -65,7 +66,8 @@ def first_streams(
     ckpt: Checkpoint, tokens: Tensor, quant: QuantConfig, device: torch.device, dtype: torch.dtype
 ) -> Streams:
     """Hidden states before the first block; two streams only where the preset looks at both."""
-    start = embed_tokens(ckpt, tokens, device, dtype)
+    with stage("embedding"):
+        start = embed_tokens(ckpt, tokens, device, dtype)
     return Streams(start.clone() if needs_float_stream(quant) else start, start)
 
 
@@ -112,7 +114,8 @@ def walk(
         return result, ranges or None, moved
 
     for index in range(first, ckpt.config.num_layers):
-        weights = ckpt.block(index)
+        with stage("read weights"):
+            weights = ckpt.block(index)
         saved = source.block(index) if isinstance(source, StatisticsFolder) else None
         step = partial(search, weights, saved, metrics[index] if metrics else None)
         (result, ranges, moved), note = memory.run(step, f"layer {index}")

@@ -27,6 +27,7 @@ from quant.learn.training import (
     training_attend,
 )
 from quant.records import LinearReport
+from quant.stage_clock import stage
 from quant.statistics.chunks import chunks
 from quant.statistics.gram import fast_products
 from quant.statistics.parts import Parts
@@ -62,6 +63,7 @@ LEARNING = Learning()
 _STEADY_STEPS = 100  # fewer steps than these are not made longer
 
 
+@stage("learned rounding")
 def learn_block(
     block: BlockWeights,
     latents: Mapping[str, Tensor],

@@ -18,6 +18,7 @@ from quant.search.rounding.targets import CrossSums
 from quant.search.scales.folding import Fold, fold_rows
 from quant.search.solve import solve
 from quant.search.stored import is_quantized
+from quant.stage_clock import stage
 from quant.statistics.gram import InputStats, observe
 from quant.statistics.parts import Parts
 
@@ -33,7 +34,8 @@ class BlockSearch:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        to = {role: _move(part, device) for role, part in weights.linears.items()}
+        with stage("move weights to the device"):
+            to = {role: _move(part, device) for role, part in weights.linears.items()}
         norms = {role: norm.to(device).float() for role, norm in weights.norms.items()}
         self.weights = replace(weights, linears=to, norms=norms)
         self.source = self.weights
@@ -60,7 +62,8 @@ class BlockSearch:
         stack = self.stack(roles)
         solution, reports = solve(stack, stats, fold, self.plan, self.effort, self.quant, cross)
         self.reports += reports
-        latent = free_codes(solution, stack.weight, stats) if self.plan.learn else None
+        with stage("free codes"):
+            latent = free_codes(solution, stack.weight, stats) if self.plan.learn else None
         start = 0
         for role, rows in zip(roles, stack.rows, strict=True):
             if latent is not None:
@@ -72,7 +75,8 @@ class BlockSearch:
 
     def observe(self, parts: Parts, inputs: Tensor, what: str) -> InputStats:
         """Statistics of a linear's inputs (S, L, K)."""
-        return observe((inputs[part] for part in parts.slices()), self.name(what))
+        with stage("Gram matrices"):
+            return observe((inputs[part] for part in parts.slices()), self.name(what))
 
     def put(self, role: str, part: LinearWeights) -> None:
         self.weights = replace(self.weights, linears={**self.weights.linears, role: part})

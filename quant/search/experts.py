@@ -13,12 +13,14 @@ from kernels.int4 import Quantized
 from quant.search.block_search import BlockSearch
 from quant.search.scales.folding import Fold, fold_norm, norm_fold, row_fold
 from quant.search.scales.joint import choose_scale, judged_by
+from quant.stage_clock import stage
 from quant.statistics.gram import InputStats, observe
 from quant.statistics.parts import Parts
 
 MIN_TOKENS = 64  # an expert that fewer tokens reach is searched on all of them
 
 
+@stage("quantized stream")
 def quantize_experts(search: BlockSearch, parts: Parts, mid: Tensor) -> Tensor:
     """Gate, up and down of every expert; returns the stream after the block."""
     norm = search.weights.norms["mlp_norm"]

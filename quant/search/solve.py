@@ -17,11 +17,13 @@ from quant.search.rounding.solution import Judge, Solution, Stack, round_to_near
 from quant.search.rounding.targets import CrossSums, move_targets
 from quant.search.scales.folding import Fold
 from quant.search.scales.joint import scale_and_clip
+from quant.stage_clock import stage
 from quant.statistics.gram import InputStats, damped, loss_rows
 
 _TINY = 1e-30
 
 
+@stage("solve, apart from its steps")
 def solve(
     stack: Stack,
     stats: InputStats,

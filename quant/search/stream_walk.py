@@ -17,6 +17,7 @@ from quant.search.rounding.inherited import foretold
 from quant.search.rounding.targets import CrossSums
 from quant.search.scales.folding import Fold, fold_norm, kv_fold, no_fold, norm_fold, row_fold
 from quant.search.stored import to_float16
+from quant.stage_clock import stage
 from quant.statistics.chunks import chunk_samples
 from quant.statistics.gram import outer_sum
 from quant.statistics.parts import Parts, linear
@@ -71,6 +72,7 @@ def search_on_streams(
     return BlockResult(done, tuple(search.reports), Streams(out if reference is None else reference.out, out))
 
 
+@stage("target of learned rounding")
 def _wanted(search: BlockSearch, parts: Parts, x: Tensor, out: Tensor, metric: Tensor | None) -> Tensor:
     """What learned rounding aims at: the float stream after the block, or a share of the way there from what x foretells of it."""
     way = rounding.LEARNING.toward_float
@@ -81,6 +83,7 @@ def _wanted(search: BlockSearch, parts: Parts, x: Tensor, out: Tensor, metric: T
     return torch.lerp(foretold(begin, x, out, metric, chunk_samples(x.shape[1], x.device)), out, way)
 
 
+@stage("float stream")
 def _float_stream(search: BlockSearch, parts: Parts, x: Tensor) -> _Float:
     source = parts.dense(search.source)
     attn_in = parts.map(lambda h: parts.norm(h, source.norms["attn_norm"]), x)
@@ -89,6 +92,7 @@ def _float_stream(search: BlockSearch, parts: Parts, x: Tensor) -> _Float:
     return _Float(attn_in, mid, mlp_in, mid + parts.map(lambda h: parts.mlp(h, source), mlp_in))
 
 
+@stage("cross sums")
 def _cross(
     search: BlockSearch,
     parts: Parts,
@@ -118,6 +122,7 @@ def _cross(
     return CrossSums(weight @ halves if of_inputs is not None else halves)
 
 
+@stage("quantized stream")
 def _attention(search: BlockSearch, parts: Parts, x: Tensor, reference: _Float | None) -> Tensor:
     """q, k, v, then o; returns the stream after the attention part."""
     h = _behind_norm(search, parts, ("q", "k", "v"), "attn_norm", x, reference.attn_in if reference else None)
@@ -127,6 +132,7 @@ def _attention(search: BlockSearch, parts: Parts, x: Tensor, reference: _Float |
     return x + _last(search, parts, "o", "v", mixed, fold, reference.mid - x if reference else None)
 
 
+@stage("quantized stream")
 def _mlp(search: BlockSearch, parts: Parts, mid: Tensor, reference: _Float | None) -> Tensor:
     """gate, up, then down; returns the stream after the block."""
     h = _behind_norm(search, parts, ("gate", "up"), "mlp_norm", mid, reference.mlp_in if reference else None)

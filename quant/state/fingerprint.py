@@ -10,6 +10,7 @@ from convert.checkpoint import Checkpoint
 from quant.config import QuantConfig
 from quant.kv.key_smoothing import RULE
 from quant.learn import distill, rounding
+from quant.stage_clock import stage
 
 LIBRARIES = ("turbomind-quant", "torch", "transformers", "safetensors")
 
@@ -40,9 +41,11 @@ def run_fingerprint(
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """The fingerprint of a run; `text` identifies what it reads (None: no text)."""
+    with stage("digest of the source"):
+        source = ckpt.digest()
     table: dict[str, Any] = {
         "command": command,
-        "source": ckpt.digest(),
+        "source": source,
         "model": str(ckpt.config),
         "device": device_kind(device),
         "dtype": str(dtype).removeprefix("torch."),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.int4 import qparams
 from kernels.search.sweeps import gptq_sweep
+from quant.stage_clock import stage
 from quant.statistics.gram import inverse_factor, unexplained
 
 DAMPING = 0.01
@@ -38,6 +39,7 @@ def compensated_costs(gram: Tensor, damping: float = DAMPING) -> Tensor | None:
     return costs
 
 
+@stage("error compensation")
 def gptq_static(
     weight: Tensor,
     gram: Tensor,
@@ -67,6 +69,7 @@ def gptq_static(
     return codes, used
 
 
+@stage("error compensation")
 def gptq_published(
     weight: Tensor, gram: Tensor, group_size: int, bits: int, damping: float = DAMPING
 ) -> tuple[Tensor, Tensor, Tensor, float] | None:

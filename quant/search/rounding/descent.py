@@ -10,6 +10,7 @@ from kernels.int4 import round_scale
 from kernels.products import linear, times_symmetric
 from kernels.search.sweeps import descent_sweep
 from quant.search.rounding.compensation import act_order, per_weight
+from quant.stage_clock import stage
 
 _SOLVE_BYTES = 1 << 29  # memory for the normal equations of the rows solved at a time
 
@@ -20,6 +21,7 @@ def expand(codes: Tensor, scale: Tensor) -> Tensor:
     return (codes.view(rows, groups, -1) * scale[..., None]).view(codes.shape)
 
 
+@stage("descent")
 def descend(
     weight: Tensor,
     gram: Tensor,
@@ -43,6 +45,7 @@ def descend(
     return out
 
 
+@stage("refit of scales")
 def refit_scales(weight: Tensor, gram: Tensor, codes: Tensor, scale: Tensor, ridge: float = 1e-4) -> Tensor:
     """The scales of each row that minimise tr(dW G dW^T) for fixed codes, by normal equations, rounded to fp16: (N, G).
 

@@ -14,6 +14,7 @@ from quant.config import QuantConfig
 from quant.search.rounding.compensation import DAMPING
 from quant.search.rounding.descent import expand
 from quant.search.scales.clip import group_ranges
+from quant.stage_clock import stage
 from quant.statistics.gram import InputStats, damped, loss_rows
 
 
@@ -86,6 +87,7 @@ class Judge:
         self.target, self.stats = target, stats
         self._current: tuple[Tensor, Tensor] | None = None  # losses of the solution as it is
 
+    @stage("losses of steps")
     def losses(self, solution: Solution, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) on all tokens and (N,) on those held out."""
         delta = expand(codes, scale) / solution.column_scale - self.target

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.products import linear
+from quant.stage_clock import stage
 from quant.statistics.gram import InputStats, damped
 
 RIDGES = (0.003, 0.03, 0.3, 3.0)  # of the mean of G's diagonal
@@ -23,6 +24,7 @@ class CrossSums:
     halves: Tensor
 
 
+@stage("moved targets")
 def move_targets(
     weight: Tensor, stats: InputStats, cross: CrossSums, rows: Sequence[int], most: float
 ) -> tuple[Tensor, list[float]]:

@@ -15,6 +15,7 @@ from quant.search.rounding.solution import Judge, Solution, Stack, round_to, rou
 from quant.search.scales.awq import candidates, exponents, score_candidates
 from quant.search.scales.clip import search_clip
 from quant.search.scales.folding import Fold
+from quant.stage_clock import stage
 from quant.statistics.gram import InputStats
 
 
@@ -43,12 +44,14 @@ def scale_and_clip(
     return solution
 
 
+@stage("costs that compensation leaves")
 def judged_by(stats: InputStats, plan: Plan) -> InputStats:
     """The statistics that scales and ranges are chosen by: where compensation follows, what it will leave of each column."""
     costs = compensated_costs(stats.gram) if plan.compensate == "static" else None
     return stats if costs is None else replace(stats, gram=costs, fit=costs, hold=costs)
 
 
+@stage("channel scales")
 def choose_scale(
     stack: Stack, stats: InputStats, fold: Fold, effort: Effort, config: QuantConfig
 ) -> tuple[Tensor, dict[str, float]]:
@@ -86,6 +89,7 @@ def _sample_rows(stack: Stack, limit: int) -> tuple[Tensor, list[int]]:
     return torch.cat(parts), [len(part) for part in parts]
 
 
+@stage("clip ranges")
 def _clipped(
     target: Tensor, stats: InputStats, fold: Fold, channel_scale: Tensor, effort: Effort, config: QuantConfig
 ) -> Solution:
