@@ -9,12 +9,18 @@ from starlette.responses import JSONResponse
 
 from convert.errors import InputError, ResourceError, TmqError
 
+_MOST_FINDINGS = 256  # looked at; checking ends at the first one of each list
 _KINDS = {
     401: "authentication_error",
     403: "permission_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+
+
+def unsupported(name: str, why: str = "is not supported by this server") -> "ApiError":
+    """400 for a field that asks for what we do not do."""
+    return ApiError(400, f"{name!r} {why}: remove it from the request.", param=name, code="unsupported_field")
 
 
 class ApiError(HTTPException, TmqError):
@@ -68,18 +74,14 @@ def _path(location: Sequence[str | int]) -> str:
 
 def describe(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     """One 400 from the findings of pydantic: an unsupported field first, else the finding that lies deepest."""
+    errors = errors[:_MOST_FINDINGS]
     for error in sorted(errors, key=lambda e: len(e["loc"])):
         if error["type"] not in ("extra_forbidden", "none_required"):
             continue
         if error["type"] == "none_required" and error["loc"][-1] in _BRANCHES | {"None"}:
             continue  # the null branch of a union, not a field that must be null
         name = ".".join(filter(None, [_path(error["loc"][:-1]), str(error["loc"][-1])[:64]]))
-        return ApiError(
-            400,
-            f"{name!r} is not supported by this server: remove it from the request.",
-            param=name,
-            code="unsupported_field",
-        )
+        return unsupported(name)
 
     def rank(error: Mapping[str, Any]) -> tuple[bool, int]:
         # In a union the branch of the right type says what is wrong; the others only say that they are other types.

@@ -8,6 +8,13 @@ from dataclasses import dataclass, fields
 MAX_N = 8  # answers to one prompt
 MAX_PROMPTS = 16  # prompts in one completion request
 MAX_MESSAGES = 1024  # messages of a conversation
+MAX_PARTS = 1024  # parts of one message
+MAX_FIELDS = 128  # fields of one object
+MAX_PROMPT_IDS = 1 << 20  # token ids of one prompt; the model's context is smaller
+MAX_METADATA, MAX_METADATA_CHARS = 16, 512  # pairs and characters of a value, OpenAI's limits
+MAX_TOOLS = 128  # tools that a request names, calls in one message
+MAX_SCHEMA_CHARS = 1 << 16  # of a JSON schema
+MAX_STOP_TOKEN_IDS = 64
 MAX_STOP = 4  # stop strings
 MAX_STOP_CHARS = 64
 MAX_LOGPROBS = 20  # alternatives reported for a token

@@ -11,6 +11,7 @@ from serve.http.generation.runs import Runs
 from serve.http.generation.sessions import Sessions
 from serve.http.health import Health
 from serve.http.metrics import Metrics
+from serve.http.protocol.sampling import OpenAISampling
 
 
 class Service:
@@ -38,6 +39,11 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
+
+    def check_tokens(self, body: OpenAISampling) -> None:
+        """Refuse token ids of other fields than the prompt that the vocabulary lacks."""
+        for field, ids in body.named_tokens:
+            self.prompts.check_tokens(ids, field)
 
     @property
     def delivery_s(self) -> float:

@@ -8,11 +8,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from serve.http.disconnect import while_connected
-from serve.http.errors import ApiError
+from serve.http.errors import ApiError, unsupported
 from serve.http.generation.answers import SSE_DONE, ChatCompletion, Gathered, chat_logprobs, sse, usage
-from serve.http.generation.protocol import ChatRequest
 from serve.http.generation.runs import Run
 from serve.http.generation.streams import RunStream, answer_whole
+from serve.http.protocol.chat import ChatRequest, TemplateKwargs
+from serve.http.protocol.messages import ResponseFormat
 from serve.http.routes.json_route import JsonRoute, errors
 from serve.http.service import Service
 
@@ -26,13 +27,17 @@ def chat_routes(service: Service) -> APIRouter:
             raise ApiError(
                 400, "top_logprobs needs logprobs: true.", param="top_logprobs", code="invalid_value"
             )
-        service.prompts.check_tokens([int(t) for t in body.logit_bias or {}], "logit_bias")
+        service.check_tokens(body)
+        for name in ("tools", "response_format", "chat_template_kwargs", "enable_thinking"):
+            asked = getattr(body, name)
+            if asked and asked != ResponseFormat(type="text") and asked != TemplateKwargs():
+                raise unsupported(name)
+        if body.reasoning_effort not in (None, "none"):
+            raise unsupported("reasoning_effort")
         ids = await service.prompts.of_chat(body.conversation())
         max_tokens = service.prompts.room(len(ids), body.max_completion_tokens or body.max_tokens, "messages")
         sampling = body.sampling(max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
-        return service.runs.start(
-            [ids], sampling, body.n or 1, request.state.request_id, request.state.client
-        )
+        return service.runs.start([ids], sampling, body.count, request.state.request_id, request.state.client)
 
     async def chunks(run: Run, body: ChatRequest, head: dict[str, Any]) -> AsyncIterator[bytes]:
         def chunk(
@@ -41,7 +46,7 @@ def chat_routes(service: Service) -> APIRouter:
             choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
             return sse({**head, "choices": [choice]})
 
-        for index in range(body.n or 1):
+        for index in range(body.count):
             yield chunk(index, {"role": "assistant", "content": ""})
         async for index, event in run:
             if event.text or event.logprobs:
@@ -54,12 +59,12 @@ def chat_routes(service: Service) -> APIRouter:
                 yield chunk(index, {}, None, event.finish_reason)
         if body.wants_usage:
             # Each of the n sequences counts the prompt; a client pays it once.
-            prompt_tokens = run.prompt_tokens // (body.n or 1)
+            prompt_tokens = run.prompt_tokens // (body.count)
             yield sse({**head, "choices": [], "usage": usage(prompt_tokens, run.completion_tokens)})
         yield SSE_DONE
 
     async def whole(run: Run, body: ChatRequest, head: dict[str, Any]) -> Response:
-        choices = [Gathered() for _ in range(body.n or 1)]
+        choices = [Gathered() for _ in range(body.count)]
         async for index, event in run:
             choices[index].add(event)
         return JSONResponse(
@@ -74,7 +79,7 @@ def chat_routes(service: Service) -> APIRouter:
                     }
                     for index, choice in enumerate(choices)
                 ],
-                "usage": usage(run.prompt_tokens // (body.n or 1), run.completion_tokens),
+                "usage": usage(run.prompt_tokens // (body.count), run.completion_tokens),
             }
         )
 

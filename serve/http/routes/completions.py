@@ -8,10 +8,11 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from serve.http.disconnect import while_connected
+from serve.http.errors import unsupported
 from serve.http.generation.answers import SSE_DONE, Gathered, TextCompletion, sse, text_logprobs, usage
-from serve.http.generation.protocol import CompletionRequest
 from serve.http.generation.runs import Run
 from serve.http.generation.streams import RunStream, answer_whole
+from serve.http.protocol.chat import CompletionRequest
 from serve.http.routes.json_route import JsonRoute, errors
 from serve.http.service import Service
 
@@ -23,13 +24,18 @@ def completion_routes(service: Service) -> APIRouter:
 
     async def start(body: CompletionRequest, request: Request) -> Run:
         service.check_model(body.model)
-        service.prompts.check_tokens([int(t) for t in body.logit_bias or {}], "logit_bias")
+        service.check_tokens(body)
+        for name in ("echo", "prompt_logprobs", "response_format"):
+            if getattr(body, name):
+                raise unsupported(name)
+        if body.max_tokens == 0:
+            raise unsupported("max_tokens")
         prompts = [await service.prompts.of_text(prompt) for prompt in body.prompts()]
         longest = max(map(len, prompts)) if all(prompts) else 0
         max_tokens = service.prompts.room(longest, body.max_tokens, "prompt", _DEFAULT_MAX_TOKENS)
         sampling = body.sampling(max_tokens, body.logprobs)
         return service.runs.start(
-            prompts, sampling, body.n or 1, request.state.request_id, request.state.client
+            prompts, sampling, body.count, request.state.request_id, request.state.client
         )
 
     async def chunks(run: Run, body: CompletionRequest, head: dict[str, Any]) -> AsyncIterator[bytes]:
@@ -47,7 +53,7 @@ def completion_routes(service: Service) -> APIRouter:
             }
             yield sse({**head, "choices": [choice]})
         if body.wants_usage:
-            prompt_tokens = run.prompt_tokens // (body.n or 1)
+            prompt_tokens = run.prompt_tokens // (body.count)
             yield sse({**head, "choices": [], "usage": usage(prompt_tokens, run.completion_tokens)})
         yield SSE_DONE
 
@@ -67,7 +73,7 @@ def completion_routes(service: Service) -> APIRouter:
                     }
                     for index, choice in enumerate(choices)
                 ],
-                "usage": usage(run.prompt_tokens // (body.n or 1), run.completion_tokens),
+                "usage": usage(run.prompt_tokens // (body.count), run.completion_tokens),
             }
         )
 

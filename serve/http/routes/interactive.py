@@ -11,10 +11,10 @@ from engine.api import SamplingParams
 from serve.http.disconnect import while_connected
 from serve.http.errors import ApiError
 from serve.http.generation.answers import Gathered, Turn
-from serve.http.generation.protocol import InteractiveRequest
 from serve.http.generation.runs import Run
 from serve.http.generation.sessions import Session
 from serve.http.generation.streams import RunStream, answer_whole
+from serve.http.protocol.lmdeploy import InteractiveRequest
 from serve.http.routes.json_route import JsonRoute, errors
 from serve.http.service import Service
 

@@ -7,7 +7,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
 from serve.http.generation.answers import Health, ModelCard, ModelList, Tokens
-from serve.http.generation.protocol import TokenizeChat, TokenizeText
+from serve.http.protocol.lmdeploy import TokenizeChat, TokenizeText
+from serve.http.protocol.messages import plain_messages
 from serve.http.routes.json_route import JsonRoute, errors
 from serve.http.service import Service
 
@@ -42,7 +43,7 @@ def status_routes(service: Service) -> APIRouter:
         """Token ids of a prompt, or of a conversation with the chat template around it."""
         service.check_model(body.model)
         if isinstance(body, TokenizeChat):
-            ids = await service.prompts.of_chat([message.plain() for message in body.messages])
+            ids = await service.prompts.of_chat(plain_messages(body.messages))
         else:
             ids = await service.prompts.of_text(
                 body.prompt, False if body.add_special_tokens is False else None

@@ -142,8 +142,8 @@ def test_completion_default_length_is_that_of_openai(client: OpenAI) -> None:
 
 def test_errors_have_the_types_of_the_client(client: OpenAI, server: LiveServer) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model="fake", messages=SAY, tools=[])
-    assert caught.value.param == "tools"
+        client.chat.completions.create(model="fake", messages=SAY, audio={"voice": "alloy"})
+    assert caught.value.param == "audio"
     assert caught.value.code == "unsupported_field"
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-4", messages=SAY)

@@ -131,7 +131,7 @@ def test_health_asks_the_engine_for_a_token(api: TestClient, engine: FakeEngine)
 
 def test_metrics_count(api: TestClient, engine: FakeEngine) -> None:
     api.post("/v1/chat/completions", json={"messages": "hi", "max_tokens": 5})
-    api.post("/v1/chat/completions", json={"messages": "hi", "tools": []})
+    api.post("/v1/chat/completions", json={"messages": "hi", "audio": {}})
     text = api.get("/metrics").text
     assert 'tmq_http_answers_total{route="/v1/chat/completions",status="200"} 1.0' in text
     assert 'tmq_http_answers_total{route="/v1/chat/completions",status="400"} 1.0' in text

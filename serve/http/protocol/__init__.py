@@ -1,0 +1,1 @@
+"""What requests may say: one strict model per endpoint."""
