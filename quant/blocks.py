@@ -1,4 +1,4 @@
-"""One decoder block quantized by the preset that is asked for. Pure: weights, streams and configuration in; weights, reports
+"""One decoder block quantized by the recipe that is asked for. Pure: weights, streams and configuration in; weights, reports
 and streams out. No I/O.
 
 H hidden size, K in features.
@@ -11,14 +11,14 @@ from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
 from convert.errors import InputError
 from engine.model.block import Tap
+from quant import recipes
 from quant.config import QuantConfig
-from quant.records import BlockResult, GramStatistics, Streams
-from quant.search.awq_published import quantize_published
+from quant.records import BlockResult, BlockTask, GramStatistics, Streams
 from quant.search.block_search import BlockSearch
-from quant.search.rtn import round_block
 from quant.search.statistics_walk import search_on_statistics
 from quant.search.stored import check_block
 from quant.search.stream_walk import search_on_streams
+from quant.selection import config_of_block
 
 
 def quantize_block(
@@ -35,28 +35,38 @@ def quantize_block(
     """Quantize the linears of one block.
 
     Args:
-        inputs: hidden states before the block; statistics of the float stream for `fast` alone; None for `rtn`.
+        inputs: hidden states before the block; statistics of the float stream, for recipes that take them; None where the
+            recipe reads no text.
         dtype: of the forward passes; the search itself computes in float32.
-        metric: (H, H), what errors of the block's output cost (`measure_sensitivity`); `best` alone reads it; None: the same.
+        metric: (H, H), what errors of the block's output cost (`measure_sensitivity`); learned rounding alone reads it;
+            None: the same.
         tap: sees "k" and "v" of the quantized block, for KV parameters.
 
-    Returns linears as Quantized with folded norms, float16 throughout (a router and, with `keep_ragged`, linears whose K
-    is no multiple of the group stay float), a report for each linear, and the streams after the block. Where a preset
-    does not look at the float stream and both streams came in as one tensor, one tensor comes back.
-    Raises InputError for weights or activations that are not finite and for K that is no multiple of the group.
+    Returns linears as Quantized with folded norms, float16 throughout (a router, what the recipe skips and, with
+    `keep_ragged`, linears whose K is no multiple of the group stay float), a report for each linear, and the streams after the
+    block. Where a recipe does not look at the float stream and both streams came in as one tensor, one tensor comes back.
+    Raises InputError for weights or activations that are not finite, for K that is no multiple of the group, and for inputs
+    that the recipe does not take.
     """
-    check_block(weights, quant)
-    if quant.preset == "rtn":
-        return round_block(weights, config, quant, inputs, device, dtype, tap)
-    search = BlockSearch(weights, config, quant, torch.device(device), dtype)
-    if isinstance(inputs, GramStatistics):
-        if quant.preset != "fast":
-            raise InputError(
-                f"The preset {quant.preset} needs the calibration text itself: only fast searches on statistics."
-            )
-        return search_on_statistics(search, inputs)
-    if inputs is None:
-        raise InputError(f"The preset {quant.preset} needs calibration text.")
-    if quant.preset == "awq":
-        return quantize_published(search.weights, config, quant, inputs, tap)
-    return search_on_streams(search, inputs, tap, metric)
+    check_block(weights, config, quant)
+    recipe = quant.recipe
+    if recipe.text != "none" and inputs is None:
+        raise InputError(f"The preset {recipe.name} needs calibration text.")
+    if isinstance(inputs, GramStatistics) and recipe.text == "text":
+        known = ", ".join(row.name for row in recipes.rows() if row.text == "statistics")
+        raise InputError(
+            f"The preset {recipe.name} needs the calibration text itself: of all presets, {known} searches on statistics."
+        )
+    quant = config_of_block(quant, config, weights.index)
+    task = BlockTask(weights, config, quant, inputs, torch.device(device), dtype, tap, metric)
+    return recipe.function()(task)
+
+
+def solve_block(task: BlockTask) -> BlockResult:
+    """The search of most recipes: the linears one after another by the solver's steps, on streams or saved statistics."""
+    search = BlockSearch(task)
+    if isinstance(task.inputs, GramStatistics):
+        return search_on_statistics(search, task.inputs)
+    if task.inputs is None:
+        raise InputError(f"The preset {task.quant.recipe.name} needs calibration text.")
+    return search_on_streams(search, task.inputs, task.tap, task.metric)

@@ -3,7 +3,7 @@
 N out features, K in features. Pure arithmetic on a model's configuration.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from convert.errors import InputError
 from convert.families.table import linear_shapes, norm_shapes
 from kernels.int4 import bits_per_weight
 from quant.config import QuantConfig
-from quant.learn.distill import DISTILLING, window_of
-from quant.recipes import PLANS
+from quant.learn.distill import window_of
+from quant.selection import is_quantized, ragged_roles
 from quant.statistics.chunks import chunk_samples
 
 GIB = 2**30
@@ -49,6 +49,7 @@ class Plan:
     ragged: tuple[str, ...] = ()
     pass_bytes: int = 0  # of the end-to-end pass, 0 where there is none
     pass_steps: int = 0
+    learns_rounding: bool = False
 
     @property
     def peak_bytes(self) -> int:
@@ -93,10 +94,10 @@ class Plan:
             lines.append(
                 f"int{self.bits} codes are held in 4-bit nibbles: for evaluation, they save nothing over int4"
             )
-        if self.preset == "best" and self.samples * self.seqlen < LEARNABLE_TOKENS:
+        if self.learns_rounding and self.samples * self.seqlen < LEARNABLE_TOKENS:
             lines.append(
-                f"little text: from {self.samples * self.seqlen:,} tokens, best may learn what fits them and not other text, and end worse "
-                f"than default; give it {LEARNABLE_TOKENS:,} tokens or more (--samples, --seqlen)"
+                f"little text: from {self.samples * self.seqlen:,} tokens, {self.preset} may learn what fits them and not other text, and end "
+                f"worse than without learned rounding; give it {LEARNABLE_TOKENS:,} tokens or more (--samples, --seqlen)"
             )
         return lines
 
@@ -105,23 +106,18 @@ def _gib(size_bytes: int) -> str:
     return f"{size_bytes / GIB:.2f} GiB" if size_bytes >= 0.1 * GIB else f"{size_bytes / 2**20:.0f} MiB"
 
 
-def ragged_roles(config: ModelConfig, group_size: int) -> list[str]:
-    """Roles whose K is no multiple of the group."""
-    return [
-        role for role, (_, cols) in linear_shapes(config).items() if role != "router" and cols % group_size
-    ]
-
-
 def refuse_ragged(config: ModelConfig, quant: QuantConfig) -> list[str]:
     """Roles left float under `keep_ragged`. Raises InputError naming the layers and the choices otherwise."""
-    roles = ragged_roles(config, quant.group_size)
+    roles = ragged_roles(config, quant)
     if not roles or quant.keep_ragged:
         return roles
     shapes = linear_shapes(config)
     named = ", ".join(f"{role} (K = {shapes[role][1]})" for role in roles[:8]) + (
         ", ..." if len(roles) > 8 else ""
     )
-    smaller = [g for g in (64, 32) if g < quant.group_size and not ragged_roles(config, g)]
+    smaller = [
+        g for g in (64, 32) if g < quant.group_size and not ragged_roles(config, replace(quant, group_size=g))
+    ]
     choice = f"--group-size {smaller[0]} (fits every linear)" if smaller else "no smaller group fits either"
     raise InputError(
         f"K is no multiple of the group size {quant.group_size} in all {config.num_layers} layers: {named}. Choose --pad (exact "
@@ -189,16 +185,16 @@ def plan_quantization(
 ) -> Plan:
     """The plan of `quantize awq`."""
     block, outside = count_weights(config)
-    ragged = ragged_roles(config, quant.group_size)
-    packed = packed_block_bytes(config, quant)
+    ragged = ragged_roles(config, quant)
+    packed = sum(packed_block_bytes(config, quant, index) for index in range(config.num_layers))
     stream = quant.samples * quant.seqlen * config.hidden_size * dtype.itemsize if has_text else 0
-    streams = 2 if needs_float_stream(quant) else 1
+    streams = 2 if quant.recipe.reads_float_stream else 1
     widest = max(config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
     return Plan(
         command="awq",
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        preset=quant.preset,
+        preset=quant.recipe.name,
         bits=quant.bits,
         group_size=quant.group_size,
         samples=quant.samples if has_text else 0,
@@ -206,7 +202,7 @@ def plan_quantization(
         layers=config.num_layers,
         parameters=block * config.num_layers + outside,
         bits_per_weight=bits_per_weight(quant.bits, quant.group_size),
-        output_bytes=packed * config.num_layers + outside * FP16_BYTES,
+        output_bytes=packed + outside * FP16_BYTES,
         work_bytes=2 * streams * stream,
         block_bytes=3 * block * FLOAT_BYTES,
         stream_bytes=(2 * streams + 2) * stream + (stream // config.hidden_size * widest),
@@ -217,14 +213,15 @@ def plan_quantization(
         else 0,
         ragged=tuple(ragged),
         pass_bytes=pass_bytes(config, quant) if quant.distill else 0,
-        pass_steps=quant.distill_steps if quant.distill else 0,
+        pass_steps=quant.recipe.distillation.steps if quant.distill else 0,
+        learns_rounding=quant.recipe.learning is not None,
     )
 
 
 def pass_bytes(config: ModelConfig, quant: QuantConfig) -> int:
     """An end-to-end pass: both models, the gradient of the weights, a step's activations in every layer, its logits."""
     block, outside = count_weights(config)
-    windows, window = window_of(config, quant.samples * quant.seqlen, DISTILLING)
+    windows, window = window_of(config, quant.samples * quant.seqlen, quant.recipe.distillation)
     weights = block * config.num_layers
     width = (
         6 * config.hidden_size
@@ -235,17 +232,11 @@ def pass_bytes(config: ModelConfig, quant: QuantConfig) -> int:
     return FLOAT_BYTES * (5 * weights + outside + activations) + weights  # codes: a byte each
 
 
-def needs_float_stream(quant: QuantConfig) -> bool:
-    """Whether the preset looks at the float model's hidden states beside those of the quantized one."""
-    plan = PLANS.get(quant.preset)
-    return quant.preset == "awq" or (plan is not None and (plan.learn or plan.toward_float > 0))
-
-
-def packed_block_bytes(config: ModelConfig, quant: QuantConfig) -> int:
-    """One block of an AWQ checkpoint: nibbles, packed zeros, fp16 scales; norms and float linears in fp16."""
+def packed_block_bytes(config: ModelConfig, quant: QuantConfig, index: int = 0) -> int:
+    """Block `index` of an AWQ checkpoint: nibbles, packed zeros, fp16 scales; norms and float linears in fp16."""
     total = sum(shape[0] for shape in norm_shapes(config).values()) * FP16_BYTES
     for role, (rows, cols) in linear_shapes(config).items():
-        if role == "router" or cols % quant.group_size:
+        if not is_quantized(config, quant, index, role):
             total += rows * cols * FP16_BYTES
         else:
             groups = cols // quant.group_size

@@ -6,9 +6,13 @@ S samples, L tokens a sample, H hidden size, K in features of a linear.
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from convert.checkpoint import BlockWeights
+from convert.config import ModelConfig
+from engine.model.block import Tap
+from quant.config import QuantConfig
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,27 @@ class GramStatistics:
     grams: dict[str, Tensor]
     mean_abs: dict[str, Tensor]
     tokens: dict[str, int]
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """One block to quantize, and what its search may look at: what the function of a recipe gets.
+
+    Args:
+        weights: the float block. quant: its configuration, `quant.recipe` its recipe.
+        inputs: hidden states before the block; statistics of the float stream in their place; None where no text is read.
+        dtype: of the forward passes; the search itself computes in float32.
+        tap: sees "k" and "v" of the quantized block. metric: (H, H), what errors of the block's output cost; None: the same.
+    """
+
+    weights: BlockWeights
+    config: ModelConfig
+    quant: QuantConfig
+    inputs: Streams | GramStatistics | None
+    device: torch.device
+    dtype: torch.dtype
+    tap: Tap | None = None
+    metric: Tensor | None = None
 
 
 @dataclass(frozen=True)

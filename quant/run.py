@@ -20,12 +20,13 @@ from convert.errors import UsageError
 from convert.folder.output import OutputFolder
 from kernels.int4 import bits_per_weight
 from quant.config import QuantConfig
-from quant.estimate import needs_float_stream, ragged_roles
 from quant.evaluation.layer_report import above_rtn, far_above
 from quant.kv.parameters import KV_FILE, kv_parameters
 from quant.memory import gpu_peak_gib, peak_rss_gib
 from quant.progress import Progress
+from quant.recipes import rows
 from quant.records import Streams
+from quant.selection import ragged_roles, skipped_modules
 from quant.stage_clock import block_done, stage
 from quant.state.end_to_end import PassWork
 from quant.state.fingerprint import device_kind, library_versions
@@ -66,10 +67,11 @@ def check_statistics_use(quant: QuantConfig) -> None:
         raise UsageError(
             "--distill needs the calibration text, which --stats do not hold: leave out one of the two."
         )
-    if quant.preset != "fast":
+    if quant.recipe.text != "statistics":
+        known = ", ".join(row.name for row in rows() if row.text == "statistics")
         raise UsageError(
-            f"--stats goes with --preset fast alone: {quant.preset} needs the calibration text itself. Leave --stats out, or "
-            f"choose --preset fast."
+            f"--stats goes with --preset {known} alone: {quant.recipe.name} {'needs the calibration text itself' if quant.needs_text else 'reads no text'}. "
+            f"Leave --stats out, or choose --preset {known}."
         )
 
 
@@ -90,8 +92,9 @@ def quantize_model(
     if isinstance(source, StatisticsFolder):
         check_statistics_use(quant)
     layers = ckpt.config.num_layers
-    ragged = ragged_roles(ckpt.config, quant.group_size)
-    writer = AwqWriter(folder, ckpt, quant_format(ckpt, quant, ragged))
+    ragged = ragged_roles(ckpt.config, quant)
+    skipped = skipped_modules(ckpt.config, quant)
+    writer = AwqWriter(folder, ckpt, QuantFormat(quant.bits, quant.group_size, (*ragged, *skipped)))
     with stage("check the tensors outside the blocks"):
         writer.rest()  # read once now: damage there would show behind the last block
     # An end-to-end pass changes every block once more: until then they are held, so that a kill in it mixes nothing.
@@ -142,6 +145,7 @@ def quantize_model(
     warnings += [
         f"{role} stays float16 in every layer: K is no multiple of {quant.group_size}." for role in ragged
     ]
+    warnings += _skip_notes(skipped)
     known = [part for part in ranges if part is not None]
     if quant.kv_bits == 8 and len(known) == layers:
         parameters, notes = kv_parameters(known)
@@ -161,7 +165,8 @@ def quantize_model(
             "padded_from": ckpt.config.padded_from,
         },
         "calibration": _calibration_facts(source),
-        "config": asdict(quant),
+        "config": quant.to_json(),
+        "recipe": quant.recipe.to_json(),
         "dtype": str(dtype).removeprefix("torch."),
         "device": device_kind(device),
         "versions": library_versions(),
@@ -184,9 +189,11 @@ def quantize_model(
     return RunResult(folder.folder, seconds, resumed.first, reports, warnings, standing_out, factors)
 
 
-def quant_format(ckpt: Checkpoint, quant: QuantConfig, ragged: list[str]) -> QuantFormat:
-    """The stored format; `modules_to_not_convert` by role where some linears stay float."""
-    return QuantFormat(quant.bits, quant.group_size, tuple(ragged))
+def _skip_notes(modules: list[str]) -> list[str]:
+    """What the report says of modules that the recipe leaves in float."""
+    if not modules:
+        return []
+    return [f"{len(modules)} modules stay float16, as the recipe asks: {', '.join(modules)}."]
 
 
 def _steps(
@@ -218,7 +225,7 @@ def _start(
     if saved is None:
         return first_streams(ckpt, source.tokens, quant, device, dtype)
     quantized = saved["quantized"].to(device)
-    return Streams(saved["fp"].to(device) if needs_float_stream(quant) else quantized, quantized)
+    return Streams(saved["fp"].to(device) if quant.recipe.reads_float_stream else quantized, quantized)
 
 
 def _saved(streams: Streams | None) -> dict[str, torch.Tensor]:

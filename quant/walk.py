@@ -13,7 +13,6 @@ from torch import Tensor
 from convert.checkpoint import BlockWeights, Checkpoint
 from quant.blocks import quantize_block
 from quant.config import QuantConfig
-from quant.estimate import needs_float_stream
 from quant.kv.key_smoothing import key_channels, key_factors, smooth_channels, smooth_keys
 from quant.kv.parameters import folded_ranges
 from quant.learn.distill import Keeper, distill
@@ -68,7 +67,7 @@ def first_streams(
     """Hidden states before the first block; two streams only where the preset looks at both."""
     with stage("embedding"):
         start = embed_tokens(ckpt, tokens, device, dtype)
-    return Streams(start.clone() if needs_float_stream(quant) else start, start)
+    return Streams(start.clone() if quant.recipe.reads_float_stream else start, start)
 
 
 def walk(
@@ -128,21 +127,16 @@ def error_metrics(
     ckpt: Checkpoint, quant: QuantConfig, tokens: Tensor | None, device: torch.device
 ) -> list[Tensor] | None:
     """What errors at the output of each block cost the model, for presets that learn rounding and models that fit."""
-    if tokens is None or not _learns(quant) or not fits_whole(ckpt.config, device):
+    learning = quant.recipe.learning
+    if tokens is None or learning is None or not fits_whole(ckpt.config, device):
         return None
     embedding = ckpt.embedding()
     head = embedding if ckpt.config.tie_embeddings else ckpt.lm_head()
     source = [ckpt.block(index) for index in range(ckpt.config.num_layers)]
+    identity = learning.metric_identity
     return measure_sensitivity(
-        source, ckpt.config, embedding, ckpt.final_norm(), head, tokens, device, quant.seed
+        source, ckpt.config, embedding, ckpt.final_norm(), head, tokens, device, quant.seed, identity
     )
-
-
-def _learns(quant: QuantConfig) -> bool:
-    from quant.recipes import PLANS
-
-    plan = PLANS.get(quant.preset)
-    return plan is not None and plan.learn
 
 
 def range_record(ranges: HeadRanges) -> dict[str, list[list[float]]]:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from provenance import provenance
-from quality_arms import Arm, ModelSpec, in_force, parse_arm, parse_model
+from quality_arms import Arm, ModelSpec, parse_arm, parse_model
 from torch import Tensor
 
 from calib_data.sources import TextRequest, load_blocks
@@ -151,8 +151,7 @@ class Bench:
 
     def run(self, arm: Arm) -> None:
         """One arm: quantize, judge; with `distill`, before and after the end-to-end pass."""
-        with in_force(arm):
-            self._run(arm)
+        self._run(arm)
         release(self.device)
 
     @torch.no_grad()
@@ -181,10 +180,9 @@ class Bench:
         seconds = self._elapsed(started)
         notes = [f"nothing learned in blocks {' '.join(unlearned)}"] if unlearned else []
         notes += [f"above plain rounding: {', '.join(above[:6])} ({len(above)})"] if above else []
-        self._judge(arm, quant.preset, blocks, None, ranges, seconds, notes + sorted(warned)[:4])
+        self._judge(arm, quant.recipe.name, blocks, None, ranges, seconds, notes + sorted(warned)[:4])
         for following in arm.passes:
-            with in_force(following):
-                self._distill(following, blocks, tokens, seconds)
+            self._distill(following, blocks, tokens, seconds)
 
     def _distill(self, arm: Arm, blocks: list[BlockWeights], tokens: Tensor, before: float) -> None:
         """An end-to-end pass from these blocks, which took `before` seconds."""
@@ -193,7 +191,7 @@ class Bench:
         seconds = before + self._elapsed(started)
         found = measure_ranges(self.ckpt, done, tokens, self.device, self.dtype) if self.args.kv else []
         notes = [f"calibration KL {report['kl_first']:.4f} -> {report['kl_last']:.4f}"]
-        self._judge(arm, arm.quant.preset + "+distill", done, norm, found, seconds, notes)
+        self._judge(arm, arm.quant.recipe.name + "+distill", done, norm, found, seconds, notes)
 
     def _elapsed(self, started: float) -> float:
         if self.device.type == "cuda":
@@ -215,7 +213,7 @@ class Bench:
         made = QuantizedInMemory(origin, blocks, QuantFormat(arm.quant.bits, arm.quant.group_size))
         model = Model.from_checkpoint(made, self.device, self.dtype)
         self.put(name, arm, self.judge.rows(model, (16, ""), None), seconds, peak, notes)
-        for kv in self.args.kv if arm.quant.preset in self.args.kv_presets else []:
+        for kv in self.args.kv if arm.quant.recipe.name in self.args.kv_presets else []:
             found = ranges if len(ranges) == len(blocks) else None
             if kv[1] == "dynamic" or found is not None:
                 self.put(name, arm, self.judge.rows(model, kv, found), seconds, peak, notes)
@@ -233,7 +231,7 @@ class Bench:
             seconds = quantize_with(name, self.spec.path, Path(folder), tokens, quant, self.device)
             peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
             model = Model.from_checkpoint(open_checkpoint(folder), self.device, self.dtype)
-            arm = Arm(name, quant, {})
+            arm = Arm(name, quant)
             self.put(name, arm, self.judge.rows(model, (16, ""), None), seconds, peak, [])
         release(self.device)
 

@@ -1,32 +1,28 @@
-"""Arms and models of `bench_quality.py`: how they are written on the command line, and settings that hold for one arm alone.
+"""Arms and models of `bench_quality.py`: how they are written on the command line, and the recipe that each makes.
 
 An arm is PRESET[:name=value]..., a name being a field of QuantConfig, `group` (group_size), or a setting of a step: plan.NAME, learn.NAME,
 distill.NAME, effort.NAME, `metric` (share of the identity), `ridges` (numbers joined by +). ARM/settings/settings adds end-to-end passes,
 each from the blocks of ARM, with these settings. A model is PATH[:pad][:group=N][:calib=FILE], FILE `self` being text that the model writes.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
-from quant import recipes as presets
 from quant.config import QuantConfig
-from quant.learn import distill, rounding, sensitivity
-from quant.search import block_search
-from quant.search.rounding import targets
+from quant.recipes import Recipe, with_settings
+from quant.settings import Distillation, Effort, LearnedRounding, SolverSteps
 
 CONFIG_TYPES = {field.name: field.type for field in fields(QuantConfig)}
+ALIASES = {"metric": "learn.metric_identity", "ridges": "plan.ridges"}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to quantize. `settings`: name -> value of what is no field of QuantConfig."""
+    """One way to quantize."""
 
     text: str
     quant: QuantConfig
-    settings: dict[str, str]
     passes: tuple["Arm", ...] = ()
 
 
@@ -74,57 +70,36 @@ def parse_arm(text: str, base: QuantConfig) -> Arm:
             settings[name] = value
         else:
             raise ValueError(f"{text}: {name} is no setting.")
-    arm = Arm(first, replace(base, **values), settings)
+    arm = Arm(first, replace(base, **values | {"preset": _recipe(preset, settings)}))
     passes = [parse_arm(f"{first}:distill=1{':' if other else ''}{other}", base) for other in others]
     return replace(arm, passes=(arm,) * arm.quant.distill + tuple(passes))
 
 
-@contextmanager
-def in_force(arm: Arm) -> Iterator[None]:
-    """The settings of an arm, while it runs."""
-    saved = (
-        dict(presets.PLANS),
-        rounding.LEARNING,
-        distill.DISTILLING,
-        sensitivity.PLAIN,
-        targets.RIDGES,
-        block_search.effort_on,
-    )
-    try:
-        for name, value in arm.settings.items():
-            _set(arm.quant.preset, name, value)
-        yield
-    finally:
-        presets.PLANS.update(saved[0])
-        rounding.LEARNING, distill.DISTILLING, sensitivity.PLAIN = saved[1], saved[2], saved[3]
-        targets.RIDGES, block_search.effort_on = saved[4], saved[5]
+GROUPS = {"plan": "steps", "learn": "learning", "distill": "distillation", "effort": "effort"}
+TYPES = {
+    "steps": SolverSteps,
+    "learning": LearnedRounding,
+    "distillation": Distillation,
+    "effort": Effort,
+}
 
 
-def _set(preset: Any, name: str, value: str) -> None:
-    step, _, field = name.partition(".")
-    if step == "plan":
-        presets.PLANS[preset] = _changed(presets.PLANS[preset], field, value)
-    elif step == "learn":
-        rounding.LEARNING = _changed(rounding.LEARNING, field, value)
-    elif step == "distill":
-        distill.DISTILLING = _changed(distill.DISTILLING, field, value)
-    elif step == "effort":
-        usual = block_search.effort_on
-        block_search.effort_on = lambda device: _changed(usual(device), field, value)
-    elif step == "metric":
-        sensitivity.PLAIN = float(value)
-    else:
-        targets.RIDGES = tuple(float(part) for part in value.split("+"))
-
-
-def _changed(settings: Any, field: str, value: str) -> Any:
-    types = {entry.name: entry.type for entry in fields(settings)}
-    if field not in types:
-        raise ValueError(f"{field} is no field of {type(settings).__name__}: {', '.join(types)}.")
-    return replace(settings, **{field: _converted(value, types[field])})
+def _recipe(preset: str, settings: dict[str, str]) -> str | Recipe:
+    """The preset, or one like it with these settings."""
+    changed: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        step, _, entry = ALIASES.get(name, name).partition(".")
+        group = GROUPS[step]
+        types = {part.name: part.type for part in fields(TYPES[group])}
+        if entry not in types:
+            raise ValueError(f"{entry} is no field of {TYPES[group].__name__}: {', '.join(types)}.")
+        changed.setdefault(group, {})[entry] = _converted(value, types[entry])
+    return with_settings(preset, **changed) if changed else preset
 
 
 def _converted(value: str, kind: Any) -> Any:
     if kind is bool:
         return value not in ("0", "false")
+    if get_origin(kind) is tuple:
+        return tuple(float(part) for part in value.split("+"))
     return kind(value) if kind in (int, float) else value

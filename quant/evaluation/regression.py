@@ -20,7 +20,8 @@ from convert.checkpoint import BlockWeights, Checkpoint
 from convert.tokenizer.tokenizer import Tokenizer
 from quant.config import QuantConfig
 from quant.evaluation.perplexity import BUILTIN, Judgement, load_eval_text, tokens_of
-from quant.evaluation.table import FLOAT, TableRequest, evaluate_table
+from quant.evaluation.table import TableRequest, evaluate_table
+from quant.recipes import FLOAT, with_settings
 from quant.text.calibration import vocabulary_of
 
 SPREADS = 3.0
@@ -33,12 +34,13 @@ SMALL = "small: "
 
 def parts(seed: int) -> tuple[TableRequest, ...]:
     """The tables of the small model, with the calibration samples that this seed draws."""
-    base = QuantConfig(group_size=GROUP_SIZE, samples=32, seqlen=256, seed=seed, rounding_steps=10)
+    base = QuantConfig(group_size=GROUP_SIZE, samples=32, seqlen=256, seed=seed)
     how, groups = Judgement(512, 4, 4), (GROUP_SIZE,)
     widths = TableRequest(base, ("rtn", "fast", "default"), group_sizes=groups, how=how)
     # their searches run the block again and again: less text
     short = replace(base, samples=8, seqlen=128)
-    passes = TableRequest(short, ("gptq", "gptq-r", "awq", "best"), bits=(4,), group_sizes=groups, how=how)
+    quick = with_settings("best", learning={"steps": 10})
+    passes = TableRequest(short, ("gptq", "gptq-r", "awq", quick), bits=(4,), group_sizes=groups, how=how)
     every = ((16, "dynamic"), (8, "dynamic"), (8, "static"))
     caches = TableRequest(short, (FLOAT, "rtn"), bits=(4,), group_sizes=groups, kv=every, how=how)
     return widths, passes, caches

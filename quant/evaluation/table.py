@@ -24,13 +24,9 @@ from quant.evaluation.peers import quantize_with
 from quant.evaluation.perplexity import Judgement, judge, release
 from quant.kv.parameters import kv_parameters
 from quant.memory import gpu_peak_gib, peak_rss_gib
+from quant.recipes import DISTILLED, FLOAT, Recipe, usual_methods
 from quant.state.held_blocks import WithFinalNorm
 from quant.walk import HeadRanges, distill_blocks, first_streams, measure_ranges, walk
-
-FLOAT = "fp16"
-METHODS = (FLOAT, "rtn", "gptq", "gptq-r", "awq", "fast", "default")
-DISTILLED = "best+distill"
-NAMES = {FLOAT: "float", "rtn": "RTN", "gptq": "GPTQ", "gptq-r": "GPTQ-R", "awq": "AWQ"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,9 @@ class TableRequest:
     """Which rows: every method at every width and group, each with every cache. `base` gives the other settings."""
 
     base: QuantConfig
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str | Recipe, ...] = field(
+        default_factory=usual_methods
+    )  # names of `recipes.methods`, or recipes
     bits: tuple[int, ...] = (4, 3)
     group_sizes: tuple[int, ...] = (128,)
     kv: tuple[tuple[int, str], ...] = ((16, "dynamic"),)  # (bits, mode); 16 is the float cache
@@ -108,12 +106,15 @@ class TableRequest:
         for bits in self.bits:
             for group_size in self.group_sizes:
                 for method in self.methods:
-                    if method == DISTILLED:
+                    if method != FLOAT:
+                        preset = method if isinstance(method, Recipe) else method.removesuffix(DISTILLED)
                         yield replace(
-                            self.base, preset="best", distill=True, bits=bits, group_size=group_size
+                            self.base,
+                            preset=preset,
+                            distill=method != preset,
+                            bits=bits,
+                            group_size=group_size,
                         )
-                    elif method != FLOAT:
-                        yield replace(self.base, preset=method, bits=bits, group_size=group_size)  # type: ignore[arg-type]
 
 
 def evaluate_table(
@@ -252,7 +253,7 @@ def make_row(
         model=name,
         text=result.text,
         windows=result.windows,
-        method=FLOAT if quant is None else quant.preset,
+        method=FLOAT if quant is None else quant.recipe.name,
         bits=16 if quant is None else quant.bits,
         group_size=None if quant is None else quant.group_size,
         kv_bits=result.kv_bits,

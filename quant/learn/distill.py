@@ -30,25 +30,13 @@ from quant.learn.training import (
     rise,
     training_attend,
 )
+from quant.settings import Distillation
 from quant.statistics.gram import fast_products
 from quant.statistics.parts import float_block
 
 FINAL = "final_norm"
 
 
-@dataclass(frozen=True)
-class Distilling:
-    """How the pass goes. Rates are relative to the value that moves."""
-
-    scale_rate: float = 1e-3
-    norm_rate: float = 1e-3
-    tokens: int = 4096  # of a step
-    window: int = 2048  # pieces of the samples are joined up to this length, other pieces in every step
-    swap: float = 0.2  # a window has up to this share of its tokens replaced by others of the same text
-    warmup: float = 0.1  # share of the steps
-
-
-DISTILLING = Distilling()
 _STRIDE = 20  # steps between two looks, on a GPU
 
 
@@ -71,7 +59,7 @@ class Keeper(Protocol):
         """`done` steps are done, the last with this KL; `state` is what to save."""
 
 
-def window_of(config: ModelConfig, text_tokens: int, how: Distilling) -> tuple[int, int]:
+def window_of(config: ModelConfig, text_tokens: int, how: Distillation) -> tuple[int, int]:
     """(windows of a step, tokens of a window): neither is longer than the model's context or the text."""
     window = min(how.window, config.max_position, text_tokens)
     return max(1, min(how.tokens, text_tokens) // window), window
@@ -87,10 +75,9 @@ def distill(
     final_norm: Tensor,
     head: Tensor,
     device: torch.device | str,
-    settings: Distilling | None = None,
     keeper: Keeper | None = None,
 ) -> tuple[list[BlockWeights], Tensor, DistillReport]:
-    """Train the scales and norms of `blocks` for `quant.distill_steps` steps.
+    """Train the scales and norms of `blocks` as the recipe's settings of distillation say.
 
     Args:
         source: float blocks; blocks: their quantized forms. tokens: (S, L) int64, the calibration text.
@@ -99,11 +86,11 @@ def distill(
 
     Returns the blocks, the final norm (H,) float16 and a report.
     """
-    how = DISTILLING if settings is None else settings
+    how = quant.recipe.distillation
     device = torch.device(device)
     flat = FlatLinears.of(blocks, device)
     count, window = window_of(config, tokens.numel(), how)
-    steps = quant.distill_steps
+    steps = how.steps
     text = (
         splice(tokens, steps * count, window, how.swap, quant.seed + 2).view(steps, count * window).to(device)
     )

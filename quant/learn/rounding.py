@@ -5,7 +5,7 @@ best that was seen on all the text, the start included.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from quant.learn.training import (
     training_attend,
 )
 from quant.records import LinearReport
+from quant.settings import LearnedRounding
 from quant.stage_clock import stage
 from quant.statistics.chunks import chunks
 from quant.statistics.gram import fast_products
@@ -35,31 +36,6 @@ from quant.statistics.parts import Parts
 NORMS = ("attn_norm", "mlp_norm")
 
 
-@dataclass(frozen=True)
-class Learning:
-    """How the training goes; rates are totals over all steps of a linear decay, codes in steps of the grid, others relative."""
-
-    code_rate: float = 1.0
-    scale_rate: float = 0.05
-    norm_rate: float = 0.05
-    batch_tokens: int = 4096
-    checks: int = 4  # measurements of the whole loss
-    toward_float: float = (
-        0.25  # the aim: 0 is what the quantized stream foretells of the float model's, 1 that stream itself
-    )
-    average: float = 0.95  # weight of the past in a running mean, kept in place of what was trained; 0: none
-    warmup: float = 0.15  # share of the steps in which the rates rise
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.toward_float <= 1:
-            raise ValueError(f"toward_float is {self.toward_float}: expected a share of the way, 0 to 1.")
-        if not 0 <= self.average < 1:
-            raise ValueError(f"average is {self.average}: expected 0 or more and less than 1.")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is {self.warmup}: expected 0 or more and less than 1.")
-
-
-LEARNING = Learning()
 _STEADY_STEPS = 100  # fewer steps than these are not made longer
 
 
@@ -72,6 +48,7 @@ def learn_block(
     x: Tensor,
     y: Tensor,
     reports: list[LinearReport],
+    learning: LearnedRounding,
     metric: Tensor | None = None,
 ) -> tuple[BlockWeights, list[LinearReport]]:
     """Train a quantized block so that it maps x to y.
@@ -81,10 +58,11 @@ def learn_block(
             were free; kept within half a step of its integer, so that nothing changes at first.
         metric: (H, H), what an error is multiplied by before it is squared; None: nothing.
         x: (S, L, H) inputs, those of the quantized model; y: (S, L, H) what is wanted after this block.
+        learning: how the training goes.
 
     Returns the block and the reports with the step and both losses added: mean squared error per element of y, before and after.
     """
-    learning, device, steps = LEARNING, x.device, quant.rounding_steps
+    device, steps = x.device, learning.steps
     flat = FlatLinears.of([block], device)
     start = flat.codes.float()
     wanted = torch.cat([latents[role].view(-1, flat.group_size) for _, role in flat.names])

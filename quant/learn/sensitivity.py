@@ -22,7 +22,6 @@ from quant.learn.training import repeatable, training_attend
 from quant.statistics.gram import fast_products
 from quant.statistics.parts import float_block
 
-PLAIN = 0.3  # share of the identity in a metric
 _STEP_TOKENS = 4096
 _CPU_BYTES = 1 << 32
 _GPU_SHARE = 0.5
@@ -46,7 +45,7 @@ def measure_sensitivity(
     tokens: Tensor,
     device: torch.device | str,
     seed: int,
-    plain: float | None = None,
+    identity: float,
 ) -> list[Tensor]:
     """A metric (H, H) float32 for each block: errors d @ metric, squared and summed, cost what the model pays for them.
 
@@ -54,7 +53,7 @@ def measure_sensitivity(
 
     Args:
         embedding, head: (V, H). final_norm: (H,). tokens: (S, L) int64.
-        plain: share of the identity in each metric (None: PLAIN); the rest is the Fisher matrix, scaled to a mean diagonal of 1.
+        identity: share of the identity in each metric; the rest is the Fisher matrix, scaled to a mean diagonal of 1.
     """
     device = torch.device(device)
     hidden, length = config.hidden_size, tokens.shape[1]
@@ -79,14 +78,14 @@ def measure_sensitivity(
             grads = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), states)
             for total, grad in zip(fisher, grads, strict=True):
                 total += grad.t() @ grad
-    return [_metric(matrix, PLAIN if plain is None else plain) for matrix in fisher]
+    return [_metric(matrix, identity) for matrix in fisher]
 
 
-def _metric(fisher: Tensor, plain: float) -> Tensor:
-    """The Cholesky factor M of (1 - plain) F + plain I, M M^T, with F scaled to a mean diagonal of 1; I where F is unusable."""
+def _metric(fisher: Tensor, identity: float) -> Tensor:
+    """The Cholesky factor M of (1 - identity) F + identity I, M M^T, with F scaled to a mean diagonal of 1; I where F is unusable."""
     eye = torch.eye(len(fisher), device=fisher.device)
     mean = fisher.diagonal().mean()
     if not bool(mean > 0) or not bool(fisher.isfinite().all()):
         return eye
-    factor, info = torch.linalg.cholesky_ex((1 - plain) * fisher / mean + plain * eye)
+    factor, info = torch.linalg.cholesky_ex((1 - identity) * fisher / mean + identity * eye)
     return eye if int(info) else factor

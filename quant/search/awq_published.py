@@ -12,14 +12,15 @@ from torch import Tensor
 from convert.checkpoint import BlockWeights, LinearWeights
 from convert.config import ModelConfig
 from convert.families.table import scale_groups
-from engine.model.block import Tap
 from kernels.int4 import Quantized, quantize, quantize_codes
 from quant.config import QuantConfig
-from quant.records import BlockResult, LinearReport, Streams
+from quant.records import BlockResult, BlockTask, LinearReport, Streams
+from quant.search.block_search import BlockSearch
 from quant.search.scales.awq import candidates, exponents
 from quant.search.scales.clip import search_published_clip
 from quant.search.scales.folding import Fold, fold_norm, fold_rows, kv_fold, norm_fold, row_fold
 from quant.search.stored import to_float16
+from quant.selection import is_quantized
 from quant.statistics.gram import InputStats, fast_products, observe
 from quant.statistics.parts import Parts, linear
 
@@ -27,12 +28,13 @@ GRID = 20
 NOT_CLIPPED = ("q", "k")  # as published: their product is attended to, not added
 
 
-def quantize_published(
-    weights: BlockWeights, config: ModelConfig, quant: QuantConfig, inputs: Streams, tap: Tap | None
-) -> BlockResult:
-    """One block; weights and norms are float32 on the device of the streams."""
-    search = _Search(weights, config, quant, inputs.quantized)
-    for before, readers in scale_groups(config):
+def quantize_published(task: BlockTask) -> BlockResult:
+    """One block on its two streams."""
+    inputs, tap = task.inputs, task.tap
+    assert isinstance(inputs, Streams)
+    weights = BlockSearch(task).weights  # float32 norms, all on the device
+    search = _Search(weights, task.config, task.quant, inputs.quantized)
+    for before, readers in scale_groups(task.config):
         search.scale(before, readers)
     done, reports = search.finish()
     parts = search.parts
@@ -122,7 +124,7 @@ class _Search:
         self.weights = replace(self.weights, linears=linears, norms=norms)
 
     def _fits(self, role: str) -> bool:
-        return self.source.linears[role].weight.shape[1] % self.quant.group_size == 0
+        return is_quantized(self.config, self.quant, self.source.index, role)
 
     def _losses(self, roles: tuple[str, ...], column_scales: Tensor) -> Tensor:
         """Mean squared error of the part's output for every candidate (C, K): (C,)."""

@@ -8,16 +8,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from convert.checkpoint import BlockWeights, LinearWeights
+from convert.checkpoint import LinearWeights
 from convert.config import ModelConfig
 from quant.config import QuantConfig
-from quant.recipes import PLANS, Plan, effort_on
-from quant.records import LinearReport
+from quant.records import BlockTask, LinearReport
 from quant.search.rounding.solution import Solution, Stack, free_codes
 from quant.search.rounding.targets import CrossSums
 from quant.search.scales.folding import Fold, fold_rows
 from quant.search.solve import solve
-from quant.search.stored import is_quantized
+from quant.selection import config_of_stack, is_quantized
+from quant.settings import SolverSteps
 from quant.stage_clock import stage
 from quant.statistics.gram import InputStats, observe
 from quant.statistics.parts import Parts
@@ -26,22 +26,18 @@ from quant.statistics.parts import Parts
 class BlockSearch:
     """The state of one block on its way through the search: what is quantized so far, and the reports."""
 
-    def __init__(
-        self,
-        weights: BlockWeights,
-        config: ModelConfig,
-        quant: QuantConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, task: BlockTask) -> None:
+        weights, device = task.weights, task.device
         with stage("move weights to the device"):
             to = {role: _move(part, device) for role, part in weights.linears.items()}
         norms = {role: norm.to(device).float() for role, norm in weights.norms.items()}
         self.weights = replace(weights, linears=to, norms=norms)
         self.source = self.weights
-        self.config, self.quant, self.device, self.dtype = config, quant, device, dtype
-        self.plan: Plan = PLANS.get(quant.preset, Plan())
-        self.effort = effort_on(device)
+        self.config: ModelConfig = task.config
+        self.quant: QuantConfig = task.quant
+        self.device, self.dtype = device, task.dtype
+        self.learning = task.quant.recipe.learning
+        self.effort = task.quant.recipe.effort_on(device.type)
         self.reports: list[LinearReport] = []
         self.latents: dict[str, Tensor] = {}  # by role: centred codes as they would be if they were free
 
@@ -60,10 +56,10 @@ class BlockSearch:
     ) -> Solution:
         """Quantize linears that read one input, put them in place; the fold is the caller's."""
         stack = self.stack(roles)
-        solution, reports = solve(stack, stats, fold, self.plan, self.effort, self.quant, cross)
+        solution, reports = solve(stack, stats, fold, self.steps(roles), self.effort, self.quant, cross)
         self.reports += reports
         with stage("free codes"):
-            latent = free_codes(solution, stack.weight, stats) if self.plan.learn else None
+            latent = None if self.learning is None else free_codes(solution, stack.weight, stats)
         start = 0
         for role, rows in zip(roles, stack.rows, strict=True):
             if latent is not None:
@@ -93,7 +89,12 @@ class BlockSearch:
 
     def fits(self, role: str) -> bool:
         """Whether this linear becomes integers."""
-        return is_quantized(self.source, role, self.quant)
+        return is_quantized(self.config, self.quant, self.source.index, role)
+
+    def steps(self, roles: tuple[str, ...]) -> SolverSteps:
+        """The steps of the linears that are solved together."""
+        found = config_of_stack(self.quant, self.config, self.source.index, roles).recipe.steps
+        return SolverSteps() if found is None else found
 
 
 def _move(part: LinearWeights, device: torch.device) -> LinearWeights:

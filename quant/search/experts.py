@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.int4 import Quantized
 from quant.search.block_search import BlockSearch
-from quant.search.scales.folding import Fold, fold_norm, norm_fold, row_fold
+from quant.search.scales.folding import Fold, fold_norm, no_fold, norm_fold, row_fold
 from quant.search.scales.joint import choose_scale, judged_by
 from quant.stage_clock import stage
 from quant.statistics.gram import InputStats, observe
@@ -22,42 +22,50 @@ MIN_TOKENS = 64  # an expert that fewer tokens reach is searched on all of them
 
 @stage("quantized stream")
 def quantize_experts(search: BlockSearch, parts: Parts, mid: Tensor) -> Tensor:
-    """Gate, up and down of every expert; returns the stream after the block."""
+    """Gate, up and down of every expert, where they become integers; returns the stream after the block."""
     norm = search.weights.norms["mlp_norm"]
     h = parts.map(lambda part: parts.norm(part, norm), mid)
-    shared = observe((h[part] for part in parts.slices()), search.name("experts"))
-    fixed = _share_scale(search, shared, norm)
-    h = parts.map(lambda part: parts.norm(part, search.weights.norms["mlp_norm"]), mid)
-    column_scale = fixed.spread(fixed.snap(shared.mean_abs))
-    for part in ("in", "down_in"):
-        seen = _expert_inputs(search, parts, h, part)
+    if search.fits("experts.0.gate"):
+        shared = observe((h[part] for part in parts.slices()), search.name("experts"))
+        fixed = _share_scale(search, shared, norm)
+        h = parts.map(lambda part: parts.norm(part, search.weights.norms["mlp_norm"]), mid)
+        column_scale = fixed.spread(fixed.snap(shared.mean_abs))
+        seen = _expert_inputs(search, parts, h, "in")
         for expert in range(search.config.num_experts):
             name = f"experts.{expert}."
-            if part == "in":
-                stats = _scaled(_stats_or(seen.get(expert), search, name, None), column_scale) or shared
-                search.quantize((name + "gate", name + "up"), stats, fixed)
-            else:
-                cols = search.source.linears[name + "down"].weight.shape[1]
-                inner = _stats_or(seen.get(expert), search, name, cols)
-                assert inner is not None
-                solution = search.quantize((name + "down",), inner, row_fold(search.weight(name + "up")))
-                search.fold_back(name + "up", solution)
+            stats = _scaled(_stats_or(seen.get(expert), search, name, None), column_scale) or shared
+            search.quantize((name + "gate", name + "up"), stats, fixed)
+    if search.fits("experts.0.down"):
+        seen = _expert_inputs(search, parts, h, "down_in")
+        for expert in range(search.config.num_experts):
+            name = f"experts.{expert}."
+            cols = search.source.linears[name + "down"].weight.shape[1]
+            inner = _stats_or(seen.get(expert), search, name, cols)
+            assert inner is not None
+            _quantize_down(search, name, inner)
     dense = parts.dense(search.weights)
     return mid + parts.map(lambda part: parts.mlp(part, dense), h)
 
 
+def _quantize_down(search: BlockSearch, name: str, stats: InputStats) -> None:
+    """One expert's down; its scales go into the rows of up, where that is searched too."""
+    fold = row_fold(search.weight(name + "up")) if search.fits(name + "up") else no_fold()
+    solution = search.quantize((name + "down",), stats, fold)
+    search.fold_back(name + "up", solution)
+
+
 def experts_from_statistics(search: BlockSearch, stats: Callable[[str], InputStats]) -> None:
     """The same on saved statistics of the float stream."""
-    norm = search.source.norms["mlp_norm"]
+    gates, downs = (search.fits(f"experts.0.{part}") for part in ("gate", "down"))
     shared = stats("mlp_in")
-    fixed = _share_scale(search, shared, norm)
+    fixed = _share_scale(search, shared, search.source.norms["mlp_norm"]) if gates else None
     for expert in range(search.config.num_experts):
         name = f"experts.{expert}."
-        own = stats(name + "in")
-        search.quantize((name + "gate", name + "up"), own if own.tokens >= MIN_TOKENS else shared, fixed)
-        inner = stats(name + "down_in")
-        solution = search.quantize((name + "down",), inner, row_fold(search.weight(name + "up")))
-        search.fold_back(name + "up", solution)
+        if fixed is not None:
+            own = stats(name + "in")
+            search.quantize((name + "gate", name + "up"), own if own.tokens >= MIN_TOKENS else shared, fixed)
+        if downs:
+            _quantize_down(search, name, stats(name + "down_in"))
 
 
 def _share_scale(search: BlockSearch, stats: InputStats, norm: Tensor) -> Fold:
@@ -65,8 +73,9 @@ def _share_scale(search: BlockSearch, stats: InputStats, norm: Tensor) -> Fold:
     roles = tuple(f"experts.{e}.{part}" for e in range(search.config.num_experts) for part in ("gate", "up"))
     fold = norm_fold(norm)
     scale = torch.ones_like(norm)
-    if search.plan.scale:
-        judged = judged_by(stats, search.plan)
+    steps = search.steps(roles)
+    if steps.scale:
+        judged = judged_by(stats, steps)
         scale = choose_scale(search.stack(roles), judged, fold, search.effort, search.quant)[0]
     search.put_norm("mlp_norm", fold_norm(norm, scale))
     router = search.weights.linears["router"]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from quant.config import QuantConfig
-from quant.recipes import Effort, Plan
 from quant.records import LinearReport, dead_channels
 from quant.search.rounding.compensation import DAMPING, gptq_published, gptq_static
 from quant.search.rounding.descent import descend, expand, refit_scales
@@ -17,6 +16,7 @@ from quant.search.rounding.solution import Judge, Solution, Stack, round_to_near
 from quant.search.rounding.targets import CrossSums, move_targets
 from quant.search.scales.folding import Fold
 from quant.search.scales.joint import scale_and_clip
+from quant.settings import Effort, SolverSteps
 from quant.stage_clock import stage
 from quant.statistics.gram import InputStats, damped, loss_rows
 
@@ -28,7 +28,7 @@ def solve(
     stack: Stack,
     stats: InputStats,
     fold: Fold,
-    plan: Plan,
+    plan: SolverSteps,
     effort: Effort,
     config: QuantConfig,
     cross: CrossSums | None = None,
@@ -54,7 +54,7 @@ def solve(
                 [0.0 for _ in stack.roles],
             )  # one that leads above plain rounding is moved back
             if cross is not None and most:
-                target, shares = move_targets(weight, stats, cross, stack.rows, most)
+                target, shares = move_targets(weight, stats, cross, stack.rows, most, plan.ridges)
             solution = scale_and_clip(stack, target, stats, fold, plan, effort, config, plain)
             before = stack.per_linear(loss_rows(solution.weight() - weight, stats.gram))
             _refine(solution, target, stats, plan, effort, config)
@@ -88,7 +88,12 @@ def _published(
 
 
 def _refine(
-    solution: Solution, target: Tensor, stats: InputStats, plan: Plan, effort: Effort, config: QuantConfig
+    solution: Solution,
+    target: Tensor,
+    stats: InputStats,
+    plan: SolverSteps,
+    effort: Effort,
+    config: QuantConfig,
 ) -> None:
     """Compensation, descent and refit in the scaled space, each kept row by row where it helps."""
     judge = Judge(target, stats)
@@ -126,7 +131,7 @@ def _fall_back(
     stack: Stack,
     stats: InputStats,
     fold: Fold,
-    plan: Plan,
+    plan: SolverSteps,
     effort: Effort,
     config: QuantConfig,
     tried: Solution,

@@ -3,12 +3,14 @@
 from dataclasses import replace
 
 from convert.checkpoint import BlockWeights, LinearWeights
+from convert.config import ModelConfig
 from convert.errors import InputError
 from kernels.int4 import Quantized
 from quant.config import QuantConfig
+from quant.selection import is_quantized, is_skipped
 
 
-def check_block(weights: BlockWeights, quant: QuantConfig) -> None:
+def check_block(weights: BlockWeights, config: ModelConfig, quant: QuantConfig) -> None:
     """Raises InputError for weights that are not finite or quantized already, and for K that is no multiple of the group."""
     for role, part in weights.linears.items():
         weight = part.weight
@@ -21,16 +23,13 @@ def check_block(weights: BlockWeights, quant: QuantConfig) -> None:
             raise InputError(
                 f"Block {weights.index}, {role}: {bad} weights are NaN or infinite. The checkpoint is damaged."
             )
-        if role != "router" and weight.shape[1] % quant.group_size and not quant.keep_ragged:
+        if quant.keep_ragged or role == "router" or is_quantized(config, quant, weights.index, role):
+            continue
+        if not is_skipped(config, quant, weights.index, role):
             raise InputError(
                 f"Block {weights.index}, {role}: K = {weight.shape[1]} is no multiple of the group size {quant.group_size}. "
                 "Choose a smaller --group-size, --pad for exact zero-padding, or --keep-ragged to leave it in float16."
             )
-
-
-def is_quantized(weights: BlockWeights, role: str, quant: QuantConfig) -> bool:
-    """Whether this linear becomes integers: no router, and K a multiple of the group."""
-    return role != "router" and weights.linears[role].weight.shape[1] % quant.group_size == 0
 
 
 def to_float16(weights: BlockWeights) -> BlockWeights:

@@ -51,8 +51,8 @@ def search_on_streams(
         else _mlp(search, parts, mid, reference)
     )
     done = to_float16(search.weights)
-    if search.plan.learn and reference is not None:
-        wanted = _wanted(search, parts, x, reference.out, metric)
+    if search.learning is not None and reference is not None:
+        wanted = _wanted(search, parts, x, reference.out, search.learning.toward_float, metric)
         done, search.reports = rounding.learn_block(
             done,
             search.latents,
@@ -61,6 +61,7 @@ def search_on_streams(
             x,
             wanted,
             search.reports,
+            search.learning,
             metric,
         )
         dense = parts.dense(done)
@@ -73,9 +74,10 @@ def search_on_streams(
 
 
 @stage("target of learned rounding")
-def _wanted(search: BlockSearch, parts: Parts, x: Tensor, out: Tensor, metric: Tensor | None) -> Tensor:
+def _wanted(
+    search: BlockSearch, parts: Parts, x: Tensor, out: Tensor, way: float, metric: Tensor | None
+) -> Tensor:
     """What learned rounding aims at: the float stream after the block, or a share of the way there from what x foretells of it."""
-    way = rounding.LEARNING.toward_float
     if way == 1:
         return out
     source = parts.dense(search.source)
@@ -102,7 +104,7 @@ def _cross(
     of_outputs: Tensor | None,
 ) -> CrossSums | None:
     """C = (Y - X W^T)^T X / M with Y the float stream's outputs; from the difference of inputs, or of outputs."""
-    if not search.plan.toward_float or len(x) < 2:
+    if not search.steps(roles).toward_float or len(x) < 2:
         return None
     weight = torch.cat([search.weight(role) for role in roles])
     sums = [torch.zeros(1, device=search.device) for _ in range(2)]

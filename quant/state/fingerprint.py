@@ -1,6 +1,5 @@
 """What makes two runs the same run: source, text, settings, versions, device kind. Flat, so that a difference has a name."""
 
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -9,7 +8,6 @@ import torch
 from convert.checkpoint import Checkpoint
 from quant.config import QuantConfig
 from quant.kv.key_smoothing import RULE
-from quant.learn import distill, rounding
 from quant.stage_clock import stage
 
 LIBRARIES = ("turbomind-quant", "torch", "transformers", "safetensors")
@@ -51,14 +49,8 @@ def run_fingerprint(
         "dtype": str(dtype).removeprefix("torch."),
     }
     table |= {f"version of {name}": number for name, number in library_versions().items()}
-    table |= {name: value for name, value in asdict(quant).items()}
+    table |= quant.to_json() | quant.recipe.fingerprint(with_distillation=quant.distill)
     if quant.kv_bits != 16:
         table["smoothing of K"] = RULE
-    if quant.preset == "awq":
-        table["stream of the search"] = "quantized"
-    if quant.preset == "best":
-        table["learned rounding"] = str(asdict(rounding.LEARNING))
-    if quant.distill:
-        table["distillation"] = str(asdict(distill.DISTILLING))
     table |= {f"text {name}": value for name, value in (text or {}).items()}
     return table

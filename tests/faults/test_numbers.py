@@ -13,7 +13,6 @@ import quant.search.scales.joint as scaling_module
 from convert.readers import open_checkpoint
 from kernels.int4 import Quantized
 from quant.config import QuantConfig
-from quant.recipes import PLANS, effort_on
 from quant.search.rounding.solution import Stack
 from quant.search.scales.folding import kv_fold, norm_fold
 from quant.search.solve import solve
@@ -251,6 +250,7 @@ def test_F65_a_model_that_gives_no_number_is_refused(place, tmp_path):
 def test_a_grid_without_a_finite_loss_keeps_scale_one_and_says_so(case, monkeypatch):
     """Every candidate's loss is NaN: the layer is rounded with scale 1, finite, and its report says why."""
     config = QuantConfig(preset="fast", group_size=32)
+    recipe = config.recipe
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
     stack = Stack(weight, ("up", "gate"), (8, 8))
     stats = observe([torch.randn(8, 160, 64, generator=torch.Generator().manual_seed(3))], "up, gate")
@@ -260,7 +260,7 @@ def test_a_grid_without_a_finite_loss_keeps_scale_one_and_says_so(case, monkeypa
         lambda weight, scales, *_: torch.full((len(scales), 2), float("nan")),
     )
     solution, reports = solve(
-        stack, stats, norm_fold(torch.ones(64)), PLANS["fast"], effort_on(torch.device("cpu")), config
+        stack, stats, norm_fold(torch.ones(64)), recipe.steps, recipe.effort_on("cpu"), config
     )
     assert torch.equal(solution.channel_scale, torch.ones(64))
     assert solution.weight().isfinite().all()

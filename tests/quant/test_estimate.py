@@ -12,12 +12,13 @@ from quant.config import QuantConfig
 from quant.estimate import (
     packed_block_bytes,
     plan_quantization,
-    ragged_roles,
     refuse_ragged,
     statistics_bytes,
 )
-from quant.learn.distill import DISTILLING, window_of
+from quant.learn.distill import window_of
 from quant.progress import Progress
+from quant.selection import ragged_roles
+from quant.settings import Distillation
 from turbomind_quant.cli import jobs
 
 LLAMA_7B = ModelConfig(
@@ -60,7 +61,7 @@ def test_the_plan_of_a_7b_run():
 
 def test_what_does_not_fit_is_named_with_the_choices():
     config = ModelConfig(**{**vars(LLAMA_7B), "intermediate_size": 11040})
-    assert ragged_roles(config, 128) == ["down"]
+    assert ragged_roles(config, QuantConfig()) == ["down"]
     with pytest.raises(InputError, match=r"down \(K = 11040\).*--pad.*--keep-ragged.*--group-size 32"):
         refuse_ragged(config, QuantConfig())
     assert refuse_ragged(config, QuantConfig(keep_ragged=True)) == ["down"]
@@ -112,6 +113,6 @@ def test_an_end_to_end_pass_counts_both_models_and_the_logits() -> None:
 
 
 def test_the_windows_of_a_pass_are_no_longer_than_the_text() -> None:
-    assert window_of(LLAMA_7B, 65536, DISTILLING) == (2, 2048)
-    assert window_of(LLAMA_7B, 512, DISTILLING) == (1, 512)
-    assert window_of(replace(LLAMA_7B, max_position=1024), 3000, DISTILLING) == (2, 1024)
+    assert window_of(LLAMA_7B, 65536, Distillation()) == (2, 2048)
+    assert window_of(LLAMA_7B, 512, Distillation()) == (1, 512)
+    assert window_of(replace(LLAMA_7B, max_position=1024), 3000, Distillation()) == (2, 1024)

@@ -5,41 +5,36 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from quant import recipes as presets
 from quant.config import QuantConfig
-from quant.learn import distill, rounding
-from quant.search import block_search
-from quant.search.rounding import targets
+from quant.recipes import recipe_named
+from quant.settings import Distillation
 from scripts import bench_quality
 from tests.tiny_runs import write_runnable
 
 quality_arms = sys.modules["quality_arms"]
 
 
-def test_an_arm_sets_what_it_names_while_it_runs() -> None:
+def test_an_arm_is_a_recipe_with_the_settings_that_it_names() -> None:
     arm = quality_arms.parse_arm(
         "best:bits=3:group=32:plan.toward_float=0.5:learn.average=0.25:distill.swap=0:effort.rounds=1:ridges=0.1+1",
         QuantConfig(seed=2),
     )
-    assert (arm.quant.preset, arm.quant.bits, arm.quant.group_size, arm.quant.seed) == ("best", 3, 32, 2)
-    before = dict(presets.PLANS)
-    with quality_arms.in_force(arm):
-        assert presets.PLANS["best"].toward_float == 0.5 and rounding.LEARNING.average == 0.25
-        assert distill.DISTILLING.swap == 0.0 and targets.RIDGES == (0.1, 1.0)
-        assert block_search.effort_on(torch.device("cpu")).rounds == 1
-    assert before == presets.PLANS and rounding.Learning() == rounding.LEARNING
+    assert (arm.quant.recipe.name, arm.quant.bits, arm.quant.group_size, arm.quant.seed) == ("best", 3, 32, 2)
+    recipe = arm.quant.recipe
+    assert recipe.steps is not None and recipe.learning is not None
+    assert recipe.steps.toward_float == 0.5 and recipe.learning.average == 0.25
+    assert recipe.distillation.swap == 0.0 and recipe.steps.ridges == (0.1, 1.0)
+    assert recipe.effort_on("cpu").rounds == recipe.effort_on("cuda").rounds == 1
+    assert recipe != recipe_named("best") and recipe.base == "best"
     with pytest.raises(ValueError, match="speed is no setting"):
         quality_arms.parse_arm("fast:speed=1", QuantConfig())
 
 
 def test_passes_follow_an_arm_with_its_settings_and_their_own() -> None:
-    arm = quality_arms.parse_arm("best:bits=3/distill_steps=7/", QuantConfig())
-    assert not arm.quant.distill and [one.quant.distill_steps for one in arm.passes] == [
-        7,
-        QuantConfig().distill_steps,
-    ]
+    arm = quality_arms.parse_arm("best:bits=3/distill.steps=7/", QuantConfig())
+    steps = [one.quant.recipe.distillation.steps for one in arm.passes]
+    assert not arm.quant.distill and steps == [7, Distillation().steps]
     assert all(one.quant.bits == 3 and one.quant.distill for one in arm.passes)
     assert quality_arms.parse_arm("best:distill=1", QuantConfig()).passes[0].text == "best:distill=1"
 
@@ -55,7 +50,9 @@ def test_rows_of_several_models_texts_and_caches(tmp_path: Path) -> None:
     text.write_text("".join(f"row {i} of a text\n\n" for i in range(700)))
     out = tmp_path / "rows.json"
     options = "--group-size 32 --samples 8 --seqlen 32 --windows 2 --kl-windows 1 --window 128 --device cpu"
-    arms = "rtn,fast:bits=3,best:rounding_steps=2:learn.average=0.5/distill_steps=2/distill_steps=3:distill.swap=0"
+    arms = (
+        "rtn,fast:bits=3,best:learn.steps=2:learn.average=0.5/distill.steps=2/distill.steps=3:distill.swap=0"
+    )
     texts = f"--calib {text} --test {text} --test {text}:rows --kv 8:static,4 --kv-presets best"
     run = f"{first} {second}:pad {texts} --arms {arms} {options} --out {out}"
     bench_quality.main(run.split())

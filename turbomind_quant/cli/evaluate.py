@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from quant.recipes import usual_methods
 from turbomind_quant.cli.options import (
     Commands,
     debug_option,
@@ -16,9 +17,6 @@ from turbomind_quant.cli.options import (
     together,
     writable_file,
 )
-
-METHODS = ("fp16", "rtn", "gptq", "gptq-r", "awq", "fast", "default", "best", "best+distill")
-TABLE_METHODS = "fp16,rtn,gptq,gptq-r,awq,fast,default"
 
 eval_text_options = together(
     click.option(
@@ -97,7 +95,12 @@ def ppl(paths: tuple[str, ...], **flags: Any) -> None:
 
 @evaluate.command(short_help="The perplexity table of one MODEL, method by method.")
 @click.argument("model")
-@click.option("--methods", default=TABLE_METHODS, show_default=True, help=f"Rows, of {', '.join(METHODS)}.")
+@click.option(
+    "--methods",
+    default=lambda: ",".join(usual_methods()),
+    show_default="fp16 and all presets but the slow ones",
+    help="Rows, joined by commas: fp16, the presets of `quantize awq`, and PRESET+distill.",
+)
 @click.option("--bits", default="4,3", show_default=True, help="Widths, of 4, 3 and 2.")
 @click.option(
     "--group-size",

@@ -31,8 +31,9 @@ from quant.evaluation.perplexity import (
     simulation,
     tokens_of,
 )
-from quant.evaluation.table import DISTILLED, METHODS, NAMES, Row, TableRequest, evaluate_table, needs_ranges
+from quant.evaluation.table import Row, TableRequest, evaluate_table, needs_ranges
 from quant.progress import Progress
+from quant.recipes import label_of, methods
 from turbomind_quant.cli.jobs import fit_seqlen, open_source, tokenizer_of
 from turbomind_quant.cli.outcome import Outcome
 from turbomind_quant.cli.progress import ShownProgress
@@ -100,7 +101,7 @@ def run_table(model: str, flags: Flags) -> Outcome:
     quant = fit_seqlen(quant, ckpt.config, False)
     request = TableRequest(
         base=quant,
-        methods=tuple(chosen(flags["methods"], "--methods", (*METHODS, "best", DISTILLED))),
+        methods=tuple(chosen(flags["methods"], "--methods", methods())),
         bits=numbers(flags["bits"], "--bits", BITS),
         group_sizes=groups,
         kv=caches(flags["kv_bits"]),
@@ -183,7 +184,7 @@ def method_table(rows: Sequence[Row]) -> Table:
         last = row.bits
         group = row.group_size
         table.add_row(
-            NAMES.get(row.method, row.method) + (" + distill" if row.distill else ""),
+            label_of(row.method) + (" + distill" if row.distill else ""),
             "16" if group is None else f"{row.bits} g{group}",
             "" if group is None else f"{bits_per_weight(row.bits, group):.3f}",
             "float" if row.kv_bits == 16 else f"int{row.kv_bits} {row.kv_mode}",

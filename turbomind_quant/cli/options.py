@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -15,7 +16,8 @@ from typing import Any, TypeVar
 import click
 
 from convert.errors import InterruptedRunError, TmqError
-from quant.config import GROUP_SIZES, PRESETS, QuantConfig
+from quant import recipes
+from quant.config import GROUP_SIZES, QuantConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 BUG = 70
@@ -151,6 +153,39 @@ def config_option(name: str, help: str, **kwargs: Any) -> Callable[[F], F]:
     return click.option(name, field, default=defaults()[field], show_default=True, help=help, **kwargs)
 
 
+class PresetType(click.ParamType):  # type: ignore[type-arg]
+    """The name of a registered recipe."""
+
+    name = "preset"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
+        return f"[{'|'.join(recipes.names())}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value not in recipes.names():
+            self.fail(f"{value!r} is not one of {', '.join(recipes.names())}.", param, ctx)
+        return value
+
+
+class PresetHelp(click.Command):
+    """A command whose help has the table of presets in place of {presets}."""
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = max(len(name) for name in recipes.names())
+        lines = [f"{row.name:<{width}}  {row.summary}" for row in recipes.rows()]
+        text = self.help
+        self.help = re.sub(
+            r"^( *)\{presets\}",
+            lambda found: "\n".join(found[1] + line for line in lines),
+            text or "",
+            flags=re.M,
+        )
+        try:
+            super().format_help_text(ctx, formatter)
+        finally:
+            self.help = text
+
+
 debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 family_option = click.option("--family", help="Read the model as this family, whatever its config.json says.")
@@ -193,7 +228,7 @@ run_options: Callable[[Any], Any] = together(
     click.option("--dry-run", is_flag=True, help="Say what it would take (memory, disk, sizes), and stop."),
 )
 quant_options: Callable[[Any], Any] = together(
-    config_option("--preset", "How hard to search; see above.", type=click.Choice(PRESETS)),
+    config_option("--preset", "How hard to search; see above.", type=PresetType()),
     config_option("--bits", "4 to serve; 3 and 2 to evaluate.", type=click.IntRange(2, 4)),
     click.option(
         "--group-size",

@@ -8,6 +8,7 @@ import click
 from quant.config import QuantConfig
 from turbomind_quant.cli.options import (
     Commands,
+    PresetHelp,
     config_option,
     debug_option,
     device_options,
@@ -66,7 +67,7 @@ def calibrate(model: str, output: str, **flags: Any) -> None:
     finish(outcome, flags["as_json"])
 
 
-@quantize.command(short_help="Quantize MODEL to a 4-bit AWQ checkpoint.")
+@quantize.command(cls=PresetHelp, short_help="Quantize MODEL to a 4-bit AWQ checkpoint.")
 @model_argument
 @output_option
 @together(quant_options)
@@ -102,12 +103,7 @@ def awq(model: str, output: str, **flags: Any) -> None:
 
     \b
     Presets, from quick to thorough:
-      rtn      round to nearest, no text needed
-      gptq     as published; gptq-r with act-order and static groups
-      awq      channel scales, then clip ranges, judged block by block
-      fast     scales and clip ranges chosen together from Gram matrices
-      default  fast, then error compensation on the quantized model's own inputs
-      best     default, then learned rounding on the output of each block
+      {presets}
 
     \b
     Example:  quantize awq ./my-model -o my-model-4bit --calib-data prose.txt

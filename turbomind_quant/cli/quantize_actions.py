@@ -63,11 +63,11 @@ def run_awq(
             "--pad makes the group fit every linear and --keep-ragged leaves in float16 those that it does not fit: give one of them."
         )
     needs_text = flags["stats"] is None and (quant.needs_text or quant.kv_bits == 8)
-    idle = idle_options(quant.preset, typed) if not needs_text and flags["stats"] is None else ""
+    idle = idle_options(quant.recipe.name, typed) if not needs_text and flags["stats"] is None else ""
     job = make_job(model, out, quant, flags, seqlen_given, quant.group_size if flags["pad"] else None)
     if not needs_text:  # else it is loaded for the text
         check_tokenizer(job.ckpt.tokenizer_dir)
-    with Progress(f"awq {quant.preset}", ShownProgress()) as progress:
+    with Progress(f"awq {quant.recipe.name}", ShownProgress()) as progress:
         if idle:
             progress.say(f"note: {idle}")
         refuse_ragged(job.ckpt.config, job.quant)
@@ -140,6 +140,6 @@ def awq_outcome(model: str, job: Job, plan: Plan, result: Any) -> Outcome:
     if quant.bits == 4 and quant.group_size == 128:
         following.append(f"      quantize pack {job.out} -o WORKSPACE")
     parts: list[RenderableType] = ["\n".join(lines)]
-    if quant.preset != "rtn":
+    if quant.needs_text:
         parts.append(role_table(result.layers))
     return Outcome(result.to_json(), [*parts, "\n".join(following)])

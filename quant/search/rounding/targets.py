@@ -14,8 +14,6 @@ from kernels.products import linear
 from quant.stage_clock import stage
 from quant.statistics.gram import InputStats, damped
 
-RIDGES = (0.003, 0.03, 0.3, 3.0)  # of the mean of G's diagonal
-
 
 @dataclass(frozen=True)
 class CrossSums:
@@ -26,9 +24,17 @@ class CrossSums:
 
 @stage("moved targets")
 def move_targets(
-    weight: Tensor, stats: InputStats, cross: CrossSums, rows: Sequence[int], most: float
+    weight: Tensor,
+    stats: InputStats,
+    cross: CrossSums,
+    rows: Sequence[int],
+    most: float,
+    ridges: Sequence[float],
 ) -> tuple[Tensor, list[float]]:
     """W + s C (G + lambda I)^-1, lambda and s (at most `most`) chosen for each linear; returns it with each s.
+
+    ridges: values of lambda to try, as shares of the mean of G's diagonal.
+
 
     With D = C (G + lambda I)^-1 and D_a, C_b of the two halves, the error on other text falls by
     2 s tr(D_a C_b^T) - s^2 tr(D G D^T), in which no noise of the text meets itself.
@@ -38,7 +44,7 @@ def move_targets(
     best_gain = [0.0] * len(rows)
     best_share = [0.0] * len(rows)
     moved = list(weight.split(list(rows)))
-    for ridge in RIDGES:
+    for ridge in ridges:
         lower, info = torch.linalg.cholesky_ex(damped(stats.gram, ridge))
         if int(info):
             continue

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from quant.config import QuantConfig
-from quant.recipes import Effort, Plan
 from quant.search.rounding.compensation import compensated_costs
 from quant.search.rounding.solution import Judge, Solution, Stack, round_to, round_to_nearest
 from quant.search.scales.awq import candidates, exponents, score_candidates
-from quant.search.scales.clip import search_clip
+from quant.search.scales.clip import banded_pairs, search_clip, shrink_pairs
 from quant.search.scales.folding import Fold
+from quant.settings import Effort, SolverSteps
 from quant.stage_clock import stage
 from quant.statistics.gram import InputStats
 
@@ -24,7 +24,7 @@ def scale_and_clip(
     target: Tensor,
     stats: InputStats,
     fold: Fold,
-    plan: Plan,
+    plan: SolverSteps,
     effort: Effort,
     config: QuantConfig,
     plain: tuple[Tensor, Tensor, Tensor],
@@ -45,10 +45,16 @@ def scale_and_clip(
 
 
 @stage("costs that compensation leaves")
-def judged_by(stats: InputStats, plan: Plan) -> InputStats:
+def judged_by(stats: InputStats, plan: SolverSteps) -> InputStats:
     """The statistics that scales and ranges are chosen by: where compensation follows, what it will leave of each column."""
     costs = compensated_costs(stats.gram) if plan.compensate == "static" else None
     return stats if costs is None else replace(stats, gram=costs, fit=costs, hold=costs)
+
+
+def shrink_factors(effort: Effort, steps: int, bits: int, device: torch.device) -> Tensor:
+    """Shrink factors (P, 2) of candidate ranges; fewer bits shrink further."""
+    lowest = {4: 0.55, 3: 0.45, 2: 0.35}[bits]
+    return (banded_pairs if effort.banded else shrink_pairs)(steps, lowest, device)
 
 
 @stage("channel scales")
@@ -63,7 +69,7 @@ def choose_scale(
     grid = exponents(effort.alpha_steps)
     scales = candidates(weight, stats.mean_abs, config.group_size, fold, grid)
     sample, sampled_rows = _sample_rows(stack, effort.score_rows)
-    pairs = effort.pairs(effort.score_steps, config.bits, weight.device)
+    pairs = shrink_factors(effort, effort.score_steps, config.bits, weight.device)
     losses = score_candidates(
         weight[sample], fold.spread(scales), stats.gram, pairs, config.group_size, config.bits, sampled_rows
     )
@@ -97,7 +103,7 @@ def _clipped(
     column_scale = fold.spread(channel_scale)
     scaled = target * column_scale
     solution = Solution(channel_scale, column_scale, *round_to_nearest(scaled, config))
-    pairs = effort.pairs(effort.clip_steps, config.bits, target.device)
+    pairs = shrink_factors(effort, effort.clip_steps, config.bits, target.device)
     scale, zero = search_clip(target, column_scale[None], stats.fit, pairs, config.group_size, config.bits)
     codes = round_to(scaled, scale[0], zero[0], config)
     solution.values["clipped"] = Judge(target, stats).keep(solution, "clip", codes, scale[0], zero[0])

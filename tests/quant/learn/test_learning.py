@@ -15,7 +15,7 @@ from quant.blocks import quantize_block
 from quant.config import QuantConfig
 from quant.learn import rounding
 from quant.learn.captured_steps import Steps
-from quant.learn.distill import Distilling, distill, splice
+from quant.learn.distill import distill, splice
 from quant.learn.sensitivity import measure_sensitivity
 from quant.learn.training import (
     Adam,
@@ -26,10 +26,17 @@ from quant.learn.training import (
     repeatable,
     training_attend,
 )
+from quant.recipes import Recipe, recipe_named
 from quant.records import Streams
 from quant.search import stream_walk
+from quant.settings import Distillation, LearnedRounding
 
-GENTLE = rounding.Learning(code_rate=0.3, scale_rate=0.03, norm_rate=0.03, toward_float=1.0, average=0.0)
+GENTLE = LearnedRounding(code_rate=0.3, scale_rate=0.03, norm_rate=0.03, toward_float=1.0, average=0.0)
+
+
+def best(how: LearnedRounding) -> Recipe:
+    """The preset with these settings of learned rounding."""
+    return replace(recipe_named("best"), learning=how)
 
 
 def small_model() -> tuple[list[BlockWeights], torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -95,12 +102,11 @@ def test_what_a_captured_step_reads_beside_the_codes_lies_on_the_device() -> Non
     assert block.linears["down"].weight.is_meta and all(norm.is_meta for norm in block.norms.values())
 
 
-def test_learned_rounding_lowers_the_error_of_the_block_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learned_rounding_lowers_the_error_of_the_block_and_says_so() -> None:
     # 1,536 tokens: far fewer than the rates of the preset are made for
-    monkeypatch.setattr(rounding, "LEARNING", GENTLE)
     config = config_of("llama")
     x = stream_of(config)
-    quant = QuantConfig(preset="best", group_size=32, bits=3, rounding_steps=40)
+    quant = QuantConfig(preset=best(replace(GENTLE, steps=40)), group_size=32, bits=3)
     with torch.no_grad():
         result = quantize_block(block_of(config), config, quant, Streams(x, x.clone()), "cpu", torch.float32)
     values = result.reports[0].values
@@ -108,15 +114,14 @@ def test_learned_rounding_lowers_the_error_of_the_block_and_says_so(monkeypatch:
     assert all("rounding" in report.steps for report in result.reports)
 
 
-def changed_codes(how: rounding.Learning, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float, bytes]:
+def changed_codes(how: LearnedRounding) -> tuple[float, float, bytes]:
     """Share of codes that learned rounding moved, the loss that it ended at, and the codes of q."""
-    monkeypatch.setattr(rounding, "LEARNING", how)
     config = config_of("llama")
     x = stream_of(config)
     off = x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
     codes = []
-    for preset in ("default", "best"):
-        quant = QuantConfig(preset=preset, group_size=32, bits=3, rounding_steps=30)  # type: ignore[arg-type]
+    for preset in ("default", best(replace(how, steps=30))):
+        quant = QuantConfig(preset=preset, group_size=32, bits=3)
         with torch.no_grad():
             result = quantize_block(block_of(config), config, quant, Streams(x, off), "cpu", torch.float32)
         weights = [part.weight for part in result.weights.linears.values()]
@@ -125,9 +130,9 @@ def changed_codes(how: rounding.Learning, monkeypatch: pytest.MonkeyPatch) -> tu
     return moved, result.reports[0].values["block_after"], codes[1].numpy().tobytes()
 
 
-def test_nearer_targets_change_what_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
-    moved, loss, codes = changed_codes(GENTLE, monkeypatch)
-    _, nearer, other = changed_codes(replace(GENTLE, toward_float=0.0), monkeypatch)
+def test_nearer_targets_change_what_is_learned() -> None:
+    moved, loss, codes = changed_codes(GENTLE)
+    _, nearer, other = changed_codes(replace(GENTLE, toward_float=0.0))
     assert moved > 0 and nearer < loss and other != codes  # the block's own output is easier to meet
 
 
@@ -135,15 +140,15 @@ def test_an_inherited_error_that_can_be_foretold_is_aimed_at(monkeypatch: pytest
     """The quantized stream is a tenth too small: what is missing behind the block follows from what is there."""
     config = config_of("llama")
     x = stream_of(config)
-    quant = QuantConfig(preset="best", group_size=32, bits=3, rounding_steps=30)
+    how = replace(GENTLE, toward_float=0.2, steps=30)
+    quant = QuantConfig(preset=best(how), group_size=32, bits=3)
     found, aims = [], []
 
-    def learn(done, latents, config, quant, x, y, reports, metric):
+    def learn(done, latents, config, quant, x, y, reports, learning, metric):
         aims.append(y)
         return done, reports
 
     monkeypatch.setattr(rounding, "learn_block", learn)
-    monkeypatch.setattr(rounding, "LEARNING", replace(GENTLE, toward_float=0.2))
     begins = []
     for foretell in (lambda begin, *_: begins.append(begin) or begin, stream_walk.foretold):
         monkeypatch.setattr(stream_walk, "foretold", foretell)
@@ -155,23 +160,21 @@ def test_an_inherited_error_that_can_be_foretold_is_aimed_at(monkeypatch: pytest
         found.append(float((aims[-1] - result.streams.fp).pow(2).mean()))
     assert found[1] < 0.5 * found[0]
     torch.testing.assert_close(aims[0], begins[0] + 0.2 * (result.streams.fp - begins[0]))
-    assert rounding.Learning() == rounding.Learning(toward_float=0.25, average=0.95, warmup=0.15)
+    assert LearnedRounding() == LearnedRounding(toward_float=0.25, average=0.95, warmup=0.15)
 
 
-def test_a_block_whose_loss_would_rise_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    hasty = rounding.Learning(code_rate=8.0, scale_rate=2.0, norm_rate=2.0, average=0.9, warmup=0.0)
-    assert changed_codes(hasty, monkeypatch)[0] == 0
-    again = changed_codes(replace(hasty, average=0.0), monkeypatch)
-    assert again[0] == 0 and again[1] == changed_codes(replace(hasty, checks=0), monkeypatch)[1]
+def test_a_block_whose_loss_would_rise_is_left_as_it_was() -> None:
+    hasty = LearnedRounding(code_rate=8.0, scale_rate=2.0, norm_rate=2.0, average=0.9, warmup=0.0)
+    assert changed_codes(hasty)[0] == 0
+    again = changed_codes(replace(hasty, average=0.0))
+    assert again[0] == 0 and again[1] == changed_codes(replace(hasty, checks=0))[1]
 
 
-def test_the_loss_that_is_reported_is_that_of_the_streams_behind_the_metric(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(rounding, "LEARNING", replace(GENTLE, toward_float=1.0, average=0.5))
+def test_the_loss_that_is_reported_is_that_of_the_streams_behind_the_metric() -> None:
     config = config_of("llama")
     x, metric = stream_of(config), torch.diag(torch.linspace(0.2, 2, 128))
-    quant = QuantConfig(preset="best", group_size=32, bits=3, rounding_steps=30)
+    how = replace(GENTLE, toward_float=1.0, average=0.5, steps=30)
+    quant = QuantConfig(preset=best(how), group_size=32, bits=3)
     with torch.no_grad():
         result = quantize_block(
             block_of(config), config, quant, Streams(x, x.clone()), "cpu", torch.float32, metric=metric
@@ -182,21 +185,21 @@ def test_the_loss_that_is_reported_is_that_of_the_streams_behind_the_metric(
     assert values["block_after"] == pytest.approx(found, rel=1e-3)
 
 
-def test_a_running_mean_changes_what_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_running_mean_changes_what_is_learned() -> None:
     # rates so high that the steps go to and fro: the mean lies lower
     wild = replace(GENTLE, average=0.0, code_rate=3.0, scale_rate=0.3, norm_rate=0.3)
-    _, last, other = changed_codes(wild, monkeypatch)
-    _, mean, means = changed_codes(replace(wild, average=0.8), monkeypatch)
+    _, last, other = changed_codes(wild)
+    _, mean, means = changed_codes(replace(wild, average=0.8))
     assert mean < last and means != other
     # the mean is kept in place of what was trained: one that never leaves the start changes no code
-    assert changed_codes(replace(GENTLE, average=1 - 1e-9), monkeypatch)[0] == 0
+    assert changed_codes(replace(GENTLE, average=1 - 1e-9))[0] == 0
 
 
-def test_the_rates_rise_before_they_fall(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rates_rise_before_they_fall() -> None:
     # rates at which the first steps ruin the block: the loss comes back where they rise from zero
     hasty = replace(GENTLE, average=0.0, code_rate=3.0, scale_rate=0.3, norm_rate=0.3)
-    _, at_once, _ = changed_codes(replace(hasty, warmup=0.0), monkeypatch)
-    _, risen, _ = changed_codes(replace(hasty, warmup=0.5), monkeypatch)
+    _, at_once, _ = changed_codes(replace(hasty, warmup=0.0))
+    _, risen, _ = changed_codes(replace(hasty, warmup=0.5))
     assert risen < at_once
     factors = rounding._schedule(8, 0.5)
     assert factors.tolist() == [1 / 4, 7 / 16, 9 / 16, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]
@@ -207,15 +210,15 @@ def test_the_metric_says_what_errors_cost_the_model() -> None:
     blocks, embedding, head, norm, tokens = small_model()
     config = config_of("llama")
     head[:, 40:] = 0  # nothing reads these channels after the last block
-    first, last = measure_sensitivity(blocks, config, embedding, norm, head, tokens, "cpu", 0, plain=0.1)
+    first, last = measure_sensitivity(blocks, config, embedding, norm, head, tokens, "cpu", 0, identity=0.1)
     error = torch.zeros(2, 128)
     error[0, :40], error[1, 40:80] = 1, 1
     cost = (error @ last).pow(2).sum(-1)
     assert float(cost[0]) > 5 * float(cost[1])
-    again = measure_sensitivity(blocks, config, embedding, norm, head, tokens, "cpu", 0, plain=0.1)
+    again = measure_sensitivity(blocks, config, embedding, norm, head, tokens, "cpu", 0, identity=0.1)
     assert torch.equal(first, again[0])
     x = torch.nn.functional.embedding(tokens, embedding)
-    quant = QuantConfig(preset="best", group_size=32, rounding_steps=8)
+    quant = QuantConfig(preset=best(LearnedRounding(steps=8)), group_size=32)
     with torch.no_grad():
         result = quantize_block(
             blocks[0], config, quant, Streams(x, x.clone()), "cpu", torch.float32, metric=first
@@ -226,7 +229,9 @@ def test_the_metric_says_what_errors_cost_the_model() -> None:
 def test_distillation_moves_scales_and_norms_alone_and_lowers_the_divergence() -> None:
     blocks, embedding, head, norm, tokens = small_model()
     config = config_of("llama")
-    quant = QuantConfig(preset="best", group_size=32, bits=2, distill=True, distill_steps=30)
+    how = Distillation(scale_rate=0.02, norm_rate=0.02, tokens=128, window=64, swap=0.0, steps=30)
+    recipe = replace(recipe_named("best"), distillation=how)
+    quant = QuantConfig(preset=recipe, group_size=32, bits=2, distill=True)
     with torch.no_grad():
         rounded = [
             quantize_block(
@@ -234,8 +239,7 @@ def test_distillation_moves_scales_and_norms_alone_and_lowers_the_divergence() -
             ).weights
             for block in blocks
         ]
-    how = Distilling(scale_rate=0.02, norm_rate=0.02, tokens=128, window=64, swap=0.0)
-    done, final, report = distill(blocks, rounded, config, quant, tokens, embedding, norm, head, "cpu", how)
+    done, final, report = distill(blocks, rounded, config, quant, tokens, embedding, norm, head, "cpu")
     assert report.kl_last < 0.9 * report.kl_first and final.dtype == torch.float16
     for before, after in zip(rounded, done, strict=True):
         for role, part in before.linears.items():
@@ -244,7 +248,7 @@ def test_distillation_moves_scales_and_norms_alone_and_lowers_the_divergence() -
             assert torch.equal(part.weight.codes, new.codes) and torch.equal(part.weight.zeros, new.zeros)
             assert not torch.equal(part.weight.scales, new.scales)
         assert not torch.equal(before.norms["attn_norm"], after.norms["attn_norm"])
-    repeated, _, _ = distill(blocks, rounded, config, quant, tokens, embedding, norm, head, "cpu", how)
+    repeated, _, _ = distill(blocks, rounded, config, quant, tokens, embedding, norm, head, "cpu")
     first, second = repeated[0].linears["q"].weight, done[0].linears["q"].weight
     assert (
         isinstance(first, Quantized)
@@ -319,13 +323,13 @@ def test_a_configuration_is_checked_in_full_sentences(options: dict[str, object]
 )
 def test_settings_that_make_no_sense_are_refused(options: dict[str, float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        rounding.Learning(**options)  # type: ignore[arg-type]
+        LearnedRounding(**options)  # type: ignore[arg-type]
 
 
 def test_a_frozen_block_of_biases_survives_training() -> None:
     config = config_of("internlm")
     block, x = block_of(config), stream_of(config, samples=8)
-    quant = QuantConfig(preset="best", group_size=32, rounding_steps=4)
+    quant = QuantConfig(preset=best(LearnedRounding(steps=4)), group_size=32)
     with torch.no_grad():
         result = quantize_block(block, config, quant, Streams(x, x.clone()), "cpu", torch.float32)
     part: LinearWeights = result.weights.linears["q"]

@@ -12,6 +12,7 @@ from convert.errors import InputError
 from kernels.int4 import Quantized
 from quant.blocks import quantize_block
 from quant.config import QuantConfig
+from quant.recipes import Recipe, recipe_named, with_settings
 from quant.records import BlockResult, Streams
 from quant.search import experts
 from quant.search.scales.joint import choose_scale
@@ -21,10 +22,16 @@ from quant.statistics.parts import Parts
 PRESETS = ("gptq", "gptq-r", "awq", "fast", "default", "best")
 
 
+def short(preset: str, steps: int) -> Recipe:
+    """The preset with so many steps of learned rounding, where it learns."""
+    recipe = recipe_named(preset)
+    return recipe if recipe.learning is None else with_settings(recipe, learning={"steps": steps})
+
+
 def run(family: str, preset: str, **options: Any) -> tuple[BlockResult, BlockWeights, torch.Tensor]:
     config = config_of(family)
     block, x = block_of(config), stream_of(config)
-    quant = QuantConfig(preset=preset, group_size=32, rounding_steps=24, **options)  # type: ignore[arg-type]
+    quant = QuantConfig(preset=short(preset, 24), group_size=32, **options)  # type: ignore[arg-type]
     shared = preset in ("fast", "gptq", "gptq-r")
     with torch.no_grad():
         result = quantize_block(
@@ -157,7 +164,7 @@ def test_dead_channels_and_dead_rows_have_a_finite_result_and_are_reported() -> 
         part.weight[:5] = 0
         block.linears[role] = LinearWeights(part.weight, part.bias)
     for preset in PRESETS:
-        quant = QuantConfig(preset=preset, group_size=32, rounding_steps=8)  # type: ignore[arg-type]
+        quant = QuantConfig(preset=short(preset, 8), group_size=32)
         result = quantize_block(block, config, quant, Streams(x, x.clone()), "cpu", torch.float32)
         assert result.streams is not None and bool(result.streams.quantized.isfinite().all())
         if preset != "awq":

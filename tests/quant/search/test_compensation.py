@@ -8,7 +8,7 @@ import torch
 from kernels.int4 import qparams, quantize
 from kernels.search.sweeps import descent_sweep, gptq_sweep
 from quant.config import QuantConfig
-from quant.recipes import PLANS, effort_on
+from quant.recipes import recipe_named
 from quant.search.rounding.compensation import act_order, compensated_costs, gptq_published, gptq_static
 from quant.search.rounding.descent import descend, expand, refit_scales
 from quant.search.rounding.solution import Stack, round_to_nearest
@@ -87,7 +87,8 @@ def test_ranges_and_scales_are_chosen_for_what_compensation_leaves() -> None:
     own = torch.randn(16, 256, 64, generator=generator) * torch.logspace(-1.5, 0.5, 64)
     stats = observe([shared + own], "toy")
     weight = torch.randn(96, 64, generator=generator)
-    plan, effort, config = PLANS["default"], effort_on(torch.device("cpu")), QuantConfig(group_size=32)
+    recipe, config = recipe_named("default"), QuantConfig(group_size=32)
+    plan, effort = recipe.steps, recipe.effort_on("cpu")
     stack, fold = Stack(weight, ("up",), (96,)), norm_fold(torch.ones(64))
     plain = round_to_nearest(weight, config)
     losses = {}
@@ -178,8 +179,9 @@ def test_published_methods_fit_on_all_tokens_where_nothing_is_judged() -> None:
     stats = observe([samples], "toy")
     assert not torch.equal(stats.fit, stats.gram)
     config = QuantConfig(preset="gptq-r", group_size=32)
+    recipe = config.recipe
     stack = Stack(weight, ("o",), (24,))
-    found, _ = solve(stack, stats, no_fold(), PLANS["gptq-r"], effort_on(torch.device("cpu")), config)
+    found, _ = solve(stack, stats, no_fold(), recipe.steps, recipe.effort_on("cpu"), config)
     _, scale, zero = round_to_nearest(weight, config)
     expected = gptq_static(weight, stats.gram, scale, zero, 32, 4)
     assert expected is not None and torch.equal(found.codes, expected[0])

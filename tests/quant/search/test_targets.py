@@ -3,6 +3,7 @@
 import torch
 
 from quant.search.rounding.targets import CrossSums, move_targets
+from quant.settings import SolverSteps
 from quant.statistics.gram import observe
 
 
@@ -28,7 +29,7 @@ def test_a_shared_error_is_corrected_and_noise_is_not() -> None:
     weight = torch.randn(24, 48, generator=torch.Generator().manual_seed(1))
     for signal in (0.0, 0.1, 1.0):
         x, cross, true, gram = regression(256, signal)
-        target, shares = move_targets(weight, observe([x], "x"), cross, (8, 16), 1.0)
+        target, shares = move_targets(weight, observe([x], "x"), cross, (8, 16), 1.0, SolverSteps().ridges)
         none, left = risk(torch.zeros_like(true), true, gram), risk(target - weight, true, gram)
         everything = risk(
             cross.halves.mean(0) @ torch.linalg.inv(x.flatten(0, 1).t() @ x.flatten(0, 1) / 256), true, gram
@@ -44,8 +45,13 @@ def test_the_most_that_may_be_gone_is_kept() -> None:
     x, cross, _, _ = regression(1024, 1.0)
     weight = torch.zeros(24, 48)
     stats = observe([x], "x")
-    assert max(move_targets(weight, stats, cross, (24,), 0.25)[1]) == 0.25
+    assert max(move_targets(weight, stats, cross, (24,), 0.25, SolverSteps().ridges)[1]) == 0.25
     target, shares = move_targets(
-        weight, stats, CrossSums(cross.halves * torch.tensor([1.0, -1.0]).view(2, 1, 1)), (24,), 1.0
+        weight,
+        stats,
+        CrossSums(cross.halves * torch.tensor([1.0, -1.0]).view(2, 1, 1)),
+        (24,),
+        1.0,
+        SolverSteps().ridges,
     )
     assert torch.equal(target, weight) and shares == [0.0]
