@@ -17,7 +17,7 @@ from convert.folder.state import FolderState, folder_state, read_manifest
 from kernels.int4 import Quantized
 from kernels.packing import SEQUENTIAL_ORDER, pack_columns, unpack_columns
 
-Kind = Literal["hf", "awq", "workspace-0.6.5", "workspace-0.1"]
+Kind = Literal["hf", "awq", "compressed-tensors", "gptq", "mlx", "workspace-0.6.5", "workspace-0.1"]
 
 # A linear as files hold it, output features last: `weight` (K, N) float, or `words` (K, N // 8) int32, eight codes each in
 # sequential order, with `scales` (G, N) float16 and `zeros` (G, N) uint8; and `bias` (N,) where there is one.

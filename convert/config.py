@@ -5,6 +5,9 @@ from typing import Literal
 
 # qwen_ntk: Qwen-1's own rule, its base grows with the power of two that covers the prompt
 RopeKind = Literal["linear", "dynamic", "yarn", "llama3", "qwen_ntk"]
+Method = Literal[
+    "awq", "compressed-tensors", "gptq", "mlx"
+]  # layouts of packed linears: convert.linear_layouts
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,18 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class QuantFormat:
-    """How the linears of a checkpoint are stored: AWQ "gemm", `bits` as the manifest says (int3 and int2 lie in nibbles)."""
+    """How the linears of a checkpoint are stored. `bits` as the manifest says: int3 and int2 codes lie in nibbles.
+
+    `modules_to_not_convert` may hold names, endings of names, or roles. `zero_offset` is what stored zero points lack (GPTQ
+    v1: 1). `symmetric`: the files state that every zero point is 8.
+    """
 
     bits: int
     group_size: int
     modules_to_not_convert: tuple[str, ...] = ()
+    method: Method = "awq"
+    symmetric: bool = False
+    zero_offset: int = 0
 
 
 @dataclass(frozen=True)

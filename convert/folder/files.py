@@ -32,6 +32,7 @@ TYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
     torch.int32: "I32",
+    torch.uint32: "U32",
     torch.uint8: "U8",
 }
 

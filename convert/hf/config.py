@@ -7,14 +7,13 @@ Reads both spellings of RoPE (`rope_theta` + `rope_scaling`, and `rope_parameter
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from convert.config import ModelConfig, QuantFormat, RopeScaling
+from convert.config import ModelConfig, RopeScaling
 from convert.errors import InputError
 from convert.families.table import Family, family_named, family_of
 from convert.folder.json_files import show
 from convert.hf.config_reader import FIELDS, LARGEST, ConfigReader
 from convert.hf.rope import parse_rope
-
-GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
+from convert.linear_layouts.table import parse_quantization
 
 
 def parse_config(
@@ -178,42 +177,6 @@ def _dtype(raw: Mapping[str, Any]) -> Literal["float16", "bfloat16", "float32"]:
     if name is None or name in ("float32", "auto", "float64"):
         return "float32"
     raise InputError(f"config.json: dtype {show(repr(name))}, expected float16, bfloat16 or float32.")
-
-
-def parse_quantization(raw: Mapping[str, Any], true_bits: int | None = None) -> QuantFormat | None:
-    """`quantization_config` -> QuantFormat, None where absent. Raises InputError, by name, for all but AWQ "gemm"."""
-    quant = raw.get("quantization_config")
-    if quant is None:
-        return None
-    if not isinstance(quant, dict):
-        raise InputError(f"config.json: quantization_config is {show(repr(quant))}, expected an object.")
-    method, version = quant.get("quant_method"), quant.get("version", "gemm")
-    if method != "awq" or not isinstance(version, str) or version.lower() != "gemm":
-        found = f"{method!s} ({version!s})" if method == "awq" else str(method)
-        raise InputError(
-            f"config.json: the checkpoint is quantized with {show(found)!r}; only quant_method awq, version gemm, "
-            "is read. Start from the original float checkpoint."
-        )
-    bits = quant.get("bits", quant.get("w_bit"))
-    group = quant.get("group_size", quant.get("q_group_size"))
-    if bits != 4 or isinstance(bits, bool):
-        raise InputError(f"config.json: quantization_config.bits is {show(repr(bits))}, expected 4.")
-    if isinstance(group, bool) or group not in GROUP_SIZES:
-        raise InputError(
-            f"config.json: quantization_config.group_size is {show(repr(group))}, expected one of {GROUP_SIZES}."
-        )
-    if quant.get("zero_point", True) is not True:
-        raise InputError(
-            "config.json: quantization_config.zero_point is not true: AWQ without zero points is not read."
-        )
-    skipped = quant.get("modules_to_not_convert")
-    if skipped is None:
-        skipped = []
-    if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
-        raise InputError("config.json: quantization_config.modules_to_not_convert must be a list of names.")
-    if true_bits is not None and true_bits not in (2, 3, 4):
-        raise InputError(f"tmq/manifest.json: bits is {show(repr(true_bits))}, expected 2, 3 or 4.")
-    return QuantFormat(4 if true_bits is None else true_bits, int(group), tuple(skipped))
 
 
 def updated_config(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Hugging Face folders, float or AWQ "gemm", as a `Checkpoint`. Names come from the family's row; nothing is run.
+"""Hugging Face folders, float or of a layout in `convert.linear_layouts`, as a `Checkpoint`. Names come from the family's row; nothing is run.
 
 N out features, K in features, g group_size, D head_dim.
 """
@@ -22,7 +22,9 @@ from convert.folder.state import FolderState, folder_state, read_manifest, refus
 from convert.hf.config import parse_config
 from convert.hf.safetensors_files import TensorInfo
 from convert.hf.tensor_folder import TensorFolder
-from kernels.packing import AWQ_ORDER, SEQUENTIAL_ORDER, awq_to_sequential_, unpack_columns
+from convert.linear_layouts.base import GROUP_SIZES, Expected
+from convert.linear_layouts.table import LAYOUTS
+from kernels.packing import SEQUENTIAL_ORDER, unpack_columns
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NAMES: dict[torch.dtype, Literal["float16", "bfloat16", "float32"]] = {
@@ -84,8 +86,10 @@ class HfCheckpoint(Checkpoint):
         embedding = self.files.tensors.get(family.embedding + ".weight")
         if embedding is not None and embedding.dtype in NAMES:
             config = dataclasses.replace(config, dtype=NAMES[embedding.dtype])
+        fmt = config.quantization
+        self._layout = None if fmt is None else LAYOUTS[fmt.method]
         super().__init__(
-            folder, "awq" if config.quantization else "hf", config, folder, notes + self.files.notes
+            folder, "hf" if fmt is None else fmt.method, config, folder, notes + self.files.notes
         )
         self._check_tensors()
 
@@ -151,27 +155,29 @@ class HfCheckpoint(Checkpoint):
 
     def _linear(self, module: str, shape: tuple[int, int], biased: bool) -> Stored:
         bias = {"bias": self._float(module + ".bias", shape[:1])} if biased else {}
-        if module + ".qweight" not in self.files.tensors:
+        layout, fmt = self._layout, self.config.quantization
+        if layout is None or fmt is None or not self._is_packed(module):
             return {"weight": self._float(module + ".weight", shape).t()} | bias
-        assert self.config.quantization is not None
-        group, bits = self.config.quantization.group_size, self.config.quantization.bits
-        for part, expected in _packed_shapes(shape, group).items():
-            _check_shape(self.files.tensors[f"{module}.{part}"], expected)
-        words = awq_to_sequential_(self.files.read(module + ".qweight"))
-        if bits < 4:
-            check_bits(module, words, bits)
-        zeros = unpack_columns(self.files.read(module + ".qzeros"), AWQ_ORDER)
-        return {"words": words, "scales": self.files.read(module + ".scales"), "zeros": zeros} | bias
+        expected = layout.expected(shape, fmt)
+        for part, (_, extents) in expected.items():
+            _check_shape(self.files.tensors[f"{module}.{part}"], extents)
+        found = layout.read(module, {part: self.files.read(f"{module}.{part}") for part in expected}, fmt)
+        if fmt.bits < 4:
+            check_bits(module, found["words"], fmt.bits)
+        return found | bias
 
-    def _expected(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor the model needs; packed linears as they are packed."""
+    def _is_packed(self, module: str) -> bool:
+        return self._layout is not None and f"{module}.{self._layout.marker}" in self.files.tensors
+
+    def _expected(self) -> Expected:
+        """Name -> (dtypes, shape) of every tensor the model needs; packed linears as they are packed."""
         config, family = self.config, self.family
-        table: dict[str, tuple[int, ...]] = {
-            family.embedding + ".weight": (config.vocab_size, config.hidden_size),
-            family.final_norm + ".weight": (config.hidden_size,),
+        table: Expected = {
+            family.embedding + ".weight": (FLOATS, (config.vocab_size, config.hidden_size)),
+            family.final_norm + ".weight": (FLOATS, (config.hidden_size,)),
         }
         if not config.tie_embeddings:
-            table[family.lm_head + ".weight"] = (config.vocab_size, config.hidden_size)
+            table[family.lm_head + ".weight"] = (FLOATS, (config.vocab_size, config.hidden_size))
         shapes, biases = linear_shapes(config), bias_roles(config)
         modules: dict[str, tuple[tuple[int, int], bool]] = {
             m: (shapes[role], role in biases) for role, m in linear_modules(family, config).items()
@@ -181,16 +187,16 @@ class HfCheckpoint(Checkpoint):
         for index in range(config.num_layers):
             prefix = family.block.format(i=index)
             for role, extent in norm_shapes(config).items():
-                table[f"{prefix}{family.norms[role]}.weight"] = extent
+                table[f"{prefix}{family.norms[role]}.weight"] = (FLOATS, extent)
             for module, (shape, biased) in modules.items():
                 name = prefix + module
                 if biased:
-                    table[name + ".bias"] = shape[:1]
-                if config.quantization and name + ".qweight" in self.files.tensors:
-                    packed = _packed_shapes(shape, config.quantization.group_size)
+                    table[name + ".bias"] = (FLOATS, shape[:1])
+                if self._layout is not None and config.quantization is not None and self._is_packed(name):
+                    packed = self._layout.expected(shape, config.quantization)
                     table |= {f"{name}.{part}": expected for part, expected in packed.items()}
                 else:
-                    table[name + ".weight"] = shape
+                    table[name + ".weight"] = (FLOATS, shape)
         return table
 
     def _check_tensors(self) -> None:
@@ -209,7 +215,7 @@ class HfCheckpoint(Checkpoint):
                 "name the right --family."
             )
         self._check_group_size()
-        for name, shape in expected.items():
+        for name, (_, shape) in expected.items():
             _check_shape(present[name], shape)
         self._check_dtypes(expected)
         extra = [n for n in present if n not in expected and not n.endswith(COMPUTED)]
@@ -226,33 +232,39 @@ class HfCheckpoint(Checkpoint):
             self.notes.append(f"{len(extra)} tensors are not used, the first is {show(extra[0])!r}")
 
     def _check_group_size(self) -> None:
-        """The first packed linear shows the true group size: rows of its words to rows of its scales."""
-        name = next((n.removesuffix(".qweight") for n in self.files.tensors if n.endswith(".qweight")), None)
-        if name is None or self.config.quantization is None or f"{name}.scales" not in self.files.tensors:
+        """The scales of the first packed linear show the true group size."""
+        layout, fmt = self._layout, self.config.quantization
+        if layout is None or fmt is None:
             return
-        rows, groups = (self.files.tensors[f"{name}.{part}"].shape[:1] for part in ("qweight", "scales"))
-        stated = self.config.quantization.group_size
-        if rows and groups and groups[0] and rows[0] // groups[0] != stated:
-            raise InputError(
-                f"config.json states a group_size of {stated}, but the tensors of {show(name)!r} have groups of "
-                f"{rows[0] // groups[0]}: correct quantization_config, or copy config.json and weights again."
-            )
+        tensors, shapes = self.files.tensors, linear_shapes(self.config)
+        for role, module in linear_modules(self.family, self.config).items():
+            name = self._prefix(0) + module
+            if not self._is_packed(name):
+                continue
+            cols = shapes[role][1]
+            for size in GROUP_SIZES:
+                if cols % size or shapes[role][0] % 8 or size == fmt.group_size:
+                    continue
+                other = layout.expected(shapes[role], dataclasses.replace(fmt, group_size=size))
+                if all(n in tensors and tensors[n].shape == s for n, s in _named(name, other)):
+                    raise InputError(
+                        f"config.json states a group_size of {fmt.group_size}, but the tensors of {show(name)!r} have groups of "
+                        f"{size}: correct quantization_config, or copy config.json and weights again."
+                    )
+            return
 
-    def _check_dtypes(self, expected: dict[str, tuple[int, ...]]) -> None:
+    def _check_dtypes(self, expected: Expected) -> None:
         kinds: Counter[torch.dtype] = Counter()
-        for name in expected:
+        for name, (allowed, _) in expected.items():
             dtype = self.files.tensors[name].dtype
-            packed = name.endswith((".qweight", ".qzeros"))
-            if packed != (dtype == torch.int32) or not (packed or dtype in FLOATS):
-                wanted = "int32" if packed else "float16, bfloat16 or float32"
+            if dtype not in allowed:
+                wanted = " or ".join(
+                    str(kind).removeprefix("torch.") for kind in allowed if kind != torch.float64
+                )
                 raise InputError(
                     f"tensor {show(name)!r} is {str(dtype).removeprefix('torch.')}, expected {wanted}."
                 )
-            if name.endswith(".scales") and dtype != torch.float16:
-                raise InputError(
-                    f"tensor {show(name)!r} is {str(dtype).removeprefix('torch.')}, expected float16."
-                )
-            kinds[dtype] += not packed
+            kinds[dtype] += dtype in FLOATS
         if kinds[torch.float64]:
             self.notes.append(f"{kinds[torch.float64]} float64 tensors are read as float32")
         found = [str(d).removeprefix("torch.") for d, n in kinds.items() if n]
@@ -270,16 +282,8 @@ def check_bits(module: str, words: Tensor, bits: int) -> None:
         )
 
 
-def _packed_shapes(shape: tuple[int, int], group_size: int) -> dict[str, tuple[int, int]]:
-    """(N, K) -> shapes of qweight, qzeros, scales. Raises InputError where N or K cannot be packed."""
-    rows, cols = shape
-    if rows % 8 or cols % group_size:
-        raise InputError(
-            f"a packed linear of shape {shape} needs N a multiple of 8 and K a multiple of group_size {group_size}: "
-            "config.json does not belong to these weights."
-        )
-    groups = cols // group_size
-    return {"qweight": (cols, rows // 8), "qzeros": (groups, rows // 8), "scales": (groups, rows)}
+def _named(module: str, expected: Expected) -> list[tuple[str, tuple[int, ...]]]:
+    return [(f"{module}.{part}", shape) for part, (_, shape) in expected.items()]
 
 
 def _check_shape(info: TensorInfo, expected: tuple[int, ...]) -> None:

@@ -131,7 +131,7 @@ def test_config_for_other_loaders(tmp_path) -> None:
     write_model(tmp_path / "m", torch_dtype="bfloat16")
     write_awq(open_checkpoint(tmp_path / "m"), tmp_path / "q", keep=("down",))
     config = json.loads((tmp_path / "q" / "config.json").read_text())
-    assert config["dtype"] == "float16" and "torch_dtype" not in config
+    assert config["dtype"] == config["torch_dtype"] == "float16"
     assert config["quantization_config"] == {
         "quant_method": "awq",
         "version": "gemm",

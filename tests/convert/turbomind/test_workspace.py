@@ -15,9 +15,10 @@ from convert.config import ModelConfig, QuantFormat, RopeScaling
 from convert.errors import InputError
 from convert.families.table import BY_NAME, bias_roles, linear_shapes, norm_shapes
 from convert.folder.files import write_json
+from convert.hf.made_config import made_config
 from convert.readers import open_checkpoint
 from convert.turbomind.reader import WorkspaceCheckpoint
-from convert.turbomind.unpack import made_config, unpack_workspace
+from convert.turbomind.unpack import unpack_workspace
 from convert.turbomind.writer import PACKED_FAMILIES, write_workspace
 from kernels.int4 import Quantized
 

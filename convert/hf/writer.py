@@ -1,0 +1,278 @@
+"""Writes a Hugging Face folder: one shard for each decoder block, one for the rest, and what other loaders need beside.
+
+Packed linears lie as one of `convert.linear_layouts` has them, float ones as (N, K); every float is float16. Chooses no
+number: it stores what it is given. N out features, K in features.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from convert.checkpoint import BlockWeights, Checkpoint, Stored
+from convert.config import ModelConfig, QuantFormat
+from convert.errors import InputError
+from convert.families.fused_qkv import join_stored
+from convert.families.table import BY_NAME, Family, linear_modules, linear_shapes
+from convert.folder.json_files import read_failure, read_object, show
+from convert.folder.output import OutputFolder
+from convert.hf.config import updated_config
+from convert.hf.made_config import made_config
+from convert.hf.spellings import both_spellings
+from convert.hf.tensor_folder import INDEX_NAME
+from convert.linear_layouts.base import LinearLayout
+from convert.linear_layouts.table import LAYOUTS
+from kernels.int4 import Quantized, dequantize
+from kernels.packing import SEQUENTIAL_ORDER, unpack_columns
+
+COPIED = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
+NOT_COPIED = {
+    "config.json",
+    INDEX_NAME,
+    "quantize_config.json",
+    "quant_config.json",
+    "run.json",
+    "manifest.json",
+    "report.json",
+}
+JOINED_ELSEWHERE = {("q", "k", "v"): "qkv_proj", ("gate", "up"): "gate_up_proj"}  # by engines, as they load
+
+
+class CheckpointWriter:
+    """Writes the checkpoint into `out`, whose lock and journal it uses.
+
+    `fmt` None: all linears are float; packed ones are dequantized and rounded once, to float16.
+    """
+
+    def __init__(self, out: OutputFolder, source: Checkpoint, fmt: QuantFormat | None) -> None:
+        self.out, self.source, self.fmt = out, source, fmt
+        self.layout: LinearLayout | None = None if fmt is None else LAYOUTS[fmt.method]
+        self.config: ModelConfig = source.config
+        self.float_dtype = "float16"
+        self.family: Family = BY_NAME[self.config.family]
+
+    def shard_name(self, index: int) -> str:
+        """Block `index` -> its file; `num_layers` -> the file of embedding, final norm and head."""
+        return f"model-{index + 1:05d}-of-{self.config.num_layers + 1:05d}.safetensors"
+
+    def has_block(self, index: int) -> bool:
+        """Whether the shard of the block is there, whole, as an earlier start of this run wrote it."""
+        return self.out.has(self.shard_name(index))
+
+    def finished_blocks(self) -> int:
+        """Blocks 0 .. n - 1 are there; n."""
+        count = 0
+        while count < self.config.num_layers and self.has_block(count):
+            count += 1
+        return count
+
+    def write_block(self, index: int, block: BlockWeights) -> None:
+        """Store one block. Raises InputError for values beyond float16, ResourceError on a full disk."""
+        self.out.save_tensors(self.shard_name(index), self.block_tensors(index, block))
+
+    def write_stored(self, index: int) -> None:
+        """Store one block of the source as it holds it: the codes of its linears are moved, never chosen again."""
+        linears = self.source.stored_linears(index, linear_shapes(self.config))
+        linears["o"] = without_zero_bias(linears["o"], index, self.config)
+        self.out.save_tensors(
+            self.shard_name(index), self.named_tensors(index, linears, self.source.norms(index))
+        )
+
+    def block_tensors(self, index: int, block: BlockWeights) -> dict[str, Tensor]:
+        """The tensors of a block under the names of the family, fused ones joined again."""
+        linears = {}
+        for role, linear in block.linears.items():
+            if isinstance(linear.weight, Quantized) and linear.weight.shape[0] % 8:
+                raise InputError(
+                    f"block {index}, {role} has {linear.weight.shape[0]} out features: eight codes share a word, so a multiple of 8 "
+                    "is needed. Use --pad."
+                )
+            linears[role] = linear.stored()
+        return self.named_tensors(index, linears, block.norms)
+
+    def named_tensors(
+        self, index: int, linears: Mapping[str, Stored], norms: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """`block_tensors` of linears in stored form."""
+        prefix, modules = self.family.block.format(i=index), linear_modules(self.family, self.config)
+        tensors: dict[str, Tensor] = {}
+        if self.family.fused is not None:
+            fused = join_stored(linears, self.family.fused_layout, self.config)
+            tensors |= self._linear_tensors(prefix + self.family.fused, fused)
+        for role, module in modules.items():
+            tensors |= self._linear_tensors(prefix + module, linears[role])
+        for role, norm in norms.items():
+            tensors[f"{prefix}{self.family.norms[role]}.weight"] = norm
+        return self.store_floats(tensors)
+
+    def store_floats(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Floats as they are stored: float16."""
+        return _half(tensors)
+
+    def rest(self) -> dict[str, Tensor]:
+        """What lies outside the blocks, as it is stored. Raises InputError for values that are not finite in float16."""
+        rest = {
+            self.family.embedding + ".weight": self.source.embedding(),
+            self.family.final_norm + ".weight": self.source.final_norm(),
+        }
+        if not self.config.tie_embeddings:
+            rest[self.family.lm_head + ".weight"] = self.source.lm_head()
+        return self.store_floats(rest)
+
+    def finish_files(self) -> None:
+        """Write the last shard, index, config.json, and copy tokenizer, template, generation config and code (never run)."""
+        self.out.save_tensors(self.shard_name(self.config.num_layers), self.rest())
+        self._write_index()
+        self.out.write_json("config.json", self.config_document())
+        self._copy_others()
+
+    def config_document(self) -> dict[str, Any]:
+        """config.json of the source, or one made from what it states, with our sizes, dtype and format."""
+        file = self.source.tokenizer_dir / "config.json"
+        document = (
+            updated_config(read_object(file), self.config) if file.is_file() else made_config(self.config)
+        )
+        for key in ("quantization_config", "quantization"):
+            document.pop(key, None)
+        return both_spellings(document, self.config, self.float_dtype) | self.quantization_document()
+
+    def quantization_document(self) -> dict[str, Any]:
+        """`quantization_config`, by which other loaders know the format; nothing where all is float."""
+        if self.fmt is None or self.layout is None:
+            return {}
+        return self.layout.document(self.fmt, self._skipped_modules())
+
+    def _skipped_modules(self) -> list[str]:
+        """Names by which loaders recognise the linears that were written as float, and what engines join some of them into.
+
+        The end of the name where a linear is float in every block. Else, and for the router, the full names: some loaders look
+        for a name inside another, and "mlp.gate" lies in "mlp.gate_proj".
+        """
+        layers = self.config.num_layers
+        floats = self._float_modules()
+        modules = linear_modules(self.family, self.config)
+        places = {
+            role: {i for i in range(layers) if self._full(i, module) in floats}
+            for role, module in modules.items()
+        }
+        if self.family.fused is not None:
+            modules = modules | {"qkv": self.family.fused}
+            places["qkv"] = {i for i in range(layers) if self._full(i, self.family.fused) in floats}
+        for parts, joined in JOINED_ELSEWHERE.items():
+            if all(places.get(part) for part in parts):
+                first = parts[0]
+                modules = modules | {joined: modules[first].rpartition(".")[0] + "." + joined}
+                places[joined] = set.intersection(*(places[part] for part in parts))
+        names = [self.family.lm_head]
+        for role, found in places.items():
+            if len(found) == layers and role != "router":
+                names.append(modules[role])
+            else:
+                names += [self._full(i, modules[role]) for i in sorted(found)]
+        return list(dict.fromkeys(names))
+
+    def _full(self, index: int, module: str) -> str:
+        return self.family.block.format(i=index) + module
+
+    def _float_modules(self) -> set[str]:
+        """The modules of the blocks that were written with a float matrix."""
+        tables = [entry["tensors"] for entry in self.out.written().values() if "tensors" in entry]
+        return {
+            name.removesuffix(".weight")
+            for table in tables
+            for name, (dtype, shape) in table.items()
+            if name.endswith(".weight") and len(shape) == 2 and getattr(torch, dtype).is_floating_point
+        }
+
+    def _linear_tensors(self, module: str, linear: Stored) -> dict[str, Tensor]:
+        """The tensors that hold one linear: packed, or as it is, (N, K)."""
+        tensors = {module + ".bias": linear["bias"]} if "bias" in linear else {}
+        if "weight" in linear:
+            return tensors | {module + ".weight": linear["weight"].t()}
+        if self.layout is None or self.fmt is None:
+            return tensors | {module + ".weight": dequantized(linear)}
+        parts = self.layout.write(linear, self.fmt)
+        return tensors | {f"{module}.{part}": tensor for part, tensor in parts.items()}
+
+    def _write_index(self) -> None:
+        """Raises RuntimeError where a block was never written: a folder that lacks one must not look finished."""
+        written = self.out.written()
+        if absent := [i for i in range(self.config.num_layers) if self.shard_name(i) not in written]:
+            raise RuntimeError(
+                f"{len(absent)} of {self.config.num_layers} blocks were never written: {absent[:4]}"
+            )
+        tables = {
+            name: entry["tensors"]
+            for name, entry in written.items()
+            if name.endswith(".safetensors") and "/" not in name
+        }
+        weight_map = {tensor: name for name, table in tables.items() for tensor in table}
+        size = sum(_tensor_bytes(*tensor) for table in tables.values() for tensor in table.values())
+        self.out.write_json(INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+    def _copy_others(self) -> None:
+        folder = self.source.tokenizer_dir
+        try:
+            found = {path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
+        except OSError as error:
+            raise read_failure(folder, error) from error
+        for path in sorted(found):
+            if path.name not in NOT_COPIED and not self.out.has(path.name):
+                self.out.copy(path, path.name)
+
+
+def _tensor_bytes(dtype: str, shape: list[int]) -> int:
+    size = getattr(torch, dtype).itemsize
+    for extent in shape:
+        size *= extent
+    return int(size)
+
+
+def dequantized(linear: Stored) -> Tensor:
+    """The float weight (N, K) of a packed linear in stored form, float32."""
+    codes = unpack_columns(linear["words"], SEQUENTIAL_ORDER).t().contiguous()
+    scales, zeros = linear["scales"].t().contiguous(), linear["zeros"].t().contiguous()
+    return dequantize(codes, scales, zeros, codes.shape[1] // scales.shape[1])
+
+
+def _half(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Floats to float16. Raises InputError naming every tensor with values that float16 cannot hold, and how many."""
+    halved: dict[str, Tensor] = {}
+    beyond: list[str] = []
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            halved[name] = tensor
+            continue
+        half = tensor.half()
+        bounds = torch.stack(torch.aminmax(half)) if half.numel() else half
+        if not bool(torch.isfinite(bounds).all()):
+            count = int((~torch.isfinite(half)).sum())
+            beyond.append(f"{show(name)} ({count:,} of {tensor.numel():,})")
+        halved[name] = half
+    if beyond:
+        raise InputError(
+            f"values beyond the range of float16 (65504) in {len(beyond)} tensors: {', '.join(beyond[:8])}. The format is "
+            "float16 throughout, so this model cannot be stored in it."
+        )
+    return halved
+
+
+def required_bytes(config: ModelConfig, source_dir: Path, fmt: QuantFormat | None) -> int:
+    """Bytes that the folder takes at most: packed linears at up to 5 bits a weight, the rest at 16."""
+    linears = sum(rows * cols for rows, cols in linear_shapes(config).values()) * config.num_layers
+    rest = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
+    others = sum(p.stat().st_size for pattern in COPIED for p in source_dir.glob(pattern) if p.is_file())
+    return linears * (16 if fmt is None else 5) // 8 + rest * 2 + others + 2**20
+
+
+def without_zero_bias(o: Stored, index: int, config: ModelConfig) -> Stored:
+    """TurboMind stores a bias for o wherever q, k, v have one: zeros, which the family's own names have no place for."""
+    if "bias" not in o or BY_NAME[config.family].o_bias is not False:
+        return o
+    if bool(o["bias"].any()):
+        raise InputError(
+            f"block {index}: o has a bias that is not zero, which a {show(config.family)} model has no name for."
+        )
+    return {name: part for name, part in o.items() if name != "bias"}
