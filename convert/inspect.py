@@ -1,6 +1,6 @@
 """`quantize inspect`: family, tensors, bits and sizes of any checkpoint or workspace, also of ones that cannot be opened."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ class TensorLine:
     file: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class InspectReport:
     """What there is. `parameters` counts weights of the unpacked model; `problem` says why it cannot be opened, if so."""
 
@@ -38,8 +38,8 @@ class InspectReport:
     parameters: int | None = None
     size_bytes: int = 0
     config: dict[str, Any] | None = None
-    tensors: list[TensorLine] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    tensors: tuple[TensorLine, ...] = ()
+    notes: tuple[str, ...] = ()
     problem: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -54,31 +54,32 @@ def inspect_path(path: Path, family: str | None = None) -> InspectReport:
         found = "is neither a model folder nor a .gguf file" if path.exists() else "does not exist"
         raise InputError(f"{show(str(path))} {found}: expected a checkpoint, a .gguf file or a workspace.")
     refuse_statistics(path)
-    workspace = (path / "triton_models").is_dir()
-    report = InspectReport(str(path), "workspace" if workspace else "hf")
-    if workspace:
-        _list_workspace(path, report)
-    else:
-        _list_tensors(path, report)
+    is_workspace = (path / "triton_models").is_dir()
+    report = _list_workspace(path) if is_workspace else _list_tensors(path)
     try:
         ckpt = open_checkpoint(path, family=family)
     except InputError as error:
-        report.problem = str(error)
         if not report.tensors:
             raise
-        report.quantization = _stated_method(path)
-        return report
-    report.kind, report.family, report.notes = ckpt.kind, ckpt.config.family, list(ckpt.notes)
-    report.config, report.parameters = asdict(ckpt.config), count_parameters(ckpt.config)
+        return replace(report, problem=str(error), quantization=_stated_method(path))
+    report = replace(
+        report,
+        kind=ckpt.kind,
+        family=ckpt.config.family,
+        notes=tuple(ckpt.notes),
+        config=asdict(ckpt.config),
+        parameters=count_parameters(ckpt.config),
+    )
     quant = ckpt.config.quantization
-    if quant is not None:
-        report.quantization = f"int{quant.bits}, groups of {quant.group_size}"
-        report.bits_per_weight = bits_per_weight(quant.bits, quant.group_size)
-        if quant.bits < 4:
-            report.notes.append(
-                f"int{quant.bits} codes are stored in 4-bit nibbles: they save nothing over int4"
-            )
-    return report
+    if quant is None:
+        return report
+    nibbles = f"int{quant.bits} codes are stored in 4-bit nibbles: they save nothing over int4"
+    return replace(
+        report,
+        quantization=f"int{quant.bits}, groups of {quant.group_size}",
+        bits_per_weight=bits_per_weight(quant.bits, quant.group_size),
+        notes=(*report.notes, nibbles) if quant.bits < 4 else report.notes,
+    )
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -89,40 +90,55 @@ def count_parameters(config: ModelConfig) -> int:
     return config.num_layers * block + outer
 
 
-def _list_tensors(path: Path, report: InspectReport) -> None:
+def _list_tensors(path: Path) -> InspectReport:
+    report = InspectReport(str(path), "hf")
     try:
         folder = TensorFolder(path)
     except InputError as error:
-        report.problem = str(error)
-        return
-    for name, info in folder.tensors.items():
-        dtype = str(info.dtype).removeprefix("torch.")
-        report.tensors.append(TensorLine(name, dtype, info.shape, info.end - info.start, info.path.name))
-    report.size_bytes = sum(file.stat().st_size for file in folder.paths)
+        return replace(report, problem=str(error))
+    lines = [
+        TensorLine(
+            name, str(info.dtype).removeprefix("torch."), info.shape, info.end - info.start, info.path.name
+        )
+        for name, info in folder.tensors.items()
+    ]
+    return replace(report, tensors=tuple(lines), size_bytes=sum(file.stat().st_size for file in folder.paths))
 
 
-def _list_workspace(path: Path, report: InspectReport) -> None:
+def _list_workspace(path: Path) -> InspectReport:
     weights = path / "triton_models" / "weights"
-    for file in sorted(p for p in weights.iterdir() if p.is_file()) if weights.is_dir() else []:
-        size = file.stat().st_size
-        report.size_bytes += size
-        if not file.name.startswith("config."):
-            report.tensors.append(TensorLine(file.stem, "raw", (), size, file.name))
+    files = sorted(p for p in weights.iterdir() if p.is_file()) if weights.is_dir() else []
+    sizes = {file: file.stat().st_size for file in files}
+    lines = [
+        TensorLine(file.stem, "raw", (), size, file.name)
+        for file, size in sizes.items()
+        if not file.name.startswith("config.")
+    ]
+    return InspectReport(str(path), "workspace", size_bytes=sum(sizes.values()), tensors=tuple(lines))
 
 
 def _inspect_gguf(path: Path) -> InspectReport:
     reader = open_gguf(path)
-    report = InspectReport(str(path), "gguf", size_bytes=path.stat().st_size)
     architecture = reader.fields.get("general.architecture")
-    report.family = str(architecture.contents()) if architecture is not None else "unknown"
-    for tensor in reader.tensors:
-        shape = tuple(int(extent) for extent in reversed(tensor.shape))
-        report.tensors.append(
-            TensorLine(tensor.name, tensor.tensor_type.name, shape, int(tensor.n_bytes), path.name)
+    lines = [
+        TensorLine(
+            tensor.name,
+            tensor.tensor_type.name,
+            tuple(int(extent) for extent in reversed(tensor.shape)),
+            int(tensor.n_bytes),
+            path.name,
         )
-    report.parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    report.notes.append("quantized GGUF weights are dequantized on opening and count as a float source")
-    return report
+        for tensor in reader.tensors
+    ]
+    return InspectReport(
+        str(path),
+        "gguf",
+        family=str(architecture.contents()) if architecture is not None else "unknown",
+        parameters=sum(int(tensor.n_elements) for tensor in reader.tensors),
+        size_bytes=path.stat().st_size,
+        tensors=tuple(lines),
+        notes=("quantized GGUF weights are dequantized on opening and count as a float source",),
+    )
 
 
 def _stated_method(path: Path) -> str:

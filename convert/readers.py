@@ -1,5 +1,6 @@
 """Finds the reader of a model on disk: a Hugging Face folder, a GGUF file, a TurboMind workspace, or a name on the hub."""
 
+from os import PathLike
 from pathlib import Path
 
 from convert.checkpoint import Checkpoint
@@ -12,7 +13,7 @@ from convert.turbomind.reader import open_workspace
 
 
 def open_checkpoint(
-    path: str | Path, *, family: str | None = None, cache_dir: Path | None = None
+    path: str | PathLike[str], *, family: str | None = None, cache_dir: Path | None = None
 ) -> Checkpoint:
     """Open a model: HF or AWQ folder, .gguf file, TurboMind workspace of either dialect, or a hub name ("owner/model").
 

@@ -3,7 +3,7 @@
 Reads one block at a time. What is wrong with the source is said of the source: the other checks are of the path alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,15 @@ class Check:
     detail: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class VerifyReport:
     """All checks of one path. `rests`: relative rest of each compared linear, "block.role" -> number."""
 
     path: str
     kind: str
-    checks: list[Check] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    rests: dict[str, float] = field(default_factory=dict)
+    checks: tuple[Check, ...] = ()
+    notes: tuple[str, ...] = ()
+    rests: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -52,43 +52,64 @@ class VerifyReport:
         return asdict(self) | {"passed": self.passed}
 
 
+@dataclass
+class _Findings:
+    """What was found so far."""
+
+    path: str
+    kind: str = "unknown"
+    checks: list[Check] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    rests: dict[str, float] = field(default_factory=dict)
+
+
 def verify_path(
     path: Path,
     source: Path | None = None,
     *,
-    cache_dir: Path | None = None,
+    family: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
     """Check a checkpoint, workspace or folder of statistics: manifest, digests, shapes, ranges, finiteness; with `source`, the weights too.
 
-    Every fault becomes a failed check. Raises InputError only where `path` is no model at all, or `source` cannot be opened.
+    `family` decides how `path` is read, in place of its config.json. Every fault becomes a failed check. Raises InputError only where `path` is no model at all, or `source` cannot be opened.
     """
-    report = VerifyReport(str(path), "unknown")
+    found = _Findings(str(path))
+    _verify(path, source, found, family, progress)
+    return VerifyReport(found.path, found.kind, tuple(found.checks), tuple(found.notes), found.rests)
+
+
+def _verify(
+    path: Path,
+    source: Path | None,
+    report: _Findings,
+    family: str | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
     manifest = _check_manifest(path, report) if path.is_dir() else None
     if manifest is not None and manifest.kind == "statistics":
         report.kind = "statistics"
         _check_statistics(path, manifest, report, progress)
         if source is not None:
-            _check_made_from(manifest, open_checkpoint(source, cache_dir=cache_dir), report)
-        return report
+            _check_made_from(manifest, open_checkpoint(source), report)
+        return
     try:
-        ckpt = open_checkpoint(path, cache_dir=cache_dir)
+        ckpt = open_checkpoint(path, family=family)
     except InputError as error:
         if not path.exists():
             raise
         report.checks.append(Check("open", False, str(error)))
-        return report
+        return
     report.kind, report.notes = ckpt.kind, list(ckpt.notes)
     report.checks.append(
         Check("open", True, f"{ckpt.config.family}, {ckpt.config.num_layers} blocks; every tensor is there")
     )
     _check_tokenizer(ckpt.tokenizer_dir, report)
-    origin = None if source is None else _like(open_checkpoint(source, cache_dir=cache_dir), ckpt)
+    origin = None if source is None else _like(open_checkpoint(source), ckpt)
     _check_blocks(ckpt, origin, report, progress)
-    return report
 
 
-def _check_manifest(folder: Path, report: VerifyReport) -> Manifest | None:
+def _check_manifest(folder: Path, report: _Findings) -> Manifest | None:
     """The manifest, where there is one that can be read."""
     manifest = None
     try:
@@ -109,7 +130,7 @@ def _check_manifest(folder: Path, report: VerifyReport) -> Manifest | None:
 
 
 def _check_statistics(
-    folder: Path, manifest: Manifest, report: VerifyReport, progress: Callable[[int, int], None] | None
+    folder: Path, manifest: Manifest, report: _Findings, progress: Callable[[int, int], None] | None
 ) -> None:
     """What `quantize calibrate` wrote: every file opens, and its sums and maxima are finite."""
     names = sorted(name for name in manifest.files if name.endswith(".safetensors"))
@@ -129,7 +150,7 @@ def _check_statistics(
     )
 
 
-def _check_made_from(manifest: Manifest, source: Checkpoint, report: VerifyReport) -> None:
+def _check_made_from(manifest: Manifest, source: Checkpoint, report: _Findings) -> None:
     facts = manifest.data.get("source")
     is_same = isinstance(facts, dict) and facts.get("digest") == source.digest()
     told = "are" if is_same else "are not"
@@ -138,7 +159,7 @@ def _check_made_from(manifest: Manifest, source: Checkpoint, report: VerifyRepor
     )
 
 
-def _check_tokenizer(folder: Path, report: VerifyReport) -> None:
+def _check_tokenizer(folder: Path, report: _Findings) -> None:
     try:
         count = check_tokenizer(folder)
     except InputError as error:
@@ -172,7 +193,7 @@ def _like(source: Checkpoint, ckpt: Checkpoint) -> Checkpoint:
 def _check_blocks(
     ckpt: Checkpoint,
     origin: Checkpoint | None,
-    report: VerifyReport,
+    report: _Findings,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     unlike: list[str] = []
@@ -213,7 +234,7 @@ def _check_blocks(
         )
 
 
-def _report_weights(report: VerifyReport, unlike: list[str]) -> None:
+def _report_weights(report: _Findings, unlike: list[str]) -> None:
     worst = max(report.rests, key=lambda name: report.rests[name])
     report.checks.append(
         Check(
@@ -226,7 +247,7 @@ def _report_weights(report: VerifyReport, unlike: list[str]) -> None:
     )
 
 
-def _check_outer(outer: dict[str, Tensor], origin: Checkpoint, is_tied: bool, report: VerifyReport) -> None:
+def _check_outer(outer: dict[str, Tensor], origin: Checkpoint, is_tied: bool, report: _Findings) -> None:
     distances = {"embedding": distance(outer["embedding"], origin.embedding())}
     if not is_tied:
         distances["lm_head"] = distance(outer["lm_head"], origin.lm_head())

@@ -4,7 +4,7 @@
 """
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from os import PathLike
 
 import torch
 
@@ -35,7 +35,7 @@ class Session:
 
 
 def open_session(
-    model: str | Path,
+    model: str | PathLike[str],
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -60,7 +60,7 @@ def open_session(
 
 
 def open_float_model(
-    model: str | Path, *, family: str | None = None, pad_to: int | None = None
+    model: str | PathLike[str], *, family: str | None = None, pad_to: int | None = None
 ) -> Checkpoint:
     """The float checkpoint of a path or hub name, padded where asked. Raises InputError for one that is quantized already."""
     checkpoint = open_checkpoint(model, family=family)

@@ -43,7 +43,7 @@ from throughput_served import run_served  # noqa: E402
 
 from engine.measure.device_limits import copy_bandwidth  # noqa: E402
 from engine.measure.throughput import free_device  # noqa: E402
-from engine.measure.throughput_rows import rows_table  # noqa: E402
+from turbomind_quant.cli.views.throughput import rows_table  # noqa: E402
 
 # Seconds that a part may take, about twice what it should.
 LIMITS_S = {"checks": 150, "ppl": 120, "static": 200, "chain": 240, "memory": 120, "dynamic": 240, "served": 240, "70b": 150,

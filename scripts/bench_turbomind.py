@@ -37,7 +37,6 @@ from convert.readers import open_checkpoint  # noqa: E402
 from convert.turbomind.writer import write_workspace  # noqa: E402
 from engine.config import EngineConfig  # noqa: E402
 from engine.measure.throughput import Contender, open_bench  # noqa: E402
-from engine.measure.throughput_rows import row_document  # noqa: E402
 from engine.source import ModelSource  # noqa: E402
 
 LIMITS = {"float16": 5e-3, "int4": 5e-3, "bfloat16": 2e-2}  # relative error of the logits
@@ -356,7 +355,7 @@ def own_speed(workspace: Path, shape: str, kv_bits: int) -> Iterator[dict[str, A
     with open_bench(Contender(ModelSource(str(workspace)), config)) as bench:
         for batch in batches:
             bench.settle(batch, SPEED_PROMPT)
-            row = row_document(bench.static(batch, SPEED_PROMPT, SPEED_TOKENS))
+            row = bench.static(batch, SPEED_PROMPT, SPEED_TOKENS).to_json()
             yield {**row, "shape": shape}
 
 

@@ -19,7 +19,7 @@ from convert.folder.files import atomic_write, write_json  # noqa: E402
 from convert.folder.json_files import read_object  # noqa: E402
 from engine.config import GIB, EngineConfig  # noqa: E402
 from engine.measure.throughput import Bench, Contender, open_bench  # noqa: E402
-from engine.measure.throughput_rows import ThroughputRow, row_document  # noqa: E402
+from engine.measure.throughput_rows import ThroughputRow  # noqa: E402
 from engine.source import ModelSource  # noqa: E402
 
 TRACE = ROOT / "benchmarks" / "dialogues.trace.jsonl"
@@ -122,7 +122,7 @@ def opened(kind: str, config: EngineConfig, report: Report, shape: str = "7b") -
 def document(report: Report) -> dict[str, Any]:
     return provenance(torch.cuda.get_device_name(0), triton=triton.__version__) | {
         "copy_bandwidth_tb_per_s": report.bandwidth / 1e12,
-        "rows": [row_document(row) for row in report.rows],
+        "rows": [row.to_json() for row in report.rows],
         "must_hold": report.held,
         "notes": report.notes,
     }

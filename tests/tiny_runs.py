@@ -17,10 +17,12 @@ import tiny_models
 import torch
 
 # What the commands import when they are called: here once, so that a forked command starts at once.
+import turbomind_quant.api.evaluation
+import turbomind_quant.api.formats
+import turbomind_quant.api.quantization
+import turbomind_quant.api.speed
 import turbomind_quant.cli.evaluate
-import turbomind_quant.cli.evaluate_actions
 import turbomind_quant.cli.quantize
-import turbomind_quant.cli.quantize_actions
 
 COMMANDS = {
     "quantize": turbomind_quant.cli.quantize.quantize,

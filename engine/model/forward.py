@@ -13,6 +13,7 @@ from torch import Tensor
 
 from convert.checkpoint import Checkpoint
 from convert.config import ModelConfig
+from convert.errors import UsageError
 from engine.model.attention import Attend, causal_attend
 from engine.model.block import Block, Tap, attention_forward, block_forward, mlp_forward
 from engine.model.layers import dense_product, why_unpacked
@@ -38,7 +39,12 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch
 
 
 def compute_dtype(config: ModelConfig, device: torch.device | str, asked: str = "auto") -> torch.dtype:
-    """`--dtype` as a torch dtype: float32 on the CPU; on a GPU, auto is the checkpoint's 16-bit dtype (float16 for int4)."""
+    """`--dtype` as a torch dtype: float32 on the CPU; on a GPU, auto is the checkpoint's 16-bit dtype (float16 for int4).
+
+    Raises UsageError for another name.
+    """
+    if asked != "auto" and asked not in DTYPES:
+        raise UsageError(f"--dtype {asked!r}: expected one of auto, {', '.join(DTYPES)}.")
     if torch.device(device).type == "cpu":
         return torch.float32
     if asked != "auto":

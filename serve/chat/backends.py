@@ -6,23 +6,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from engine.api import Engine, EngineDied, Request, SamplingParams
+from serve.chat.settings import ChatSettings
 from serve.http.errors import ApiError, unavailable
 from serve.http.generation.prompts import Prompts, Tokenizer
 from serve.http.limits import Limits
 
 Messages = Sequence[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class ChatSettings:
-    """How answers are drawn. max_tokens None: what the context leaves."""
-
-    temperature: float = 0.7
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    max_tokens: int | None = None
-    seed: int | None = None
 
 
 @dataclass(frozen=True)

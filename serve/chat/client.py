@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 import httpx
 
 from convert.errors import InputError, ResourceError, TmqError
-from serve.chat.backends import ChatSettings, Messages, Piece
+from serve.chat.backends import Messages, Piece
+from serve.chat.settings import ChatSettings
 from serve.http.errors import ApiError
 
 _TIMEOUT = httpx.Timeout(

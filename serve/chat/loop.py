@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from convert.errors import TmqError
-from serve.chat.backends import Backend, ChatSettings
+from serve.chat.backends import Backend
 from serve.chat.conversation import Conversation
+from serve.chat.settings import ChatSettings
 from serve.chat.terminal import WordWrap, deaf_keyboard, piped_text, printable
 
 COMMANDS = {

@@ -18,8 +18,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from convert.errors import TmqError
-from serve.chat.backends import Backend, ChatSettings
+from serve.chat.backends import Backend
 from serve.chat.conversation import Conversation
+from serve.chat.settings import ChatSettings
 from serve.config import ServeConfig
 from serve.http.middleware import Gate
 

@@ -18,7 +18,7 @@ from kernels.int4 import quantize
 from kernels.w4a16.layout import prepare
 from kernels.w4a16.product import w4a16_linear
 from quant.statistics.chunks import ChunkMemory, chunk_samples
-from turbomind_quant.cli.options import describe
+from turbomind_quant.cli.commands import describe
 
 CUDA = torch.device("cuda", 0)
 

@@ -16,10 +16,10 @@ from quant.estimate import (
     statistics_bytes,
 )
 from quant.learn.distill import window_of
+from quant.preflight import check_memory
 from quant.progress import Progress
 from quant.selection import ragged_roles
 from quant.settings import Distillation
-from turbomind_quant.cli import jobs
 
 LLAMA_7B = ModelConfig(
     family="llama",
@@ -81,7 +81,7 @@ def test_the_limit_of_a_container_counts(case, container, capsys):
     assert memory.memory_limit_bytes() == 2 * 2**30 and memory.memory_available_bytes() == 2**29
     big = plan_quantization(LLAMA_7B, QuantConfig(), torch.device("cpu"), torch.float32, False, True)
     with pytest.raises(ResourceError, match=r"this machine or container has 2\.0 GiB in all"):
-        jobs.check_memory(big, Progress("test"))
+        check_memory(big, Progress("test"))
     some = plan_quantization(LLAMA_7B, QuantConfig("rtn"), torch.device("cpu"), torch.float32, False, False)
     assert 2**29 < some.peak_bytes < 2**31 or some.peak_bytes > 2**31
     (container / "max").write_text("max\n")

@@ -13,8 +13,8 @@ import pytest
 from tiny_runs import FAST, files_of, run, write_runnable, write_text
 
 from quant.config import QuantConfig
+from turbomind_quant.cli.commands import Commands, describe
 from turbomind_quant.cli.evaluate import evaluate
-from turbomind_quant.cli.options import Commands, describe
 from turbomind_quant.cli.quantize import quantize
 
 ROOT = Path(__file__).resolve().parents[2]

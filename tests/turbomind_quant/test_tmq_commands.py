@@ -175,7 +175,7 @@ def test_what_is_no_address(url: str) -> None:
 def test_client_reports_the_error_of_the_server() -> None:
     import asyncio
 
-    from serve.chat.backends import ChatSettings
+    from serve.chat.settings import ChatSettings
     from serve.http.errors import ApiError
 
     async def ask(url: str) -> None:

@@ -1,24 +1,36 @@
-"""The `evaluate` commands: perplexity, the table of methods, throughput, the report. Heavy imports wait inside."""
+"""The `evaluate` commands: perplexity, the table of methods, throughput, the report. Flags in, one call of the library, tables out."""
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import click
 
+import turbomind_quant as tmq
 from quant.recipes import usual_methods
+from turbomind_quant.api.choices import KvMode
+from turbomind_quant.cli.commands import HELP, Commands, debug_option, version_option
 from turbomind_quant.cli.options import (
-    Commands,
-    debug_option,
-    device_options,
-    family_option,
+    CalibrateOptions,
+    ModelOptions,
+    calibrate_options,
+    comma_list,
     json_option,
-    print_json,
-    text_options,
+    model_options,
     together,
     writable_file,
 )
+from turbomind_quant.cli.printing import show
 
-eval_text_options = together(
+if TYPE_CHECKING:
+    from typing import Unpack
+
+kl_option = click.option(
+    "--kl-windows",
+    default=32,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Windows on which KL and top-1 agreement with the first row are measured; 0: none.",
+)
+text_options = together(
     click.option(
         "--dataset",
         help="builtin (a sample that ships with us, the default) or wikitext2 (the published protocol).",
@@ -30,9 +42,70 @@ eval_text_options = together(
     ),
     click.option("--windows", type=click.IntRange(min=1), help="Only the first N windows.  [default: all]"),
 )
+rows_option = click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    callback=writable_file,
+    help="Also write the rows to this JSON file, for `evaluate report`.",
+)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+class TextOptions(TypedDict):
+    """The text to judge by."""
+
+    dataset: str | None
+    text: str | None
+    windows: int | None
+    kl_windows: int
+
+
+class PerplexityOptions(TextOptions, ModelOptions):
+    """All settings of `evaluate ppl`."""
+
+    seqlen: int | None
+    kv_bits: int
+    kv_mode: KvMode
+    streamed: bool
+    trust_remote_code: bool
+
+
+class TableOptions(TextOptions, CalibrateOptions):
+    """All settings of `evaluate table`."""
+
+    methods: tuple[str, ...]
+    bits: tuple[int, ...]
+    group_size: tuple[int, ...]
+    kv_bits: tuple[str, ...]
+    pad: bool
+    peers: tuple[str, ...]
+    output: str | None
+    eval_seqlen: int | None
+
+
+class ThroughputOptions(ModelOptions):
+    """All settings of `evaluate throughput`, but the random model."""
+
+    batch: tuple[int, ...] | None
+    input_len: int
+    output_len: int
+    trace: str | None
+    requests: int | None
+    rate: float | None
+    max_batch: int
+    seed: int
+    kv_bits: tuple[int, ...]
+    kv_mode: KvMode
+    context_len: int | None
+    weights: tuple[str, ...]
+    group_size: int
+    memory_cap: float | None
+    tp: int
+    output: str | None
+
+
+@click.group(cls=Commands, context_settings=HELP)
+@version_option
 @debug_option
 def evaluate() -> None:
     """Measure what quantization cost: perplexity against fp16, and speed.
@@ -48,22 +121,17 @@ def evaluate() -> None:
 
 @evaluate.command(short_help="Perplexity of models on the same text.")
 @click.argument("paths", nargs=-1, required=True)
-@together(eval_text_options)
+@together(text_options)
 @click.option(
     "--seqlen", type=click.IntRange(min=2), help="Tokens a window.  [default: 2048, or the model's context]"
 )
-@click.option(
-    "--kl-windows",
-    default=32,
-    show_default=True,
-    type=click.IntRange(min=0),
-    help="Windows on which KL and top-1 agreement with the first PATH are measured; 0: none.",
-)
+@kl_option
 @click.option(
     "--kv-bits",
     type=click.Choice(["16", "8", "4"]),
     default="16",
     show_default=True,
+    callback=lambda context, option, value: int(value),
     help="Simulate a KV cache of this width, exactly.",
 )
 @click.option(
@@ -75,8 +143,8 @@ def evaluate() -> None:
 )
 @click.option("--streamed", is_flag=True, help="Hold one block at a time, for models larger than memory.")
 @click.option("--trust-remote-code", is_flag=True, help="Run a tokenizer that exists only as code in PATH.")
-@together(device_options, family_option, json_option, debug_option)
-def ppl(paths: tuple[str, ...], **flags: Any) -> None:
+@together(model_options, json_option, debug_option)
+def ppl(paths: tuple[str, ...], as_json: bool, **options: "Unpack[PerplexityOptions]") -> None:
     """Perplexity of one or more models on the same text; lower is better.
 
     The first PATH is the reference: the others' difference has a 95 % interval from the same windows, and KL divergence and
@@ -86,11 +154,12 @@ def ppl(paths: tuple[str, ...], **flags: Any) -> None:
     Example:  evaluate ppl ./my-model my-model-4bit
               evaluate ppl ./my-model my-model-4bit --dataset wikitext2 --kv-bits 8
     """
-    from turbomind_quant.cli.evaluate_actions import run_ppl
+    from turbomind_quant.cli.progress import shown_progress
+    from turbomind_quant.cli.views.evaluation import perplexity_view
 
-    flags["kv_bits"] = int(flags["kv_bits"])
-    outcome = run_ppl(paths, flags)
-    print_json(outcome.document) if flags["as_json"] else outcome.show()
+    with shown_progress() as progress:
+        report = tmq.perplexity(*paths, progress=progress, **options)
+    show(report.to_json(), lambda: perplexity_view(report), as_json)
 
 
 @evaluate.command(short_help="The perplexity table of one MODEL, method by method.")
@@ -99,48 +168,47 @@ def ppl(paths: tuple[str, ...], **flags: Any) -> None:
     "--methods",
     default=lambda: ",".join(usual_methods()),
     show_default="fp16 and all presets but the slow ones",
+    callback=comma_list(),
     help="Rows, joined by commas: fp16, the presets of `quantize awq`, and PRESET+distill.",
 )
-@click.option("--bits", default="4,3", show_default=True, help="Widths, of 4, 3 and 2.")
+@click.option(
+    "--bits", default="4,3", show_default=True, callback=comma_list(int), help="Widths, of 4, 3 and 2."
+)
 @click.option(
     "--group-size",
     "--group-sizes",
-    "groups",
+    "group_size",
     default="128",
     show_default=True,
+    callback=comma_list(int),
     help="Groups, of 32, 64 and 128.",
 )
-@click.option("--kv-bits", default="16", show_default=True, help="Caches for every row: 16, 8, 4, 8:static.")
 @click.option(
-    "--kl-windows",
-    default=32,
+    "--kv-bits",
+    default="16",
     show_default=True,
-    type=click.IntRange(min=0),
-    help="Windows for KL and top-1 agreement.",
+    callback=comma_list(),
+    help="Caches for every row: 16, 8, 4, 8:static.",
 )
+@kl_option
 @click.option("--pad", is_flag=True, help="Zero-pad the model so that the group fits every linear.")
 @click.option(
     "--peers",
     metavar="NAMES",
+    default="",
+    callback=comma_list(),
     help="Other quantizers, where installed, on the same blocks: llm-compressor (AWQ then GPTQ), llm-compressor-awq, "
     "llm-compressor-gptq, auto-round.",
 )
-@click.option(
-    "-o",
-    "--output",
-    metavar="FILE",
-    callback=writable_file,
-    help="Also write the rows to this JSON file, for `evaluate report`.",
-)
-@together(eval_text_options)
+@rows_option
+@together(text_options)
 @click.option(
     "--eval-seqlen",
-    "window",
     type=click.IntRange(min=2),
     help="Tokens a window of that text.  [default: 2048, or the context]",
 )
-@together(text_options, device_options, family_option, json_option, debug_option)
-def table(model: str, **flags: Any) -> None:
+@together(calibrate_options, json_option, debug_option)
+def table(model: str, as_json: bool, **options: "Unpack[TableOptions]") -> None:
     """The perplexity table of one MODEL: float, RTN, GPTQ, AWQ and ours, at 4 and 3 bits.
 
     Every method reads the same calibration text and is judged on the same windows; nothing is written but -o FILE.
@@ -149,10 +217,22 @@ def table(model: str, **flags: Any) -> None:
     Example:  evaluate table ./my-model --calib-data prose.txt --samples 64
     Next:     evaluate report table.json -o report.html
     """
-    from turbomind_quant.cli.evaluate_actions import run_table
+    from turbomind_quant.cli.progress import shown_progress
+    from turbomind_quant.cli.views.evaluation import table_view
 
-    outcome = run_table(model, flags)
-    print_json(outcome.document) if flags["as_json"] else outcome.show()
+    with shown_progress() as progress:
+        report = tmq.table(model, progress=progress, **options)
+    show(report.to_json(), lambda: table_view(report), as_json)
+
+
+def _batches(context: click.Context, option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    """ "1,8,32" or "none"."""
+    if value is not None and value.strip() == "none":
+        return ()
+    parsed: tuple[int, ...] | None = comma_list(int)(context, option, value)
+    if parsed == ():
+        raise click.BadParameter("expected numbers of sequences separated by commas, or none.")
+    return parsed
 
 
 @evaluate.command(short_help="Speed and memory of models in one run.")
@@ -160,6 +240,7 @@ def table(model: str, **flags: Any) -> None:
 @click.option(
     "--batch",
     metavar="LIST",
+    callback=_batches,
     help="Static: sequences at once, as 1,8,32; none leaves it out.  [default: 1,8,32; none where a dynamic flag is given]",
 )
 @click.option(
@@ -200,7 +281,11 @@ def table(model: str, **flags: Any) -> None:
     "--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of prompts and trace."
 )
 @click.option(
-    "--kv-bits", default="16", show_default=True, help="Widths of the KV cache, as 16,8: one after the other."
+    "--kv-bits",
+    default="16",
+    show_default=True,
+    callback=comma_list(int),
+    help="Widths of the KV cache, as 16,8: one after the other.",
 )
 @click.option(
     "--kv-mode",
@@ -218,7 +303,11 @@ def table(model: str, **flags: Any) -> None:
     help="Also a model of random weights, made on the device: 7b, 13b, 70b or a config.json.",
 )
 @click.option(
-    "--weights", default="fp16,int4", show_default=True, help="Of --random-weights: fp16, int4 or both."
+    "--weights",
+    default="fp16,int4",
+    show_default=True,
+    callback=comma_list(),
+    help="Of --random-weights: fp16, int4 or both.",
 )
 @click.option(
     "--group-size", default=128, show_default=True, type=click.IntRange(min=1), help="Of random int4 weights."
@@ -230,15 +319,14 @@ def table(model: str, **flags: Any) -> None:
     help="Allocate no more than that on a GPU.",
 )
 @click.option("--tp", default=1, show_default=True, type=click.IntRange(min=1), help="GPUs to split over.")
-@click.option(
-    "-o",
-    "--output",
-    metavar="FILE",
-    callback=writable_file,
-    help="Also write the rows to this JSON file, for `evaluate report`.",
-)
-@together(device_options, family_option, json_option, debug_option)
-def throughput(paths: tuple[str, ...], **flags: Any) -> int:
+@rows_option
+@together(model_options, json_option, debug_option)
+def throughput(
+    paths: tuple[str, ...],
+    random_weights: str | None,
+    as_json: bool,
+    **options: "Unpack[ThroughputOptions]",
+) -> None:
     """Speed and memory of one or more models in one run, each with every width of KV cache asked for.
 
     Static: prefill and decode of a fixed batch. Dynamic: a trace of requests that arrive by the clock: requests and tokens a
@@ -249,11 +337,14 @@ def throughput(paths: tuple[str, ...], **flags: Any) -> int:
               evaluate throughput my-model-4bit --rate 4 --requests 200
               evaluate throughput --random-weights 7b --kv-bits 16,8 --memory-cap 24
     """
-    from turbomind_quant.cli.throughput_action import run_throughput
+    from turbomind_quant.cli.progress import shown_progress
+    from turbomind_quant.cli.views.throughput import throughput_view
 
-    outcome = run_throughput(paths, flags)
-    print_json(outcome.document) if flags["as_json"] else outcome.show()
-    return outcome.exit_code
+    with shown_progress() as progress:
+        report = tmq.throughput(*paths, random_weights=random_weights, progress=progress, **options)
+    is_random = random_weights is not None
+    code = 0 if report.rows else tmq.ResourceError.exit_code
+    show(report.to_json(), lambda: throughput_view(report, is_random), as_json, code)
 
 
 @evaluate.command(short_help="One page with tables and plots from results.")
@@ -268,7 +359,4 @@ def report(runs: tuple[str, ...], output: str) -> None:
     \b
     Example:  evaluate report table.json my-model-4bit -o report.html
     """
-    from quant.evaluation.page import write_page
-
-    path = write_page(runs, Path(output))
-    click.echo(str(path))
+    click.echo(str(tmq.report(*runs, output=output)))

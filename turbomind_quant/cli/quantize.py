@@ -1,26 +1,27 @@
-"""The `quantize` commands; `evaluate` stands in `turbomind_quant.cli.evaluate`. Flags in, calls out: heavy imports wait inside."""
+"""The `quantize` commands; `evaluate` stands in `turbomind_quant.cli.evaluate`. Flags in, one call of the library, tables out."""
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from quant.config import QuantConfig
+import turbomind_quant as tmq
+from turbomind_quant.cli.commands import HELP, Commands, debug_option, resumable, version_option
 from turbomind_quant.cli.options import (
-    Commands,
+    CalibrateOptions,
     PresetHelp,
-    config_option,
-    debug_option,
-    device_options,
+    QuantizeOptions,
+    calibrate_options,
+    dry_run_option,
     family_option,
     json_option,
-    print_json,
-    quant_options,
-    resumable,
-    run_options,
-    text_options,
+    quantize_options,
+    restart_option,
     together,
 )
+from turbomind_quant.cli.printing import show
+
+if TYPE_CHECKING:
+    from typing import Literal, Unpack
 
 __all__ = ["quantize"]
 
@@ -28,9 +29,11 @@ model_argument = click.argument("model")
 output_option = click.option(
     "-o", "--output", required=True, metavar="OUT", help="Folder to write; absent, empty or unfinished."
 )
+run_options = together(restart_option("OUT"), dry_run_option, json_option, debug_option)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings=HELP)
+@version_option
 @debug_option
 def quantize() -> None:
     """Turn a language model into a 4-bit one that serves, and know what it cost.
@@ -48,8 +51,15 @@ def quantize() -> None:
 @quantize.command(short_help="Keep statistics of what every linear of MODEL reads.")
 @model_argument
 @output_option
-@together(text_options, device_options, run_options, family_option, json_option, debug_option)
-def calibrate(model: str, output: str, **flags: Any) -> None:
+@together(calibrate_options, run_options)
+def calibrate(
+    model: str,
+    output: str,
+    restart: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: "Unpack[CalibrateOptions]",
+) -> None:
     """Run text through MODEL and keep statistics of every linear's input.
 
     Writes Gram matrices, mean and maximum magnitudes and the ranges of K and V, one file a block. `quantize awq` calibrates by
@@ -59,43 +69,29 @@ def calibrate(model: str, output: str, **flags: Any) -> None:
     Example:  quantize calibrate ./my-model -o stats --calib-data prose.txt --samples 64
     Next:     quantize awq ./my-model -o my-model-4bit --preset fast --stats stats
     """
-    from turbomind_quant.cli.quantize_actions import run_calibrate
+    from turbomind_quant.cli.progress import shown_progress
+    from turbomind_quant.cli.views.quantization import calibrate_view, estimate_view
 
-    config = QuantConfig(samples=flags["samples"], seqlen=flags["seqlen"], seed=flags["seed"])
-    with resumable("quantize calibrate"):
-        outcome = run_calibrate(model, Path(output), config, flags, is_typed("seqlen"))
-    finish(outcome, flags["as_json"])
+    with resumable("quantize calibrate"), shown_progress() as progress:
+        if dry_run:
+            plan = tmq.estimate(model, output, command="calibrate", progress=progress, **options)
+            return show(plan.to_json(), lambda: estimate_view(plan), as_json)
+        result = tmq.calibrate(model, output, restart=restart, progress=progress, **options)
+    show(result.to_json(), lambda: calibrate_view(model, result), as_json)
 
 
 @quantize.command(cls=PresetHelp, short_help="Quantize MODEL to a 4-bit AWQ checkpoint.")
 @model_argument
 @output_option
-@together(quant_options)
-@click.option(
-    "--stats",
-    metavar="STATS",
-    help="Statistics of `quantize calibrate`, in place of text (--preset fast alone).",
-)
-@click.option(
-    "--pad",
-    is_flag=True,
-    help="Zero-pad the model so that the group fits every linear: exactly the same function.",
-)
-@click.option("--keep-ragged", is_flag=True, help="Leave linears that the group does not fit in float16.")
-@config_option(
-    "--kv-bits",
-    "8 also writes parameters for an int8 KV cache.",
-    type=click.Choice(["16", "8"]),
-    callback=lambda c, o, v: int(v),
-)
-@click.option(
-    "--distill",
-    is_flag=True,
-    help="An end-to-end pass over scales and norms at the end: under a minute for 135M parameters on a GPU, hours on a CPU. "
-    "The model must fit whole, in float32.",
-)
-@together(text_options, device_options, run_options, family_option, json_option, debug_option)
-def awq(model: str, output: str, **flags: Any) -> None:
+@together(quantize_options, run_options)
+def awq(
+    model: str,
+    output: str,
+    restart: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: "Unpack[QuantizeOptions]",
+) -> None:
     """Quantize MODEL to an AWQ checkpoint that LMDeploy, vLLM and transformers load as it is.
 
     Works block by block, so that a model larger than memory goes through. Killed or interrupted anywhere, the same command
@@ -110,13 +106,15 @@ def awq(model: str, output: str, **flags: Any) -> None:
     Next:     evaluate ppl ./my-model my-model-4bit
               quantize pack my-model-4bit -o workspace
     """
-    from turbomind_quant.cli.quantize_actions import run_awq
+    from turbomind_quant.cli.progress import shown_progress
+    from turbomind_quant.cli.views.quantization import estimate_view, quantize_view
 
-    names = ("preset", "bits", "group_size", "samples", "seqlen", "seed", "kv_bits", "distill", "keep_ragged")
-    config = QuantConfig(**{name: flags[name] for name in names})
-    with resumable("quantize awq"):
-        outcome = run_awq(model, Path(output), config, flags, is_typed("seqlen"), typed_names())
-    finish(outcome, flags["as_json"])
+    with resumable("quantize awq"), shown_progress() as progress:
+        if dry_run:
+            plan = tmq.estimate(model, output, progress=progress, **options)
+            return show(plan.to_json(), lambda: estimate_view(plan), as_json)
+        result = tmq.quantize(model, output, restart=restart, progress=progress, **options)
+    show(result.to_json(), lambda: quantize_view(model, result), as_json)
 
 
 @quantize.command(short_help="Pack a checkpoint into a TurboMind workspace.")
@@ -144,14 +142,19 @@ def awq(model: str, output: str, **flags: Any) -> None:
     metavar="NAME",
     help="LMDeploy's name of the chat format (llama3, qwen, ...); left out, it is found in the tokenizer's template.",
 )
-@click.option(
-    "--resume/--restart",
-    default=True,
-    help="Resume an unfinished WORKSPACE (the default), or discard it first.",
-)
-@click.option("--dry-run", is_flag=True, help="Say what it would take, and stop.")
-@together(family_option, json_option, debug_option)
-def pack(path: str, output: str, **flags: Any) -> None:
+@together(family_option, restart_option("WORKSPACE"), dry_run_option, json_option, debug_option)
+def pack(
+    path: str,
+    output: str,
+    tp: int,
+    dialect: "Literal['0.6.5', '0.1']",
+    dtype: "Literal['float16', 'bfloat16'] | None",
+    chat_template: str | None,
+    family: str | None,
+    restart: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Pack an AWQ or fp16 checkpoint into a TurboMind workspace, which LMDeploy serves.
 
     \b
@@ -159,21 +162,32 @@ def pack(path: str, output: str, **flags: Any) -> None:
     Next:     quantize verify workspace --source my-model-4bit
               evaluate ppl workspace
     """
-    from turbomind_quant.cli.format_actions import run_pack
+    from turbomind_quant.cli.progress import shown_progress
+    from turbomind_quant.cli.views.formats import pack_estimate_view, pack_view
 
-    with resumable("quantize pack"):
-        outcome = run_pack(path, Path(output), flags)
-    finish(outcome, flags["as_json"])
+    if dry_run:
+        plan = tmq.estimate_pack(path, output, tp=tp, dialect=dialect, dtype=dtype, family=family)
+        return show(plan.to_json(), lambda: pack_estimate_view(plan), as_json)
+    with resumable("quantize pack"), shown_progress() as progress:
+        result = tmq.pack(
+            path,
+            output,
+            tp=tp,
+            dialect=dialect,
+            dtype=dtype,
+            chat_template=chat_template,
+            family=family,
+            restart=restart,
+            progress=progress,
+        )
+    show(result.to_json(), lambda: pack_view(path, dialect, tp, result), as_json)
 
 
 @quantize.command(short_help="Turn a TurboMind workspace back into a checkpoint.")
 @click.argument("workspace")
 @output_option
-@click.option(
-    "--resume/--restart", default=True, help="Resume an unfinished OUT (the default), or discard it first."
-)
-@together(json_option, debug_option)
-def unpack(workspace: str, output: str, **flags: Any) -> None:
+@together(restart_option("OUT"), json_option, debug_option)
+def unpack(workspace: str, output: str, restart: bool, as_json: bool) -> None:
     """Turn a TurboMind WORKSPACE of either dialect, ours or LMDeploy's, back into a checkpoint.
 
     An int4 one becomes an AWQ checkpoint, a float one a Hugging Face folder; no number changes.
@@ -182,11 +196,12 @@ def unpack(workspace: str, output: str, **flags: Any) -> None:
     Example:  quantize unpack workspace -o my-model-4bit
     Next:     quantize verify workspace --source my-model-4bit
     """
-    from turbomind_quant.cli.format_actions import run_unpack
+    from turbomind_quant.cli.progress import shown_progress
+    from turbomind_quant.cli.views.formats import unpack_view
 
-    with resumable("quantize unpack"):
-        outcome = run_unpack(workspace, Path(output), flags)
-    finish(outcome, flags["as_json"])
+    with resumable("quantize unpack"), shown_progress() as progress:
+        result = tmq.unpack(workspace, output, restart=restart, progress=progress)
+    show(result.to_json(), lambda: unpack_view(result), as_json)
 
 
 @quantize.command(short_help="Check every byte of a checkpoint, workspace or statistics.")
@@ -195,47 +210,36 @@ def unpack(workspace: str, output: str, **flags: Any) -> None:
     "--source", metavar="MODEL", help="What PATH was made from: sampled weights are compared with it."
 )
 @together(family_option, json_option, debug_option)
-def verify(path: str, **flags: Any) -> None:
+def verify(path: str, source: str | None, family: str | None, as_json: bool) -> None:
     """Check every byte of a checkpoint, a workspace or statistics: sizes, digests, ranges, the tokenizer, and against the source.
+
+    Exit code 3 where a check fails.
 
     \b
     Example:  quantize verify workspace --source my-model-4bit
     """
-    from turbomind_quant.cli.format_actions import run_verify
+    from turbomind_quant.cli.progress import shown_progress
+    from turbomind_quant.cli.views.formats import verify_view
 
-    finish(run_verify(path, flags), flags["as_json"])
+    with shown_progress() as progress:
+        report = tmq.verify(path, source=source, family=family, progress=progress)
+    code = 0 if report.passed else tmq.InputError.exit_code
+    show(report.to_json(), lambda: verify_view(report), as_json, code)
 
 
 @quantize.command(short_help="Show what PATH is: family, sizes, tensors, bits.")
 @click.argument("path")
 @together(family_option, json_option, debug_option)
-def inspect(path: str, **flags: Any) -> None:
+def inspect(path: str, family: str | None, as_json: bool) -> None:
     """Show what PATH is: family, sizes, tensors, bits. Any checkpoint, .gguf file or workspace.
+
+    Exit code 3 where it is listed but cannot be used.
 
     \b
     Example:  quantize inspect ./my-model
     """
-    from turbomind_quant.cli.format_actions import run_inspect
+    from turbomind_quant.cli.views.formats import inspect_view
 
-    finish(run_inspect(path, flags), flags["as_json"])
-
-
-def is_typed(name: str) -> bool:
-    """Whether the user typed this flag (the default of --seqlen is lowered to the model's context, a typed value is not)."""
-    source = click.get_current_context().get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
-
-
-def typed_names() -> set[str]:
-    """The parameters that the user typed."""
-    return {name for name in click.get_current_context().params if is_typed(name)}
-
-
-def finish(outcome: Any, as_json: bool) -> None:
-    """Show the result on stdout; a failed check ends with the code of bad input."""
-    if as_json:
-        print_json(outcome.document)
-    else:
-        outcome.show()
-    if outcome.exit_code:
-        click.get_current_context().exit(outcome.exit_code)
+    report = tmq.inspect(path, family=family)
+    code = 0 if report.problem is None else tmq.InputError.exit_code
+    show(report.to_json(), lambda: inspect_view(report), as_json, code)

@@ -1,21 +1,20 @@
-"""Flags that several commands share, and what they become: EngineConfig, ChatSettings, keys. Defaults are read from those."""
+"""Flags that `chat`, `serve`, `client` and `web` share. Each group reaches its command as one frozen config. No torch here."""
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import click
 
-from convert.errors import UsageError
 from convert.folder.cache import cache_folder
 from engine.config import EngineConfig
-from engine.source import ModelSource
+from serve.chat.settings import ChatSettings
+from turbomind_quant.api.engine import engine_config
 from turbomind_quant.cli.options import device_options, family_option, together
 
-if TYPE_CHECKING:
-    from serve.chat.backends import ChatSettings
-
+F = TypeVar("F", bound=Callable[..., Any])
 KEY_VARIABLE = "TMQ_API_KEY"
 # LMDeploy spells flags with underscores in some versions and hyphens in others: both work.
 SETTINGS = {
@@ -24,17 +23,27 @@ SETTINGS = {
 }
 
 
-def _choice_of_kv(context: click.Context, option: click.Parameter, value: int) -> int:
-    if value not in (0, 8):
-        raise click.BadParameter(
-            f"{value} is not done: 8 keeps keys and values in int8, 0 in the model's own type."
-        )
-    return value
+def gathered(parameter: str, build: Callable[..., object], *options: Callable[[Any], Any]) -> Any:
+    """These options as one decorator; the command gets `parameter` = build(option=value, ...) in place of them."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        names: list[str] = []
+
+        @functools.wraps(command)
+        def call(*arguments: Any, **values: Any) -> Any:
+            taken = {name: values.pop(name) for name in names}
+            return command(*arguments, **values, **{parameter: build(**taken)})
+
+        before = len(getattr(call, "__click_params__", []))
+        decorated: Callable[..., Any] = together(*options)(call)
+        names += [option.name for option in getattr(decorated, "__click_params__", [])[before:]]
+        return decorated
+
+    return decorate
 
 
-engine_options: Callable[[Any], Any] = together(
+_engine_flags = (
     device_options,
-    family_option,
     click.option(
         "--tp", default=EngineConfig.tp, show_default=True, type=click.IntRange(1), help="GPUs to split over."
     ),
@@ -51,29 +60,50 @@ engine_options: Callable[[Any], Any] = together(
         default=0,
         show_default=True,
         type=int,
-        callback=_choice_of_kv,
         help="8: keys and values in int8; 0: in the model's type.",
     ),
-    click.option(
-        "--trust-remote-code", is_flag=True, help="Run a tokenizer that exists only as code in PATH."
-    ),
 )
-sequences_option: Callable[[Any], Any] = click.option(
+_sequences_flag = click.option(
     "--instance-num",
     default=EngineConfig.max_batch,
     show_default=True,
     type=click.IntRange(1),
     help="Sequences that run at once.",
 )
-sampling_options: Callable[[Any], Any] = together(
-    click.option("--system", default="", help="System text of the conversation."),
+# As `engine`: an EngineConfig for one sequence at a time, or for many.
+engine_options: Callable[[F], F] = gathered("engine", engine_config, *_engine_flags)
+server_engine_options: Callable[[F], F] = gathered("engine", engine_config, *_engine_flags, _sequences_flag)
+# As `settings`: ChatSettings.
+sampling_options: Callable[[F], F] = gathered(
+    "settings",
+    ChatSettings,
     click.option(
-        "--temperature", default=0.7, show_default=True, type=click.FloatRange(0, 2), help="0 is greedy."
+        "--temperature",
+        default=ChatSettings.temperature,
+        show_default=True,
+        type=click.FloatRange(0, 2),
+        help="0 is greedy.",
     ),
-    click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True)),
-    click.option("--top-k", default=0, show_default=True, type=click.IntRange(0), help="0: all tokens."),
     click.option(
-        "--repetition-penalty", default=1.0, show_default=True, type=click.FloatRange(0, 10, min_open=True)
+        "--top-p",
+        default=ChatSettings.top_p,
+        show_default=True,
+        type=click.FloatRange(0, 1, min_open=True),
+        help="Share of the likeliest tokens that are drawn from.",
+    ),
+    click.option(
+        "--top-k",
+        default=ChatSettings.top_k,
+        show_default=True,
+        type=click.IntRange(0),
+        help="0: all tokens.",
+    ),
+    click.option(
+        "--repetition-penalty",
+        default=ChatSettings.repetition_penalty,
+        show_default=True,
+        type=click.FloatRange(0, 10, min_open=True),
+        help="Above 1: tokens that were there already are less likely.",
     ),
     click.option(
         "--max-tokens",
@@ -82,6 +112,14 @@ sampling_options: Callable[[Any], Any] = together(
     ),
     click.option("--seed", type=int, help="Same seed, same answers."),
 )
+# As `family` and `trust_remote_code`: how the checkpoint and its tokenizer are read.
+source_options: Callable[[Any], Any] = together(
+    family_option,
+    click.option(
+        "--trust-remote-code", is_flag=True, help="Run a tokenizer that exists only as code in PATH."
+    ),
+)
+system_option = click.option("--system", default="", help="System text of the conversation.")
 key_file_option = click.option(
     "--api-key-file",
     type=click.Path(path_type=Path),
@@ -89,41 +127,14 @@ key_file_option = click.option(
 )
 
 
-def model_source(path: str, flags: dict[str, Any]) -> ModelSource:
-    """What the flags say about the model at `path`."""
-    return ModelSource(path, family=flags["family"], trust_remote_code=flags["trust_remote_code"])
+def server_keys(file: Path | None) -> tuple[str, ...]:
+    """The keys that a server accepts: those of the file, and that of the environment."""
+    keys: tuple[str, ...] = ()
+    if file is not None:
+        from serve.http.auth import read_keys
 
-
-def engine_config(flags: dict[str, Any]) -> EngineConfig:
-    """The engine that the flags ask for, for one sequence where they do not say how many. Raises UsageError."""
-    batch = flags.get("instance_num", 1)
-    try:
-        return EngineConfig(
-            device=flags["device"],
-            dtype=flags["dtype"],
-            kv_bits=8 if flags["quant_policy"] == 8 else 16,
-            cache_fraction=flags["cache_max_entry_count"],
-            context_length=flags["session_len"],
-            max_batch=batch,
-            max_step_tokens=max(EngineConfig.max_step_tokens, batch),
-            tp=flags["tp"],
-        )
-    except ValueError as e:
-        raise UsageError(str(e)) from e
-
-
-def chat_settings(flags: dict[str, Any]) -> "ChatSettings":
-    """How answers are drawn, by the flags."""
-    from serve.chat.backends import ChatSettings
-
-    return ChatSettings(
-        flags["temperature"],
-        flags["top_p"],
-        flags["top_k"],
-        flags["repetition_penalty"],
-        flags["max_tokens"],
-        flags["seed"],
-    )
+        keys = read_keys(file)
+    return (*keys, os.environ[KEY_VARIABLE]) if os.environ.get(KEY_VARIABLE) else keys
 
 
 def client_key(file: Path | None) -> str | None:

@@ -1,29 +1,29 @@
 """The commands that listen: `tmq serve` and `tmq web`. Flags in, calls out; heavy imports wait inside."""
 
 import asyncio
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from convert.errors import UsageError
+from engine.config import EngineConfig
+from engine.source import ModelSource
 from serve.config import ServeConfig
 from serve.http.limits import Limits
+from turbomind_quant.cli.commands import debug_option
 from turbomind_quant.cli.notices import announce, need, waiting
-from turbomind_quant.cli.options import debug_option, together
+from turbomind_quant.cli.options import together
 from turbomind_quant.cli.serve_options import (
-    KEY_VARIABLE,
     SETTINGS,
     client_key,
-    engine_config,
-    engine_options,
     key_file_option,
-    model_source,
-    sequences_option,
+    server_engine_options,
+    server_keys,
+    source_options,
 )
 
 if TYPE_CHECKING:
@@ -74,8 +74,22 @@ if TYPE_CHECKING:
 @click.option(
     "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"])
 )
-@together(engine_options, sequences_option, debug_option)
-def serve(path: str, **flags: Any) -> int:
+@together(server_engine_options, source_options, debug_option)
+def serve(
+    path: str,
+    server_name: str,
+    server_port: int,
+    model_name: str,
+    api_key_file: Path | None,
+    allow_origins: tuple[str, ...],
+    max_pending: int,
+    request_timeout: float,
+    drain_timeout: float,
+    log_level: str,
+    engine: EngineConfig,
+    family: str | None,
+    trust_remote_code: bool,
+) -> int:
     """Serve the model at PATH: an OpenAI-compatible API, LMDeploy's interactive endpoint, health and metrics.
 
     The page at / of the server shows how to call it. LMDeploy's flags work, with hyphens or underscores. SIGTERM lets running
@@ -86,34 +100,22 @@ def serve(path: str, **flags: Any) -> int:
     Next:     tmq client http://127.0.0.1:23333
     """
     need("serve", "fastapi", "uvicorn", "prometheus_client")
-    from serve.http.auth import read_keys
     from serve.http.server import bind, serve_forever, set_up_logging
     from serve.local import open_model
 
-    keys = read_keys(flags["api_key_file"]) if flags["api_key_file"] else ()
-    if os.environ.get(KEY_VARIABLE):
-        keys = (*keys, os.environ[KEY_VARIABLE])
-    pending = flags["max_pending"]
-    limits = Limits(pending=pending, pending_per_client=pending, request_s=flags["request_timeout"])
+    keys = server_keys(api_key_file)
+    limits = Limits(pending=max_pending, pending_per_client=max_pending, request_s=request_timeout)
     try:
-        config = ServeConfig(
-            flags["server_name"],
-            flags["server_port"],
-            flags["model_name"],
-            keys,
-            flags["allow_origins"],
-            flags["drain_timeout"],
-            limits,
-        )
+        config = ServeConfig(server_name, server_port, model_name, keys, allow_origins, drain_timeout, limits)
     except ValueError as e:
         raise UsageError(str(e)) from e
-    set_up_logging(flags["log_level"])
-    engine = engine_config(flags)
+    set_up_logging(log_level)
+    source = ModelSource(path, family=family, trust_remote_code=trust_remote_code)
     listener = bind(config)  # before the model is loaded: a port in use is told at once
     with ExitStack() as stack:
         stack.callback(listener.close)
         with waiting(f"Loading {path}"):
-            model = stack.enter_context(open_model(model_source(path, flags), engine))
+            model = stack.enter_context(open_model(source, engine))
         config = replace(
             config, server_port=listener.getsockname()[1], model_name=config.model_name or model.name
         )
@@ -130,9 +132,15 @@ def serve(path: str, **flags: Any) -> int:
     "--server-port", default=6006, show_default=True, type=click.IntRange(0, 65535), help="0: any free one."
 )
 @key_file_option
-@together(engine_options, sequences_option, debug_option)
+@together(server_engine_options, source_options, debug_option)
 def web(
-    sources: Sequence[str], server_name: str, server_port: int, api_key_file: Path | None, **flags: Any
+    sources: Sequence[str],
+    server_name: str,
+    server_port: int,
+    api_key_file: Path | None,
+    engine: EngineConfig,
+    family: str | None,
+    trust_remote_code: bool,
 ) -> int:
     """A page to talk to models, side by side where several are given: PATH is loaded here, URL is a running server.
 
@@ -170,7 +178,8 @@ def web(
                 backends.append(asyncio.run(HttpBackend.connect(source, client_key(api_key_file))))
                 continue
             with waiting(f"Loading {source}"):
-                model = stack.enter_context(open_model(model_source(source, flags), engine_config(flags)))
+                place = ModelSource(source, family=family, trust_remote_code=trust_remote_code)
+                model = stack.enter_context(open_model(place, engine))
             backends.append(EngineBackend(model.engine, model.tokenizer, model.name, clip=True))
             config = replace(config, server_port=listener.getsockname()[1])
         click.echo(f"The page is at {config.base_url}  (Ctrl-C ends it)", err=True)

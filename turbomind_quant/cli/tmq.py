@@ -1,6 +1,6 @@
 """The `tmq` command: chat, serve, client, web and doctor; `quantize` and `evaluate` hang below it, loaded when called.
 
-Flags in, calls out. `serve` and `web` are in `server_commands.py`. Defaults come from ChatSettings and EngineConfig; heavy imports wait inside.
+`serve` and `web` are in `turbomind_quant.cli.server`. Heavy imports wait inside.
 """
 
 import asyncio
@@ -8,24 +8,29 @@ import importlib
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
+from engine.source import ModelSource
+from turbomind_quant.cli.commands import HELP, Commands, debug_option, version_option
 from turbomind_quant.cli.notices import need, waiting
-from turbomind_quant.cli.options import Commands, debug_option, json_option, print_json, together
+from turbomind_quant.cli.options import json_option, together
 from turbomind_quant.cli.serve_options import (
     SETTINGS,
-    chat_settings,
     client_key,
-    engine_config,
     engine_options,
     history_file,
     key_file_option,
-    model_source,
     sampling_options,
+    source_options,
+    system_option,
 )
 from turbomind_quant.cli.server import serve, web
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+    from serve.chat.settings import ChatSettings
 
 _LAZY = {
     "quantize": (
@@ -61,7 +66,8 @@ class _Umbrella(Commands):
             formatter.write_dl(rows)
 
 
-@click.group(cls=_Umbrella, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Umbrella, context_settings=HELP)
+@version_option
 @debug_option
 def tmq() -> None:
     """Quantize a language model to 4 bits, measure it, talk to it, serve it.
@@ -79,8 +85,15 @@ def tmq() -> None:
 
 @tmq.command(short_help="Talk to a model in the terminal.", context_settings=SETTINGS)
 @click.argument("path")
-@together(sampling_options, engine_options, debug_option)
-def chat(path: str, system: str, **flags: Any) -> None:
+@together(system_option, sampling_options, engine_options, source_options, debug_option)
+def chat(
+    path: str,
+    system: str,
+    settings: "ChatSettings",
+    engine: "EngineConfig",
+    family: str | None,
+    trust_remote_code: bool,
+) -> None:
     """Talk to the model at PATH in the terminal, with its own chat template.
 
     Enter sends, Alt-Enter starts a new line, Ctrl-C stops an answer, Ctrl-D leaves; /help lists commands. Input that is no
@@ -96,11 +109,10 @@ def chat(path: str, system: str, **flags: Any) -> None:
     from serve.chat.loop import chat as talk
     from serve.local import open_model
 
-    settings = chat_settings(flags)
-    config = engine_config(flags)
+    source = ModelSource(path, family=family, trust_remote_code=trust_remote_code)
     with ExitStack() as stack:
         with waiting(f"Loading {path}"):
-            model = stack.enter_context(open_model(model_source(path, flags), config))
+            model = stack.enter_context(open_model(source, engine))
         backend = EngineBackend(model.engine, model.tokenizer, model.name)
         asyncio.run(talk(backend, settings, system, history_file()))
 
@@ -109,8 +121,10 @@ def chat(path: str, system: str, **flags: Any) -> None:
 @click.argument("url")
 @click.option("--model", help="Model to talk to. [default: the server's first]")
 @key_file_option
-@together(sampling_options, debug_option)
-def client(url: str, model: str | None, system: str, api_key_file: Path | None, **flags: Any) -> None:
+@together(system_option, sampling_options, debug_option)
+def client(
+    url: str, model: str | None, system: str, api_key_file: Path | None, settings: "ChatSettings"
+) -> None:
     """Talk to any OpenAI-compatible server at URL in the terminal.
 
     \b
@@ -119,8 +133,6 @@ def client(url: str, model: str | None, system: str, api_key_file: Path | None, 
     need("serve", "httpx", "prompt_toolkit")
     from serve.chat.client import HttpBackend
     from serve.chat.loop import chat as talk
-
-    settings = chat_settings(flags)
 
     async def run() -> None:
         backend = await HttpBackend.connect(url, client_key(api_key_file), model)
@@ -143,27 +155,13 @@ def doctor(as_json: bool) -> int:
     from dataclasses import asdict
 
     from turbomind_quant.cli.doctor import examine
+    from turbomind_quant.cli.printing import show
+    from turbomind_quant.cli.views.doctor import doctor_view
 
     findings = list(examine(Path.cwd()))
-    problems = sum(finding.status == "problem" for finding in findings)
-    if as_json:
-        print_json([asdict(finding) for finding in findings])
-        return 4 if problems else 0
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(highlight=False, soft_wrap=True)
-    marks = {
-        "ok": "[green]ok     [/green]",
-        "warning": "[yellow]warning[/yellow]",
-        "problem": "[red]problem[/red]",
-    }
-    for finding in findings:
-        console.print(f"{marks[finding.status]}  {escape(finding.subject):<20} {escape(finding.found)}")
-        if finding.advice:
-            console.print(f"         [dim]{escape(finding.advice)}[/dim]")
-    console.print("All that is needed is there." if not problems else f"{problems} problems: see above.")
-    return 4 if problems else 0
+    has_problems = any(finding.status == "problem" for finding in findings)
+    show([asdict(finding) for finding in findings], lambda: doctor_view(findings), as_json)
+    return 4 if has_problems else 0
 
 
 tmq.add_command(serve)

@@ -12,9 +12,10 @@ from engine.config import EngineConfig
 from engine.measure.comparison import Workload, compare
 from engine.measure.device_limits import covered
 from engine.measure.throughput import Contender, open_bench
-from engine.measure.throughput_rows import percentile, row_document, rows_table
+from engine.measure.throughput_rows import percentile
 from engine.measure.trace import TraceEntry, generate_trace, read_trace, trace_text
 from engine.source import ModelSource
+from turbomind_quant.cli.views.throughput import rows_table
 
 CONFIG = EngineConfig(device="cpu", max_batch=4, max_step_tokens=64, context_length=256, block_size=16)
 
@@ -64,7 +65,7 @@ def test_dynamic_answers_every_request_of_the_trace(bench):
 
 def test_rows_are_json_and_a_table(bench):
     rows = [bench.static(1, 20, 4), bench.static(2, 20, 4)]
-    assert json.loads(json.dumps([row_document(row) for row in rows]))[1]["batch"] == 2
+    assert json.loads(json.dumps([row.to_json() for row in rows]))[1]["batch"] == 2
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(rows_table(rows))
     assert "tiny (random)" in console.export_text()

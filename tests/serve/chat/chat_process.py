@@ -10,8 +10,9 @@ sys.path[:0] = [
 
 from fake_engine import FakeEngine, FakeTokenizer  # noqa: E402
 
-from serve.chat.backends import ChatSettings, EngineBackend  # noqa: E402
+from serve.chat.backends import EngineBackend  # noqa: E402
 from serve.chat.loop import chat  # noqa: E402
+from serve.chat.settings import ChatSettings  # noqa: E402
 
 backend = EngineBackend(FakeEngine(float(sys.argv[1])), FakeTokenizer(), "fake")
 settings = ChatSettings(max_tokens=int(sys.argv[3]))

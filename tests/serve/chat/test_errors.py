@@ -16,7 +16,8 @@ from live_server import live_server
 
 import turbomind_quant.cli.tmq as commands
 from engine.api import EngineDied
-from serve.chat.backends import ChatSettings, EngineBackend
+from serve.chat.backends import EngineBackend
+from serve.chat.settings import ChatSettings
 from serve.http.errors import ApiError
 
 MODELS = (200, json.dumps({"data": [{"id": "m"}]}).encode())

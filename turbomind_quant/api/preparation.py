@@ -1,0 +1,177 @@
+"""What `quantize`, `calibrate` and `estimate` share: choices checked against the model, and the output folder with its text.
+
+Nothing is written before all that can be refused has been refused.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from calib_data.blocks import CalibrationSet
+from calib_data.sources import TextRequest
+from convert.errors import UsageError
+from convert.folder.cache import cache_folder
+from convert.folder.output import Layout, OutputFolder
+from convert.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from quant.config import QuantConfig
+from quant.estimate import Plan, plan_calibration, plan_quantization, refuse_ragged
+from quant.recipes import Recipe
+from quant.session import Session, fit_seqlen
+from quant.state.fingerprint import run_fingerprint
+from quant.text.calibration import read_text, write_text
+
+
+@dataclass(frozen=True)
+class TextChoice:
+    """Which calibration text a caller asks for, and how. `seqlen` None: the default, at most the model's context."""
+
+    calib_data: str | None
+    text_column: str
+    samples: int
+    seqlen: int | None
+    seed: int
+    allow_fewer: bool
+    trust_remote_code: bool
+
+    def config(
+        self,
+        preset: str | Recipe = QuantConfig.preset,
+        bits: int = QuantConfig.bits,
+        group_size: int = QuantConfig.group_size,
+        kv_bits: int = QuantConfig.kv_bits,
+        distill: bool = QuantConfig.distill,
+        keep_ragged: bool = QuantConfig.keep_ragged,
+    ) -> QuantConfig:
+        """These amounts of text with the other settings of a run. Raises UsageError for a value that is none of the choices."""
+        return QuantConfig(
+            preset=preset,
+            bits=bits,
+            group_size=group_size,
+            samples=self.samples,
+            seqlen=QuantConfig.seqlen if self.seqlen is None else self.seqlen,
+            seed=self.seed,
+            kv_bits=kv_bits,
+            distill=distill,
+            keep_ragged=keep_ragged,
+        )
+
+    def request(self, quant: QuantConfig) -> TextRequest:
+        """The text to read, with the length that fits the model."""
+        return TextRequest(
+            self.calib_data, quant.samples, quant.seqlen, quant.seed, self.text_column, self.allow_fewer
+        )
+
+    def tokenizer(self, session: Session) -> Tokenizer:
+        """The model's own tokenizer."""
+        return load_tokenizer(session.checkpoint.tokenizer_dir, trust_remote_code=self.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that was checked and has not begun. `text` None: it reads no text."""
+
+    session: Session
+    quant: QuantConfig
+    text: TextChoice | None
+    plan: Plan
+
+
+def prepare_calibration(session: Session, text: TextChoice) -> Prepared:
+    """Check a calibration. Raises UsageError for an amount out of range, or a length beyond the model's context."""
+    quant = fit_seqlen(text.config(), session.config, text.seqlen is not None)
+    plan = plan_calibration(
+        session.config, quant, session.device, session.dtype, text.request(quant).is_generated
+    )
+    return Prepared(session, quant, text, plan)
+
+
+def prepare_quantization(
+    session: Session, quant: QuantConfig, text: TextChoice, has_statistics: bool
+) -> Prepared:
+    """Check a quantization. `has_statistics`: saved statistics stand in for text.
+
+    Raises UsageError for a length beyond the model's context, InputError for linears that the group size does not fit.
+    """
+    quant = fit_seqlen(quant, session.config, text.seqlen is not None)
+    needs_text = reads_text(quant, has_statistics)
+    refuse_ragged(session.config, quant)
+    plan = plan_quantization(
+        session.config,
+        quant,
+        session.device,
+        session.dtype,
+        text.request(quant).is_generated and needs_text,
+        needs_text,
+    )
+    return Prepared(session, quant, text if needs_text else None, plan)
+
+
+def reads_text(quant: QuantConfig, has_statistics: bool) -> bool:
+    """Whether a quantization looks at calibration text: for its search, or for the ranges of K and V."""
+    return not has_statistics and (quant.needs_text or quant.kv_bits == 8)
+
+
+def idle_text_options(preset: str, text: TextChoice) -> str:
+    """What to say of text options given to a run that reads no text. Raises UsageError for those that name or shape a text."""
+    default = QuantConfig()
+    named = {
+        "--calib-data": text.calib_data is not None,
+        "--text-column": text.text_column != TextRequest.column,
+        "--allow-fewer": text.allow_fewer,
+    }
+    amounts = {
+        "--samples": text.samples != default.samples,
+        "--seqlen": text.seqlen is not None,
+        "--seed": text.seed != default.seed,
+    }
+    refused = [name for name, is_given in named.items() if is_given]
+    if refused:
+        raise UsageError(
+            f"{preset} reads no calibration text, so {' and '.join(refused)} would do nothing: leave out what names a text, choose "
+            "another preset, or add --kv-bits 8, which reads one."
+        )
+    idle = [name for name, is_given in amounts.items() if is_given]
+    return f"{preset} reads no calibration text: {', '.join(idle)} without effect" if idle else ""
+
+
+@contextmanager
+def output_with_text(
+    prepared: Prepared, text: TextChoice, command: str, out: Path, layout: Layout, restart: bool
+) -> Iterator[tuple[OutputFolder, CalibrationSet | None]]:
+    """The output folder of a run and its calibration text: read before the folder is taken, or written by the model inside it.
+
+    The text is None where the folder turns out to be finished: an earlier run had done all but its last rename.
+    """
+    session, quant = prepared.session, prepared.quant
+    tokenizer = text.tokenizer(session)
+    request = text.request(quant)
+    blocks, identity = read_text(request, session.checkpoint, tokenizer)
+    fingerprint = run_fingerprint(command, session.checkpoint, quant, identity, session.device, session.dtype)
+    with OutputFolder.begin(out, fingerprint, restart=restart, layout=layout) as folder:
+        if folder.finished:
+            yield folder, None
+            return
+        if blocks is None:
+            blocks = written_text(session, request, tokenizer, folder.work)
+        for warning in blocks.warnings:
+            session.progress.warn(warning)
+        yield folder, blocks
+
+
+def written_text(
+    session: Session, request: TextRequest, tokenizer: Tokenizer, work: Path | None
+) -> CalibrationSet:
+    """The text that the model writes itself, or wrote in an earlier run. `work`: where a resumed run finds it again."""
+    with session.progress.new_stage("writing text") as writing:
+        return write_text(
+            request,
+            session.checkpoint,
+            tokenizer,
+            session.device,
+            session.dtype,
+            work,
+            cache_folder(),
+            session.progress.say,
+            writing.step,
+        )

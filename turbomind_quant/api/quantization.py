@@ -1,0 +1,280 @@
+"""`quantize` and `calibrate`, and `estimate`, which says what either would take."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from calib_data.blocks import CalibrationSet
+from convert.errors import UsageError
+from convert.folder.files import check_output_place
+from convert.folder.output import OutputFolder, folder_state, read_manifest
+from convert.tokenizer.tokenizer import check_tokenizer
+from quant.config import QuantConfig
+from quant.preflight import announce, notes_of
+from quant.progress import Listener, Progress
+from quant.recipes import Recipe
+from quant.run import check_statistics_use, quantize_model
+from quant.session import open_session
+from quant.state.fingerprint import run_fingerprint
+from quant.statistics.calibrate import StatisticsFolder, open_statistics
+from quant.statistics.calibrate import calibrate as write_statistics
+from turbomind_quant.api.choices import Dtype, StrPath
+from turbomind_quant.api.preparation import (
+    Prepared,
+    TextChoice,
+    idle_text_options,
+    output_with_text,
+    prepare_calibration,
+    prepare_quantization,
+    reads_text,
+)
+from turbomind_quant.api.results import CalibrateResult, EstimateResult, QuantizeResult
+
+
+def calibrate(
+    model: StrPath,
+    out: StrPath,
+    *,
+    calib_data: str | None = None,
+    text_column: str = "text",
+    samples: int = QuantConfig.samples,
+    seqlen: int | None = None,
+    seed: int = QuantConfig.seed,
+    allow_fewer: bool = False,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    family: str | None = None,
+    restart: bool = False,
+    progress: Listener | None = None,
+) -> CalibrateResult:
+    """Run text through the float `model` and keep statistics of every linear's input in the folder `out`.
+
+    Writes Gram matrices, mean and maximum magnitudes and the ranges of K and V, one file a decoder block. `quantize` calibrates by
+    itself; this is for searching several times on one calibration: `quantize(model, other, preset="fast", stats=out)`.
+    An unfinished `out` of the same choices is resumed.
+
+    Args:
+        model: as in `quantize`; so are the text (`calib_data` to `trust_remote_code`), `device`, `dtype`, `family` and `progress`.
+        out: folder to write; absent, empty or unfinished.
+        restart: discard an unfinished `out` first.
+
+    Raises UsageError for choices that contradict each other, InputError for a model, a text or an output folder that cannot be used,
+    ResourceError where memory or disk do not suffice.
+    """
+    text = TextChoice(calib_data, text_column, samples, seqlen, seed, allow_fewer, trust_remote_code)
+    folder = Path(out)
+    with Progress("calibrate", progress) as run:
+        session = open_session(model, device=device, dtype=dtype, family=family, progress=run)
+        prepared = prepare_calibration(session, text)
+        announce(session, prepared.plan, folder)
+        with output_with_text(prepared, text, "calibrate", folder, "root", restart) as (place, blocks):
+            if blocks is not None:
+                write_statistics(
+                    session.checkpoint, blocks, place, prepared.quant, session.device, session.dtype, run
+                )
+    facts = read_manifest(folder).data
+    return CalibrateResult(folder, session.config.num_layers, facts["calibration"], tuple(facts["warnings"]))
+
+
+def quantize(
+    model: StrPath,
+    out: StrPath,
+    *,
+    preset: str | Recipe = QuantConfig.preset,
+    bits: int = QuantConfig.bits,
+    group_size: int = QuantConfig.group_size,
+    stats: StrPath | None = None,
+    pad: bool = False,
+    keep_ragged: bool = QuantConfig.keep_ragged,
+    kv_bits: int = QuantConfig.kv_bits,
+    distill: bool = QuantConfig.distill,
+    calib_data: str | None = None,
+    text_column: str = "text",
+    samples: int = QuantConfig.samples,
+    seqlen: int | None = None,
+    seed: int = QuantConfig.seed,
+    allow_fewer: bool = False,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    family: str | None = None,
+    restart: bool = False,
+    progress: Listener | None = None,
+) -> QuantizeResult:
+    """Quantize the float `model` to an AWQ checkpoint in the folder `out`, which LMDeploy, vLLM and transformers load as it is.
+
+    Works decoder block by decoder block, so that a model larger than memory goes through. Stopped anywhere, the same call goes on
+    and ends in the same bytes.
+
+    Args:
+        model: folder of safetensors, .gguf file, or name on the hub ("owner/model", fetched only when named).
+        out: folder to write; absent, empty or unfinished.
+        preset: how hard to search, as `quantize awq --help` lists them.
+        bits: of a code: 4 to serve, 3 and 2 to evaluate. group_size: weights along K that share a scale: 32, 64 or 128.
+        stats: folder of `calibrate`, in place of text (preset "fast" alone).
+        pad: zero-pad the model exactly, so that the group fits every linear. keep_ragged: leave those that it does not fit in float16.
+        kv_bits: 8 also writes parameters for an int8 KV cache.
+        distill: an end-to-end pass over scales and norms at the end; the model must fit whole, in float32.
+        calib_data: txt, jsonl or parquet file, folder, "wikitext2", "c4", "pileval" or a hub dataset; None: the model writes its own.
+        text_column: column of jsonl, parquet and hub datasets.
+        samples, seqlen: samples of text and tokens of each; `seqlen` None: 2048, or the model's context where that is shorter.
+        seed: same seed, same bytes. allow_fewer: go on where the text holds fewer samples than asked for.
+        trust_remote_code: run a tokenizer that exists only as code in `model`.
+        device: "auto", "cpu", "cuda" or "cuda:N". dtype: of the forward passes: "auto", "float16", "bfloat16" or "float32".
+        family: read the model as this family, whatever its config.json says.
+        restart: discard an unfinished `out` first. progress: called with every ProgressEvent; None: silent.
+
+    Raises UsageError for choices that contradict each other, InputError for a model, a text or an output folder that cannot be used,
+    ResourceError where memory or disk do not suffice.
+    """
+    text = TextChoice(calib_data, text_column, samples, seqlen, seed, allow_fewer, trust_remote_code)
+    quant = text.config(preset, bits, group_size, kv_bits, distill, keep_ragged)
+    folder = Path(out)
+    with Progress(f"awq {quant.recipe.name}", progress) as run:
+        prepared = _checked(model, quant, text, stats, pad, device, dtype, family, run)
+        announce(prepared.session, prepared.plan, folder)
+        with _source(prepared, folder, stats, restart) as (place, source):
+            if not place.finished:
+                session = prepared.session
+                done = quantize_model(
+                    session.checkpoint, prepared.quant, source, place, session.device, session.dtype, run
+                )
+                return quantize_result(folder, done.seconds, done.first_layer)
+    return quantize_result(folder, 0.0, prepared.session.config.num_layers)
+
+
+def estimate(
+    model: StrPath,
+    out: StrPath | None = None,
+    *,
+    command: Literal["awq", "calibrate"] = "awq",
+    preset: str | Recipe = QuantConfig.preset,
+    bits: int = QuantConfig.bits,
+    group_size: int = QuantConfig.group_size,
+    stats: StrPath | None = None,
+    pad: bool = False,
+    keep_ragged: bool = QuantConfig.keep_ragged,
+    kv_bits: int = QuantConfig.kv_bits,
+    distill: bool = QuantConfig.distill,
+    calib_data: str | None = None,
+    text_column: str = "text",
+    samples: int = QuantConfig.samples,
+    seqlen: int | None = None,
+    seed: int = QuantConfig.seed,
+    allow_fewer: bool = False,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    family: str | None = None,
+    progress: Listener | None = None,
+) -> EstimateResult:
+    """What `quantize` (or `calibrate`) with these arguments would take: memory, disk, sizes. Writes nothing.
+
+    Args:
+        out: the folder that would be written; its state is part of the answer.
+        command: "awq" for `quantize`, "calibrate" for `calibrate`, which reads only what names the model and the text.
+        The rest as in `quantize`.
+
+    Raises what that call would raise before its work begins, but for a lack of memory or disk.
+    """
+    text = TextChoice(calib_data, text_column, samples, seqlen, seed, allow_fewer, trust_remote_code)
+    with Progress(command, progress) as run:
+        if command == "calibrate":
+            session = open_session(model, device=device, dtype=dtype, family=family, progress=run)
+            prepared = prepare_calibration(session, text)
+        else:
+            quant = text.config(preset, bits, group_size, kv_bits, distill, keep_ragged)
+            prepared = _checked(model, quant, text, stats, pad, device, dtype, family, run)
+        for note in notes_of(prepared.session):
+            run.say(note)
+    if out is None:
+        return EstimateResult(prepared.plan)
+    check_output_place(Path(out), prepared.session.checkpoint.path)
+    return EstimateResult(prepared.plan, Path(out), folder_state(Path(out)).value)
+
+
+def _checked(
+    model: StrPath,
+    quant: QuantConfig,
+    text: TextChoice,
+    stats: StrPath | None,
+    pad: bool,
+    device: str,
+    dtype: Dtype,
+    family: str | None,
+    run: Progress,
+) -> Prepared:
+    """The model opened, and every choice checked against it and against the others."""
+    if stats is not None:
+        _check_statistics(quant, text, pad)
+    if pad and quant.keep_ragged:
+        raise UsageError(
+            "--pad makes the group fit every linear and --keep-ragged leaves in float16 those that it does not fit: give one of them."
+        )
+    has_text = reads_text(quant, stats is not None)
+    idle = "" if has_text or stats is not None else idle_text_options(quant.recipe.name, text)
+    session = open_session(
+        model,
+        device=device,
+        dtype=dtype,
+        family=family,
+        pad_to=quant.group_size if pad else None,
+        progress=run,
+    )
+    if not has_text:  # else it is loaded for the text
+        check_tokenizer(session.checkpoint.tokenizer_dir)
+    if idle:
+        run.say(f"note: {idle}")
+    return prepare_quantization(session, quant, text, stats is not None)
+
+
+def _check_statistics(quant: QuantConfig, text: TextChoice, pad: bool) -> None:
+    """Raises UsageError where saved statistics do not go with the other choices."""
+    check_statistics_use(quant)
+    if text.calib_data is not None:
+        raise UsageError("--stats and --calib-data name two calibrations: give one of them.")
+    if pad:
+        raise UsageError(
+            "--stats are those of the unpadded model: leave --pad out, or let `quantize awq` calibrate."
+        )
+
+
+@contextmanager
+def _source(
+    prepared: Prepared, out: Path, stats: StrPath | None, restart: bool
+) -> Iterator[tuple[OutputFolder, CalibrationSet | StatisticsFolder | None]]:
+    """The output folder and what the search looks at: text, saved statistics, or nothing."""
+    session = prepared.session
+    if prepared.text is not None:
+        with output_with_text(prepared, prepared.text, "awq", out, "tmq", restart) as found:
+            yield found
+        return
+    statistics = None if stats is None else open_statistics(Path(stats), session.checkpoint)
+    identity = None if statistics is None else {"statistics": statistics.digest}
+    fingerprint = run_fingerprint(
+        "awq", session.checkpoint, prepared.quant, identity, session.device, session.dtype
+    )
+    with OutputFolder.begin(out, fingerprint, restart=restart) as folder:
+        yield folder, statistics
+
+
+def quantize_result(folder: Path, seconds: float, first_layer: int) -> QuantizeResult:
+    """What the manifest of a finished AWQ checkpoint says, and how long this process worked on it."""
+    facts = read_manifest(folder).data
+    factors = facts["key_factors"]
+    return QuantizeResult(
+        path=folder,
+        preset=facts["config"]["preset"],
+        bits=facts["bits"],
+        group_size=facts["group_size"],
+        bits_per_weight=facts["bits_per_weight"],
+        size_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
+        seconds=seconds,
+        first_layer=first_layer,
+        layers=tuple(facts["layers"]),
+        warnings=tuple(facts["warnings"]),
+        standing_out=tuple(facts["standing_out"]),
+        key_factors=None if factors is None else tuple((low, high) for low, high in factors),
+    )

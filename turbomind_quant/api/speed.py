@@ -1,0 +1,210 @@
+"""`throughput`: speed and memory of models under the same load."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from convert.errors import ResourceError, UsageError
+from convert.folder.files import write_json
+from engine.config import GIB, EngineConfig
+from engine.loading import use_device
+from engine.measure.comparison import Workload
+from engine.measure.comparison import compare as measure_all
+from engine.measure.throughput import Contender
+from engine.measure.throughput_rows import ThroughputRow
+from engine.measure.trace import TraceEntry, generate_trace, read_trace
+from engine.source import ModelSource
+from quant.progress import Listener, Progress
+from turbomind_quant.api.choices import Dtype, KvMode, StrPath, check_one, check_positive, chosen, counts
+
+BATCHES = (1, 8, 32)
+GENERATED_REQUESTS = 100
+
+
+@dataclass(frozen=True)
+class ThroughputReport:
+    """What was measured, and what is needed to repeat it. `failures`: name of a model and why it could not run all of it."""
+
+    rows: tuple[ThroughputRow, ...]
+    failures: tuple[tuple[str, str], ...]
+    device: str
+    threads: int | None  # of a CPU
+    torch_version: str
+    seed: int
+    trace: str | None
+    requests: int
+    rate: float | None  # requests a second
+    memory_cap_gib: float | None
+    copy_bandwidth_gb_per_s: float | None  # read and written, of a copy on the device
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON data."""
+        return {
+            "kind": "throughput",
+            "device": self.device,
+            "threads": self.threads,
+            "versions": {"torch": self.torch_version},
+            "seed": self.seed,
+            "trace": self.trace,
+            "requests": self.requests,
+            "rate": self.rate,
+            "memory_cap_gib": self.memory_cap_gib,
+            "copy_bandwidth_gb_per_s": self.copy_bandwidth_gb_per_s,
+            "rows": [row.to_json() for row in self.rows],
+            "failures": [{"name": name, "error": error} for name, error in self.failures],
+        }
+
+
+def throughput(
+    *paths: StrPath,
+    batch: Sequence[int] | None = None,
+    input_len: int = 512,
+    output_len: int = 128,
+    trace: StrPath | None = None,
+    requests: int | None = None,
+    rate: float | None = None,
+    max_batch: int = EngineConfig.max_batch,
+    seed: int = 0,
+    kv_bits: Sequence[int] = (16,),
+    kv_mode: KvMode = "dynamic",
+    context_len: int | None = None,
+    random_weights: str | None = None,
+    weights: Sequence[str] = ("fp16", "int4"),
+    group_size: int = 128,
+    memory_cap: float | None = None,
+    tp: int = 1,
+    output: StrPath | None = None,
+    device: str = "auto",
+    dtype: Dtype = "auto",
+    family: str | None = None,
+    progress: Listener | None = None,
+) -> ThroughputReport:
+    """Speed and memory of one or more models in one run, each with every width of KV cache asked for.
+
+    Static: prefill and decode of a fixed batch. Dynamic, where `trace`, `rate` or `requests` is given: requests that arrive by the
+    clock. Prompts are random tokens. What does not fit is a failure by name, and the others go on.
+
+    Args:
+        batch: static: sequences at once; () leaves it out; None: 1, 8 and 32, or () where a dynamic option is given.
+        input_len, output_len: static: tokens of a prompt, and decoded steps, of which the median counts.
+        trace: JSON lines with arrival_s, prompt_tokens, output_tokens; None: a generated trace. requests: only so many of them.
+        rate: requests a second (1 where None), Poisson arrivals. max_batch: sequences that run at once.
+        seed: of prompts and trace. kv_bits: widths of the KV cache, 16 and 8. kv_mode: of an int8 cache, "dynamic" or "static".
+        context_len: tokens a sequence may have; None: the model's.
+        random_weights: also a model of random weights: "7b", "13b", "70b" or a config.json. weights: its kinds, "fp16" and "int4".
+        group_size: of random int4 weights. memory_cap: GiB that are allocated on a GPU, at most. tp: GPUs to split over.
+        output: also write the report to this JSON file. device, dtype, family, progress: as in `quantize`.
+
+    Raises UsageError for choices that contradict each other or the models' context, InputError for a path that cannot be used.
+    """
+    check_one(kv_mode, "--kv-mode", get_args(KvMode))
+    check_positive(input_len, "--input-len", 1)
+    check_positive(output_len, "--output-len", 2)
+    check_positive(requests, "--requests", 1)
+    for value, flag in ((rate, "--rate"), (memory_cap, "--memory-cap")):
+        check_positive(value, flag)
+    place = use_device(device)
+    is_dynamic = trace is not None or rate is not None or requests is not None
+    batches = counts((() if is_dynamic else BATCHES) if batch is None else batch, "--batch")
+    entries = _trace(trace, requests, seed) if is_dynamic else []
+    if not batches and not entries:
+        raise UsageError(
+            "--batch none leaves nothing to measure: give --trace FILE, --rate or --requests too."
+        )
+    workload = Workload(batches, input_len, output_len, tuple(entries), 1.0 if rate is None else rate, seed)
+    sources = _sources(paths, family, random_weights, weights, group_size)
+    if memory_cap is not None and place.type != "cuda":
+        raise UsageError(f"--memory-cap limits what is allocated on a GPU; this run is on {place}.")
+    contenders = [
+        (name + (", KV int8" if bits == 8 else ""), Contender(source, config))
+        for name, source in sources
+        for bits in chosen(kv_bits, "--kv-bits", (16, 8))
+        for config in [
+            _config(workload, max_batch, bits, kv_mode, context_len, memory_cap, tp, device, dtype)
+        ]
+    ]
+    with Progress("evaluate throughput", progress) as run:
+
+        def tell(name: str, news: ThroughputRow | ResourceError) -> None:
+            if isinstance(news, ResourceError):
+                run.warn(f"{name}: {news}")
+            else:
+                run.say(f"{name}: {news.mode}, batch {news.batch}, {news.tok_per_s:,.1f} tokens/s")
+
+        found = measure_all(contenders, workload, tell)
+    result = ThroughputReport(
+        rows=tuple(found.rows),
+        failures=tuple(found.failures),
+        device=torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu",
+        threads=None if place.type == "cuda" else torch.get_num_threads(),
+        torch_version=torch.__version__,
+        seed=seed,
+        trace=str(trace) if trace is not None else ("generated" if entries else None),
+        requests=len(entries),
+        rate=workload.rate if entries else None,
+        memory_cap_gib=memory_cap,
+        copy_bandwidth_gb_per_s=None if found.bandwidth is None else found.bandwidth / 1e9,
+    )
+    if output is not None:
+        write_json(Path(output), result.to_json())
+    return result
+
+
+def _trace(file: StrPath | None, requests: int | None, seed: int) -> list[TraceEntry]:
+    """The requests of a file, or generated ones; the first `requests` of them."""
+    if file is not None:
+        return read_trace(Path(file))[:requests]
+    return generate_trace(requests or GENERATED_REQUESTS, seed)
+
+
+def _sources(
+    paths: Sequence[StrPath],
+    family: str | None,
+    shape: str | None,
+    weights: Sequence[str],
+    group_size: int,
+) -> list[tuple[str, ModelSource]]:
+    """What to load, each with a name for people. Raises UsageError where there is nothing."""
+    if not paths and shape is None:
+        raise UsageError(
+            "nothing to measure: give a PATH, or --random-weights with 7b, 13b, 70b or a config.json."
+        )
+    sources = [(str(path), ModelSource(str(path), family=family)) for path in paths]
+    for kind in chosen(weights, "--weights", ("fp16", "int4")) if shape is not None else ():
+        random = ModelSource(random_weights=shape, weights=kind, group_size=group_size)
+        sources.append((f"{shape} {kind} (random)", random))
+    return sources
+
+
+def _config(
+    workload: Workload,
+    max_batch: int,
+    bits: int,
+    kv_mode: KvMode,
+    context_len: int | None,
+    memory_cap: float | None,
+    tp: int,
+    device: str,
+    dtype: Dtype,
+) -> EngineConfig:
+    """An engine that holds the largest batch of the workload. Raises UsageError for a value that is none of the choices."""
+    batch = max([*workload.batches, max_batch if workload.trace else 1])
+    try:
+        return EngineConfig(
+            device=device,
+            dtype=dtype,
+            kv_bits=8 if bits == 8 else 16,
+            kv_mode=kv_mode,
+            context_length=context_len,
+            max_batch=batch,
+            max_step_tokens=max(EngineConfig.max_step_tokens, batch),
+            graph_batches=tuple(sorted({*EngineConfig.graph_batches, *workload.batches})),
+            warm_up=bool(workload.trace),
+            memory_cap_bytes=None if memory_cap is None else int(memory_cap * GIB),
+            tp=tp,
+        )
+    except ValueError as error:
+        raise UsageError(f"{error}") from error

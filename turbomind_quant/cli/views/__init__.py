@@ -1,0 +1,1 @@
+"""Results of the library as text and tables for people: one function for each kind of result."""
