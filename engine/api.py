@@ -14,7 +14,10 @@ FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch those filters off."""
+    """How tokens are drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch those filters off.
+
+    max_tokens 0 draws nothing: the prompt is computed alone, for its log-probabilities.
+    """
 
     max_tokens: int = 16
     temperature: float = 1.0
@@ -30,10 +33,11 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; 0: of the chosen token; n: and of the n likeliest
     logit_bias: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: int | None = None  # as logprobs, for the tokens of the prompt
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}: at least 1 token must be asked for.")
+        if self.max_tokens < 0:
+            raise ValueError(f"max_tokens is {self.max_tokens}: expected 0 or more.")
         if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}: expected a finite number of at least 0.")
         if not 0.0 < self.top_p <= 1.0:
@@ -51,18 +55,24 @@ class SamplingParams:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected a finite number.")
         if not all(math.isfinite(bias) for _, bias in self.logit_bias):
             raise ValueError("logit_bias holds a value that is not finite.")
-        if self.logprobs is not None and self.logprobs < 0:
-            raise ValueError(f"logprobs is {self.logprobs}: expected 0 or more, or none.")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} is {value}: expected 0 or more, or none.")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence to generate. `deadline_s` is the time it may take from its submission, in seconds."""
+    """One sequence to generate. `deadline_s` is the time it may take from its submission, in seconds.
+
+    Requests of one `client` wait for each other; between clients the engine shares its places and its cache evenly.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams = field(default_factory=SamplingParams)
     deadline_s: float | None = None
+    client: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -74,20 +84,24 @@ class Request:
         for name in ("stop", "stop_token_ids"):
             sampling[name] = tuple(sampling[name])
         sampling["logit_bias"] = tuple((int(token), float(bias)) for token, bias in sampling["logit_bias"])
-        return Request(raw["id"], tuple(raw["prompt_ids"]), SamplingParams(**sampling), raw["deadline_s"])
+        return Request(
+            raw["id"], tuple(raw["prompt_ids"]), SamplingParams(**sampling), raw["deadline_s"], raw["client"]
+        )
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability of one generated token, and of the likeliest alternatives as (token id, bytes, logprob).
+    """Log-probability of one token, and of the likeliest alternatives as (token id, bytes, logprob).
 
-    `raw` are the bytes that the token stands for: a character of UTF-8 may be spread over several tokens.
+    `raw` are the bytes that the token stands for: a character of UTF-8 may be spread over several tokens. `rank` is 1 + the
+    number of likelier tokens, where it was counted: for tokens of a prompt.
     """
 
     token_id: int
     raw: bytes
     logprob: float
     top: tuple[tuple[int, bytes, float], ...] = ()
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +109,8 @@ class Event:
     """News of one request: tokens and whole characters since the last event. The last event has a `finish_reason`.
 
     `text` never ends inside a character and never holds a stop string. `error` is a sentence for the user where
-    finish_reason is "error".
+    finish_reason is "error". `prompt_logprobs`, where asked for, come once, with the first event: those of the second token of
+    the prompt and all after it, since nothing predicts the first.
     """
 
     request_id: str
@@ -106,6 +121,7 @@ class Event:
     error: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,3 +162,7 @@ class Engine(Protocol):
     def abort(self, request_id: str) -> None: ...
 
     def stats(self) -> Stats: ...
+
+    def trouble(self) -> str | None:
+        """What hangs, as a sentence; None while the engine shows that it works."""
+        ...

@@ -18,6 +18,7 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.dead = False
         self.hangs = False
+        self.hang: str | None = None  # what `trouble` says
         self.fails: set[str] = set()  # prompts of this many tokens fail
         self.generated = 0
 
@@ -79,6 +80,9 @@ class FakeEngine:
             running=len(self.live), blocks_total=100, blocks_free=100 - min(100, len(self.live)),
             generated_tokens_total=self.generated, context_length=self.context_length, model="fake",
         )  # fmt: skip
+
+    def trouble(self) -> str | None:
+        return self.hang
 
     def _check(self) -> None:
         if self.dead:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -42,10 +42,11 @@ def live_server(
     config: ServeConfig | None = None,
     tokenizer: FakeTokenizer | None = None,
     app: FastAPI | None = None,
+    on_death: Callable[[], None] = lambda: None,
 ) -> Iterator[LiveServer]:
     config = replace(config or ServeConfig(), server_port=0)
     engine = engine or FakeEngine()
-    app = app or create_app(engine, tokenizer or FakeTokenizer(), config)
+    app = app or create_app(engine, tokenizer or FakeTokenizer(), config, on_death)
     listener = bind(config)
     port = listener.getsockname()[1]
     server = uvicorn.Server(uvicorn_config(app, replace(config, drain_s=0.1)))

@@ -4,6 +4,7 @@ Run as `python -m engine.process.child`; the first line says what to load. It ig
 to the whole group: it ends when its input does, which is when its parent ends or asks. What libraries print goes to standard error.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -23,13 +24,36 @@ from engine.serving.core import EngineCore
 from engine.source import ModelSource
 
 STATS_PERIOD_S = 0.5
+ALIVE_PERIOD_S = 1.0  # between two signs of life, also inside a long step
 STOP_GRACE_S = 5.0  # for the step in progress, once the parent has ended
 
 log = logging.getLogger("engine")
 
 
+class Output:
+    """The pipe to the parent, which the main loop and the signs of life share. `busy_since`: when the step in progress began."""
+
+    def __init__(self, pipe: TextIO) -> None:
+        self._pipe, self._lock = pipe, threading.Lock()
+        self.busy_since: float | None = None
+
+    def write(self, *lines: str) -> None:
+        with self._lock:
+            self._pipe.write("\n".join(lines) + "\n")
+            self._pipe.flush()
+
+    def show_life(self) -> None:
+        """Tell the parent every second that this process runs, and for how long the step in progress has."""
+        with contextlib.suppress(OSError, ValueError):  # the parent is gone: the main loop notices, too
+            while True:
+                time.sleep(ALIVE_PERIOD_S)
+                since = self.busy_since
+                step_s = 0.0 if since is None else time.monotonic() - since
+                self.write(json.dumps({"op": "alive", "step_s": round(step_s, 3)}))
+
+
 def main() -> int:
-    output = claim_output()
+    output = Output(claim_output())
     ignore_signals()
     first = json.loads(sys.stdin.readline())
     first["config"]["graph_batches"] = tuple(first["config"]["graph_batches"])
@@ -38,9 +62,10 @@ def main() -> int:
     try:
         core = load_source(ModelSource(**first["source"]), EngineConfig(**first["config"]))
     except TmqError as error:
-        write(output, json.dumps({"op": "failed", "kind": type(error).__name__, "error": str(error)}))
+        output.write(json.dumps({"op": "failed", "kind": type(error).__name__, "error": str(error)}))
         return error.exit_code
-    write(output, json.dumps({"op": "ready", "stats": _stats(core)}))
+    output.write(json.dumps({"op": "ready", "stats": _stats(core)}))
+    threading.Thread(target=output.show_life, daemon=True).start()
     try:
         serve(core, inbox, output)
     except BrokenPipeError:
@@ -50,7 +75,7 @@ def main() -> int:
     return 0
 
 
-def serve(core: EngineCore, inbox: "queue.SimpleQueue[dict[str, Any]]", output: TextIO) -> None:
+def serve(core: EngineCore, inbox: "queue.SimpleQueue[dict[str, Any]]", output: Output) -> None:
     """Step while there is work, wait for messages while there is none; until a "stop"."""
     told_at = 0.0
     while True:
@@ -61,19 +86,16 @@ def serve(core: EngineCore, inbox: "queue.SimpleQueue[dict[str, Any]]", output: 
             if message["op"] == "stop":
                 return
             _obey(core, message)
+        output.busy_since = time.monotonic()
         events = core.step()
+        output.busy_since = None
         lines = [encode_events(events)] if events else []
         now = time.monotonic()
         if now - told_at > STATS_PERIOD_S or not core.has_work:
             told_at = now
             lines.append(json.dumps({"op": "stats", "stats": _stats(core)}))
         if lines:
-            write(output, *lines)
-
-
-def write(output: TextIO, *lines: str) -> None:
-    output.write("\n".join(lines) + "\n")
-    output.flush()
+            output.write(*lines)
 
 
 def _listen(lines: TextIO, inbox: "queue.SimpleQueue[dict[str, Any]]") -> None:

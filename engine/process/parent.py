@@ -1,18 +1,23 @@
 """ProcessEngine: the engine in a process of its own, behind a pipe of JSON lines. What a server holds; imports no torch.
 
 The parent writes `{"op": "add" | "abort" | "stop", ...}` to the child's standard input and reads `{"op": "ready" | "failed" | "events" |
-"stats", ...}`. Nothing is pickled and nothing listens. The child ends with its parent; when the child ends, every stream of events
-raises EngineDied. Events reach the event loop through one reader thread.
+"stats" | "alive", ...}`. Nothing is pickled and nothing listens. The child ends with its parent; when the child ends, every stream of
+events raises EngineDied. Events reach the event loop through one reader thread, and messages leave through one writer thread: a
+child that does not read, stopped or stuck in a driver, holds up neither `submit` nor `abort`. It shows by its signs of life, which
+`trouble` judges.
 """
 
 import asyncio
 import contextlib
 import json
+import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import IO, Any
 
 from convert.errors import InputError, ResourceError, TmqError, UsageError
@@ -23,6 +28,8 @@ from engine.process.wire import decode_events
 from engine.source import ModelSource
 
 STOP_TIMEOUT_S = 10.0  # from "stop" to a kill
+SILENCE_S = 15.0  # without a sign of life, of which one comes each second: the child hangs
+STEP_S = 900.0  # one step this long: the device hangs. A full step of a large model takes minutes on a CPU
 _ERRORS: dict[str, type[TmqError]] = {
     error.__name__: error for error in (InputError, ResourceError, UsageError, TmqError)
 }
@@ -75,13 +82,18 @@ class ProcessEngine:
         ] = {}  # on the pipe no id is used twice, so that old news never reach a new request
         self._names: dict[str, str] = {}  # the other way round
         self._submitted = 0
-        self._lock = threading.Lock()  # of the dictionary and of the input pipe
+        self._lock = threading.Lock()  # of the dictionaries
         self._death: EngineDied | None = None
         self._stopping = False
+        self._outbox: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._last_sign, self._step_s = time.monotonic(), 0.0
+        self.silence_s, self.longest_step_s = SILENCE_S, STEP_S
         self._reader = threading.Thread(
             target=self._read, args=(process.stdout,), name="engine-reader", daemon=True
         )
+        self._writer = threading.Thread(target=self._write, name="engine-writer", daemon=True)
         self._reader.start()
+        self._writer.start()
 
     @staticmethod
     def start(source: ModelSource | str, config: EngineConfig) -> "ProcessEngine":
@@ -173,18 +185,31 @@ class ProcessEngine:
             raise self._death
         return self._stats
 
+    def trouble(self) -> str | None:
+        """What hangs, as a sentence; None while the child shows that it works. Blocks on nothing."""
+        silent_s = time.monotonic() - self._last_sign
+        if self._death is not None:
+            return None
+        if silent_s > self.silence_s:
+            state = _process_state(self._process.pid)
+            return f"The engine process {self._process.pid} has given no sign of life for {silent_s:.0f} s{state}."
+        if self._step_s > self.longest_step_s:
+            return f"A step of the engine has taken {self._step_s:.0f} s so far: the device hangs."
+        return None
+
     def close(self) -> None:
-        """End the child: it is asked first and killed after `STOP_TIMEOUT_S`."""
+        """End the child: it is asked first and killed after `STOP_TIMEOUT_S`, at once where it hangs."""
         self._stopping = True
+        hangs = self.trouble() is not None
         self._send({"op": "stop"})
-        with contextlib.suppress(OSError):
-            self._input.close()
+        self._outbox.put(None)
         try:
-            self._process.wait(STOP_TIMEOUT_S)
+            self._process.wait(0 if hangs else STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         self._reader.join()
+        self._writer.join()
 
     def __enter__(self) -> "ProcessEngine":
         return self
@@ -193,17 +218,24 @@ class ProcessEngine:
         self.close()
 
     def _send(self, message: dict[str, Any]) -> None:
-        line = json.dumps(message) + "\n"
-        with (
-            self._lock,
-            contextlib.suppress(OSError, ValueError),
-        ):  # a broken pipe: the reader tells everybody
-            self._input.write(line)
-            self._input.flush()
+        self._outbox.put(json.dumps(message) + "\n")
+
+    def _write(self) -> None:
+        """Pass messages on until the last one. A pipe that nobody empties holds up this thread alone."""
+        with contextlib.suppress(OSError, ValueError):  # a broken pipe: the reader tells everybody
+            while (line := self._outbox.get()) is not None:
+                self._input.write(line)
+                self._input.flush()
+        with contextlib.suppress(OSError):
+            self._input.close()
 
     def _read(self, output: IO[str]) -> None:
         for line in output:
             message = json.loads(line)
+            self._last_sign = time.monotonic()
+            if message["op"] == "alive":
+                self._step_s = message["step_s"]
+                continue
             if message["op"] == "stats":
                 self._stats = Stats.from_json(json.dumps(message["stats"]))
                 continue
@@ -218,3 +250,13 @@ class ProcessEngine:
             streams = list(self._streams.values())
         for stream in streams:
             stream.put(self._death)
+
+
+def _process_state(pid: int) -> str:
+    """What Linux says of a process, as " (State: T (stopped))"; nothing elsewhere."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        state = next(line for line in lines if line.startswith("State:"))
+    except (OSError, StopIteration):
+        return ""
+    return f" ({' '.join(state.split())})"

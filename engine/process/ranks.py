@@ -51,7 +51,14 @@ def decode_plan(line: str) -> StepPlan:
     """The inverse of `encode_plan`; `sequences` is empty."""
     raw = json.loads(line)
     segments = tuple(
-        Segment(**{**s, "token_ids": tuple(s["token_ids"]), "blocks": tuple(s["blocks"])})
+        Segment(
+            **{
+                **s,
+                "token_ids": tuple(s["token_ids"]),
+                "blocks": tuple(s["blocks"]),
+                "targets": tuple(s["targets"]),
+            }
+        )
         for s in raw["segments"]
     )
     return StepPlan(segments, tuple(_join(j) for j in raw["joins"]), ())

@@ -24,6 +24,7 @@ from engine.serving.scheduler import BlockManager, Scheduler, Sequence, StepPlan
 log = logging.getLogger(__name__)
 
 RATE_WINDOW_S = 1.0
+NOT_FINITE = "The model's logits are not finite for this request: its weights or activations overflow."
 SURVIVABLE = (
     RuntimeError,
     ValueError,
@@ -40,6 +41,15 @@ class _Live:
     text: TextStream
     stop_ids: frozenset[int]
     deadline: float  # on the core's clock
+    scores: list[TokenLogprob | None] = field(default_factory=list)  # of the prompt, from its second token on
+
+    def take_scores(self) -> tuple[TokenLogprob, ...]:
+        """The log-probabilities of the prompt, once, when all are known."""
+        known = tuple(s for s in self.scores if s is not None)
+        if len(known) < len(self.scores):
+            return ()
+        self.scores = []
+        return known
 
 
 @dataclass
@@ -106,6 +116,7 @@ class EngineCore:
             TextStream(self._text.decoder(), sampling.stop),
             frozenset((*eos, *sampling.stop_token_ids)),
             deadline,
+            [] if sampling.prompt_logprobs is None else [None] * (len(request.prompt_ids) - 1),
         )
         self._arrivals += 1
         self._prompt_tokens += len(request.prompt_ids)
@@ -209,21 +220,36 @@ class EngineCore:
             return self._in_flight.popleft()
         return []
 
+    def _keep_scores(self, plan: StepPlan, sampled: Sampled) -> None:
+        """Take in log-probabilities of prompt tokens; a request whose are not finite ends with an error."""
+        for place, scored in sampled.scores.items():
+            sequence, start = plan.sequences[place], plan.segments[place].start
+            live = self._live.get(sequence.request.id)
+            if sequence.finished or live is None:
+                continue
+            if any(math.isnan(value) for value in scored.logprobs):
+                self._finish(live, "error", NOT_FINITE)
+                continue
+            raw = self._text.token_bytes
+            targets = plan.segments[place].targets
+            rows = zip(targets, *scored, strict=True)
+            for offset, (token, logprob, rank, ids, values) in enumerate(rows):
+                top = tuple((i, raw(i), value) for i, value in zip(ids, values, strict=True))
+                live.scores[start + offset] = TokenLogprob(token, raw(token), logprob, top, rank)
+
     def _collect(self, plan: StepPlan, sampled: Sampled) -> None:
+        self._keep_scores(plan, sampled)
         drawing = (s for segment, s in zip(plan.segments, plan.sequences, strict=True) if segment.samples)
         count = 0
         for place, sequence in enumerate(drawing):
             if sequence.finished:
                 continue
-            count += 1
             live = self._live[sequence.request.id]
+            count += sequence.request.sampling.max_tokens > 0
             if sampled.finite[place]:
                 self._advance(live, sampled, place)
             else:
-                message = (
-                    "The model's logits are not finite for this request: its weights or activations overflow."
-                )
-                self._finish(live, "error", message)
+                self._finish(live, "error", NOT_FINITE)
         self._generated_tokens += count
         self._recent.append((self._clock(), count))
         self._forget_old_counts()
@@ -232,6 +258,9 @@ class EngineCore:
         """Take one token into a sequence: its text, its end if it is one, its event."""
         sequence, token = live.sequence, sampled.token_ids[place]
         sampling = sequence.request.sampling
+        if sampling.max_tokens == 0:
+            self._finish(live, "length")
+            return
         sequence.output_ids.append(token)
         news = _News([token])
         if sampling.logprobs is not None:
@@ -276,6 +305,7 @@ class EngineCore:
             error,
             len(request.prompt_ids),
             len(live.sequence.output_ids),
+            live.take_scores(),
         )
 
     def _logprob(self, sampled: Sampled, place: int, count: int) -> TokenLogprob:

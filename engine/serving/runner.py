@@ -5,12 +5,13 @@ for one row (oneDNN) or for one to three a thread (MKL, without packed weights):
 sequence alone, a row of a linear has the same bits whoever shares its batch.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.model.forward import Model
@@ -19,6 +20,7 @@ from engine.serving.graphs import DecodeGraphs
 from engine.serving.sampled import PendingSample
 from engine.serving.sampling import Sampler
 from engine.serving.scheduler import Segment, StepPlan
+from engine.serving.scores import score
 from engine.serving.transfer import upload
 from engine.serving.warm_up import warm_up_plans
 from kernels.products import at_most_threads, threads_worth
@@ -135,15 +137,38 @@ class ModelRunner:
         )
         with at_most_threads(self._threads(tokens)):
             hidden = self.model.hidden(ids, places, PagedAttend(self.cache, batch), prompt_lengths)
+        scores = self._scores(plan, hidden, ends - lengths)
         drawing = np.array([i for i, segment in enumerate(plan.segments) if segment.samples], dtype=np.int64)
         if not len(drawing):
-            return None
+            return self._scores_alone(scores)
         last = ends[drawing] - 1
         spare = self._padding(len(last))
         chosen = upload(self.device, np.concatenate([last, np.zeros(spare, dtype=np.int64)]))
         logits = self.model.head(hidden[chosen])[: len(last)]
         picked = rows[drawing]
-        return self.sampler.sample(logits, tuple(picked.tolist()), upload(self.device, picked))
+        pending = self.sampler.sample(logits, tuple(picked.tolist()), upload(self.device, picked))
+        if scores:
+            pending.add_scores(scores)
+        return pending
+
+    def _scores(self, plan: StepPlan, hidden: Tensor, begins: Ints) -> dict[int, Sequence[Tensor]]:
+        """Log-probabilities of prompt tokens, of the segments that want them; `begins`: rows of `hidden` where segments begin."""
+        scores: dict[int, Sequence[Tensor]] = {}
+        for place, (segment, begin) in enumerate(zip(plan.segments, begins.tolist(), strict=True)):
+            if segment.targets:
+                rows = hidden[begin : begin + len(segment.targets)]
+                count = self.sampler.prompt_logprobs(segment.row)
+                scores[place] = score(rows, segment.targets, count, self.model.head)
+        return scores
+
+    def _scores_alone(self, scores: dict[int, Sequence[Tensor]]) -> PendingSample | None:
+        """What a step that draws nothing has to say: its scores, if any."""
+        if not scores:
+            return None
+        nothing = torch.empty(0, device=self.device)
+        pending = PendingSample((nothing.long(), nothing))
+        pending.add_scores(scores)
+        return pending
 
     def _threads(self, rows: int) -> int:
         """Threads for the blocks of a step on the CPU: packed products have the same bits on any number of them."""

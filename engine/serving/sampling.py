@@ -91,6 +91,10 @@ class Sampler:
             counts[row] = output.to(self.device, torch.int32)
             seen[row] = known.to(self.device)
 
+    def prompt_logprobs(self, row: int) -> int:
+        """Alternatives that the sequence of this row wants for each token of its prompt."""
+        return min(self._params[row].prompt_logprobs or 0, MAX_LOGPROBS, self.vocab_size)
+
     def sample(
         self, logits: Tensor, rows: tuple[int, ...], index: Tensor, greedy: Greedy | None = None
     ) -> PendingSample:

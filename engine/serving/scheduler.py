@@ -1,12 +1,16 @@
 """Continuous batching: which tokens of which sequences run in the next step. Owns blocks and rows; knows no model, no tensor.
 
-A step holds one token of every sequence that decodes, then chunks of prompts up to `max_step_tokens`. Order is by arrival:
-the head of the queue is never passed by, and where blocks run out the youngest sequence gives its blocks back and is computed
-again later (preemption by recompute), so the oldest always advances and the wait of every request is bounded.
+A step holds one token of every sequence that decodes, then chunks of prompts up to `max_step_tokens`. Order is by arrival among
+the sequences of one client: its head is never passed by, and where blocks run out the youngest sequence gives its blocks back and
+is computed again later (preemption by recompute), so the oldest always advances and the wait of every request is bounded.
+
+Between clients, the one with the fewest running sequences is served next, and blocks are taken from the one with the most. Where
+all places or blocks are taken, a client with at least two fewer than another gets one of the other's. With one client, all of
+this is the order of arrival.
 """
 
-from collections import deque
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from dataclasses import dataclass, field, replace
 
 from engine.api import Request, SamplingParams
 
@@ -76,7 +80,8 @@ class Sequence:
 class Segment:
     """One sequence's share of a step, in plain numbers, so that it can be sent to the ranks of a tensor-parallel group.
 
-    `token_ids` is empty where the one token is the last one sampled, which the device keeps in `row`.
+    `token_ids` is empty where the one token is the last one sampled, which the device keeps in `row`. `targets` are the tokens of
+    the prompt that follow the first ones of this share, where their log-probabilities are wanted; else empty.
     """
 
     row: int
@@ -85,6 +90,7 @@ class Segment:
     token_ids: tuple[int, ...]
     blocks: tuple[int, ...]
     samples: bool  # a token is drawn after the last one
+    targets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,16 +130,19 @@ class StepPlan:
         if segment.length == 1:
             return ()
         middle = segment.length // 2
-        first = Segment(
-            segment.row, segment.start, middle, segment.token_ids[:middle], segment.blocks, samples=False
+        first = replace(
+            segment,
+            length=middle,
+            token_ids=segment.token_ids[:middle],
+            samples=False,
+            targets=segment.targets[:middle],
         )
-        rest = Segment(
-            segment.row,
-            segment.start + middle,
-            segment.length - middle,
-            segment.token_ids[middle:],
-            segment.blocks,
-            segment.samples,
+        rest = replace(
+            segment,
+            start=segment.start + middle,
+            length=segment.length - middle,
+            token_ids=segment.token_ids[middle:],
+            targets=segment.targets[middle:],
         )
         return StepPlan((first,), self.joins, self.sequences), StepPlan((rest,), (), self.sequences)
 
@@ -190,7 +199,7 @@ class Scheduler:
             if sequence.row < 0 or not sequence.last_on_device or self._is_done(sequence):
                 continue
             while sequence.row >= 0 and not self._grow(sequence, sequence.length):
-                self._preempt(self.running[-1], work)
+                self._preempt(self._youngest_of_heaviest(), work)
             if sequence.row >= 0:
                 work.append((sequence, 1))
 
@@ -203,38 +212,61 @@ class Scheduler:
         return budget
 
     def _admit(self, work: list[tuple[Sequence, int]], budget: int) -> list[Join]:
-        joins: list[Join] = []
+        joined: list[tuple[Sequence, Join]] = []
         self._steps_since_admission += 1
         if self._steps_since_admission < min(ADMISSION_STEPS, len(self.running) // ADMISSION_SHARE):
-            return joins
-        while budget and self.waiting and self._free_rows:
-            sequence = self.waiting[0]
+            return []
+        while budget and self.waiting:
+            sequence = self._next()
             if sequence.length != len(sequence.request.prompt_ids) + len(sequence.output_ids):
                 break  # preempted with a token in flight: its value arrives with the step that runs now
+            if not self._free_rows and not self._make_room(sequence, work):
+                break
             needed = self.blocks.blocks_for(sequence.length)
             # Each running sequence may need a block soon; without that margin the newcomer would be thrown out at once.
-            margin = len(self.running) if self.running else 0
-            if needed + min(margin, self.blocks.total // 16) > self.blocks.free:
+            margin = min(len(self.running), self.blocks.total // 16)
+            if needed + margin > self.blocks.free:
+                if self._make_room(sequence, work):
+                    continue
                 break
-            self.waiting.popleft()
+            self.waiting.remove(sequence)
             sequence.row = self._free_rows.pop()
             sequence.blocks = self.blocks.allocate(needed)
             self._insert(sequence)
             request = sequence.request
-            joins.append(
-                Join(
-                    sequence.row,
-                    request.sampling,
-                    sequence.seed,
-                    request.prompt_ids,
-                    tuple(sequence.output_ids),
-                )
-            )
+            output = tuple(sequence.output_ids)
+            join = Join(sequence.row, request.sampling, sequence.seed, request.prompt_ids, output)
+            joined.append((sequence, join))
             count = min(budget, sequence.length - sequence.computed)
             work.append((sequence, count))
             budget -= count
             self._steps_since_admission = 0
-        return joins
+        # A newcomer of this step may have given its place to another one already.
+        return [join for sequence, join in joined if sequence.row == join.row]
+
+    def _next(self) -> Sequence:
+        """The waiting sequence that is served next: of the client with the fewest running, the one that came first."""
+        first = self.waiting[0]
+        if all(s.request.client == first.request.client for s in self.waiting):
+            return first
+        running = Counter(s.request.client for s in self.running)
+        return min(self.waiting, key=lambda s: (running[s.request.client], s.arrival))
+
+    def _youngest_of_heaviest(self) -> Sequence:
+        """Of the client with the most running sequences, the one that came last; among equal clients, the last of all."""
+        running = Counter(s.request.client for s in self.running)
+        return max(self.running, key=lambda s: (running[s.request.client], s.arrival))
+
+    def _make_room(self, newcomer: Sequence, work: list[tuple[Sequence, int]]) -> bool:
+        """Take the place of a sequence whose client has at least two more running than the newcomer's. False where none has."""
+        if not self.running:
+            return False
+        running = Counter(s.request.client for s in self.running)
+        victim = self._youngest_of_heaviest()
+        if running[victim.request.client] < running[newcomer.request.client] + 2:
+            return False
+        self._preempt(victim, work)
+        return True
 
     def _segment(self, sequence: Sequence, count: int) -> Segment:
         start = sequence.computed
@@ -242,10 +274,14 @@ class Scheduler:
         sequence.computed += count
         samples = sequence.computed == sequence.length
         used = self.blocks.blocks_for(sequence.computed)
+        targets: tuple[int, ...] = ()
+        request = sequence.request
+        if request.sampling.prompt_logprobs is not None and not sequence.output_ids:
+            targets = request.prompt_ids[start + 1 : sequence.computed + 1]
         if samples:
             sequence.sampled += 1
             sequence.last_on_device = True
-        return Segment(sequence.row, start, count, token_ids, tuple(sequence.blocks[:used]), samples)
+        return Segment(sequence.row, start, count, token_ids, tuple(sequence.blocks[:used]), samples, targets)
 
     def _is_done(self, sequence: Sequence) -> bool:
         """All tokens that may be drawn are drawn or in flight; only their values are missing."""

@@ -25,6 +25,7 @@ from serve.http.service import Service
 
 log = logging.getLogger("tmq.serve")
 _WATCH_S = 0.25
+_TROUBLED = 8  # looks in a row at an engine that hangs, until the server ends
 
 
 def _add_error_answers(app: FastAPI) -> None:
@@ -57,17 +58,25 @@ def _add_error_answers(app: FastAPI) -> None:
 
 
 async def _watch(service: Service, engine: Engine, on_death: Callable[[], None]) -> None:
-    """Notice that the engine died even where nobody asks; then fail what is pending and tell `on_death`."""
+    """Notice that the engine died or hangs even where nobody asks; then fail what is pending and tell `on_death`."""
+    troubled = 0
     while True:
         try:
             engine.stats()
+            trouble = engine.trouble()
         except EngineDied as error:
-            log.error("The engine has stopped: %s", str(error).encode("unicode_escape").decode("ascii"))
-            service.health.dead = True
-            service.runs.fail_all(unavailable("The engine has stopped. The server is ending."))
-            on_death()
-            return
+            problem = f"The engine has stopped: {error}"
+            break
+        # Seen several times in a row: after a pause of the whole machine the first look is at old signs of life.
+        troubled = troubled + 1 if trouble else 0
+        if trouble and troubled > _TROUBLED:
+            problem = f"The engine hangs: {trouble}"
+            break
         await asyncio.sleep(_WATCH_S)
+    log.error("%s The server is ending.", problem.encode("unicode_escape").decode("ascii"))
+    service.health.problem = problem
+    service.runs.fail_all(unavailable("The engine has stopped. The server is ending."))
+    on_death()
 
 
 def create_app(

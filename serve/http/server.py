@@ -1,6 +1,6 @@
 """The server process: socket, signals, logging, exit code. SIGTERM drains, a second signal ends at once.
 
-Exit codes: 0 drained, 70 the engine died, 130 or 143 ended by a second signal.
+Exit codes: 0 drained, 70 the engine died or something hangs, 130 or 143 ended by a second signal.
 """
 
 import asyncio
@@ -29,6 +29,7 @@ from serve.http.errors import unavailable
 from serve.http.generation.prompts import Tokenizer
 from serve.http.generation.runs import Runs
 from serve.http.middleware import escaped
+from serve.http.watchdog import LoopWatch
 
 log = logging.getLogger("tmq.serve")
 _DEATH_GRACE_S = 2.0  # time in which /health shows 503 and pending requests get their error
@@ -91,7 +92,16 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, drain_s: float, runs: Runs | None = None) -> None:
         super().__init__(config)
         self._runs, self._drain_s = runs, drain_s
+        self._watch = LoopWatch()
         self.exit_code = 0
+
+    async def main_loop(self) -> None:
+        with self._watch:
+            await super().main_loop()
+
+    async def on_tick(self, counter: int) -> bool:
+        self._watch.beat()
+        return await super().on_tick(counter)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -1,7 +1,9 @@
-"""A server process around a fake engine, for tests of signals and exit codes. Arguments: port-file, drain seconds, mode."""
+"""A server process around a fake engine, for tests of signals and exit codes. Arguments: port-file, drain seconds, delay of a token,
+"block" for an event loop that stands still."""
 
 import os
 import sys
+import time
 from pathlib import Path
 
 sys.path[:0] = [
@@ -10,6 +12,7 @@ sys.path[:0] = [
 
 from fake_engine import FakeEngine, FakeTokenizer  # noqa: E402
 
+import serve.http.watchdog  # noqa: E402
 from serve.config import ServeConfig  # noqa: E402
 from serve.http.server import bind, serve_forever, set_up_logging  # noqa: E402
 
@@ -23,6 +26,20 @@ class MortalEngine(FakeEngine):
         return super().submit(request)
 
 
+class BlockingEngine(FakeEngine):
+    """Its figures are read on the event loop every quarter of a second, and soon never come."""
+
+    def stats(self):  # type: ignore[no-untyped-def]
+        self.reads = getattr(self, "reads", 0) + 1
+        if self.reads > 4:
+            block_the_loop()
+        return super().stats()
+
+
+def block_the_loop() -> None:
+    time.sleep(1000)
+
+
 def main() -> int:
     port_file, drain_s, delay_s = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
     set_up_logging("info")
@@ -31,6 +48,9 @@ def main() -> int:
     temp = port_file.with_suffix(".part")
     temp.write_text(str(listener.getsockname()[1]))
     os.replace(temp, port_file)
+    if sys.argv[4:] == ["block"]:
+        serve.http.watchdog.LIMIT_S = 1.0
+        return serve_forever(BlockingEngine(), FakeTokenizer(), config, listener)
     return serve_forever(MortalEngine(delay_s), FakeTokenizer(), config, listener)
 
 

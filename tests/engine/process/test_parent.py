@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -162,3 +163,52 @@ def test_events_survive_the_pipe():
     assert decoded == [
         (e.request_id, replace(e, request_id=n)) for e, n in zip(events, ("one", "two"), strict=False)
     ]
+
+
+def test_a_frozen_child_holds_nobody_up_and_is_told(monkeypatch):
+    """B7: more than a pipe holds is submitted to a child that does not read; `trouble` names it; `close` does not wait."""
+    monkeypatch.setattr("engine.process.parent.STOP_TIMEOUT_S", 1e6)  # waited for, the test would never end
+    engine = ProcessEngine.start(SOURCE, CONFIG)
+    engine.silence_s = 2.5
+    assert engine.trouble() is None
+    os.kill(engine._process.pid, signal.SIGSTOP)
+    done = threading.Event()
+
+    def submit():
+        for i in range(200):
+            engine.submit(Request(f"r{i}", (1,) * 2000, SamplingParams(max_tokens=1)))
+            engine.abort(f"r{i}")
+        done.set()
+
+    threading.Thread(target=submit, daemon=True).start()
+    assert done.wait(60), "submit waits for the pipe"
+    wait_until(lambda: engine.trouble() is not None)
+    told = engine.trouble()
+    assert str(engine._process.pid) in told and "no sign of life" in told and "stopped" in told
+    engine.close()
+    assert engine._process.returncode == -signal.SIGKILL
+
+
+def test_a_child_that_goes_on_is_in_no_trouble_any_more():
+    engine = ProcessEngine.start(SOURCE, CONFIG)
+    engine.silence_s = 2.5
+    os.kill(engine._process.pid, signal.SIGSTOP)
+    wait_until(lambda: engine.trouble() is not None)
+    os.kill(engine._process.pid, signal.SIGCONT)
+    wait_until(lambda: engine.trouble() is None)
+    engine.submit(request("after", 2))
+    assert asyncio.run(read(engine, "after"))[-1].finish_reason == "length"
+    engine.close()
+    assert engine._process.returncode == 0
+
+
+def test_a_step_without_end_is_told_while_the_child_shows_life(engine):
+    """The device hangs, the interpreter does not: signs of life come and say how long the step has taken."""
+    engine.longest_step_s, before = 0.0, engine.longest_step_s
+    engine.submit(request("long", 4000))
+    try:
+        wait_until(lambda: (engine.trouble() or "").startswith("A step of the engine has taken"))
+    finally:
+        engine.longest_step_s = before
+        engine.abort("long")
+        asyncio.run(read(engine, "long"))

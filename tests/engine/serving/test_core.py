@@ -3,6 +3,7 @@
 import random
 import weakref
 from collections import defaultdict
+from dataclasses import replace
 
 import fake_model as fake
 import pytest
@@ -76,12 +77,15 @@ def test_batched_tokens_equal_those_of_each_request_alone(lookahead, blocks):
         assert core.scheduler.preemptions > 0
 
 
+@pytest.mark.parametrize("one_client", [True, False], ids=["one-client", "clients"])
 @pytest.mark.parametrize("lookahead", [0, 1])
-def test_2000_random_requests_with_random_aborts_leak_and_cross_nothing(lookahead):
+def test_2000_random_requests_with_random_aborts_leak_and_cross_nothing(lookahead, one_client):
     """I96, I97: blocks return to the start, every text is a beginning of the right one, nobody waits without bound."""
     rng = random.Random(11 + lookahead)
     core = make_core(num_blocks=40, lookahead=lookahead, max_batch=6, max_step_tokens=24)
     requests = {f"r{i}": random_request(rng, f"r{i}") for i in range(2000)}
+    clients = ("",) if one_client else ("a", "a", "a", "b", "c")
+    requests = {name: replace(r, client=rng.choice(clients)) for name, r in requests.items()}
     arrivals = iter(requests.values())
     alive, events, submitted_at, started_at, aborted = set(), defaultdict(list), {}, {}, set()
     step = 0
@@ -117,11 +121,13 @@ def test_2000_random_requests_with_random_aborts_leak_and_cross_nothing(lookahea
     assert core.blocks.free == core.blocks.total
     assert not core.scheduler.running and not core.scheduler.waiting
     assert sorted(core.scheduler._free_rows) == list(range(6))
-    # First tokens come in the order of arrival, up to the chunks of one budget: nobody is passed by more than a batch.
-    order = sorted(started_at, key=lambda name: started_at[name])
-    place = {name: i for i, name in enumerate(sorted(order, key=lambda n: int(n[1:])))}
-    late = max(place[name] - i for i, name in enumerate(order))
-    assert late < 2 * 6 + len(aborted)
+    # First tokens of a client come in the order of arrival, up to the chunks of one budget: nobody is passed by more than a batch.
+    for client in clients:
+        names = [name for name in started_at if requests[name].client == client]
+        order = sorted(names, key=lambda name: started_at[name])
+        place = {name: i for i, name in enumerate(sorted(order, key=lambda n: int(n[1:])))}
+        late = max(place[name] - i for i, name in enumerate(order))
+        assert late < 2 * 6 + len(aborted)
 
 
 def test_a_stream_of_short_requests_does_not_starve_a_long_one():
