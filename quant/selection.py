@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from convert.config import ModelConfig
-from convert.errors import UsageError
+from convert.errors import InputError
 from convert.families.table import BY_NAME, linear_modules, linear_shapes
 from quant.config import QuantConfig
 from quant.recipes import ModulePattern, Overrides, Recipe
@@ -34,7 +34,7 @@ class Selection:
 def selection(recipe: Recipe, config: ModelConfig) -> Selection:
     """The patterns of `recipe` on this model.
 
-    Raises UsageError, with the place of the pattern, for one that matches nothing, and for one that takes a part of what
+    Raises InputError, with the place of the pattern, for one that matches nothing, and for one that takes a part of what
     engines fuse (q, k and v; gate and up; all experts of a block) or of what is solved or learned together.
     """
     return _selection(recipe, config) if recipe.skip or recipe.layers else _NOTHING
@@ -110,7 +110,7 @@ def module_names(config: ModelConfig) -> dict[Linear, str]:
 _NOTHING = Selection()
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _selection(recipe: Recipe, config: ModelConfig) -> Selection:
     names = module_names(config)
     skipped: dict[Linear, ModulePattern] = {}
@@ -148,7 +148,7 @@ def _matched(
     *,
     may_name_float: bool = False,
 ) -> list[Linear]:
-    """The linears that the pattern names, routers left out; UsageError where it names none."""
+    """The linears that the pattern names, routers left out; InputError where it names none."""
     named = [linear for linear, name in names.items() if fnmatchcase(name, pattern.glob)]
     found = [linear for linear in named if linear[1] != ROUTER]
     family = BY_NAME[config.family]
@@ -156,7 +156,7 @@ def _matched(
     is_float = bool(named) or any(fnmatchcase(name, pattern.glob) for name in outside)
     if not found and not (may_name_float and is_float):
         example = next(iter(names.values()))
-        raise UsageError(
+        raise InputError(
             f"{_place(pattern, recipe)}: {pattern.glob!r} names no linear of this model's {config.num_layers} blocks. "
             f"Names are those of the checkpoint, as {example!r}."
         )
@@ -170,7 +170,7 @@ def _refuse_parts(
     recipe: Recipe,
     reason: str,
 ) -> None:
-    """UsageError where some linears of a group of one block are found and others are not."""
+    """InputError where some linears of a group of one block are found and others are not."""
     for index in sorted({index for index, _ in found}):
         for group in groups:
             inside = [(index, role) for role in sorted(group) if (index, role) in found]
@@ -178,7 +178,7 @@ def _refuse_parts(
             if inside and rest:
                 pattern = found[inside[0]]
                 listed = ", ".join(rest[:SHOWN]) + (", ..." if len(rest) > SHOWN else "")
-                raise UsageError(
+                raise InputError(
                     f"{_place(pattern, recipe)}: {pattern.glob!r} takes {names[inside[0]]} alone, but "
                     f"{reason.format(rest=listed)}."
                 )

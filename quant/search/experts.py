@@ -49,9 +49,11 @@ def quantize_experts(search: BlockSearch, parts: Parts, mid: Tensor) -> Tensor:
 
 def _quantize_down(search: BlockSearch, name: str, stats: InputStats) -> None:
     """One expert's down; its scales go into the rows of up, where that is searched too."""
-    fold = row_fold(search.weight(name + "up")) if search.fits(name + "up") else no_fold()
+    folds = search.fits(name + "up")
+    fold = row_fold(search.weight(name + "up")) if folds else no_fold()
     solution = search.quantize((name + "down",), stats, fold)
-    search.fold_back(name + "up", solution)
+    if folds:
+        search.fold_back(name + "up", solution)
 
 
 def experts_from_statistics(search: BlockSearch, stats: Callable[[str], InputStats]) -> None:

@@ -178,11 +178,11 @@ def _last(
     source = search.source.linears[role]
     if not search.fits(role):
         return parts.map(lambda part: linear(part, source, search.weight(role)), inputs)
-    if not search.fits(before):
-        fold = no_fold()
+    folds = search.fits(before)  # what stays float is left as it is
     stats = search.observe(parts, inputs, role)
     cross = _cross(search, parts, (role,), inputs, None, wanted)
-    solution = search.quantize((role,), stats, fold, cross)
-    search.fold_back(before, solution)
+    solution = search.quantize((role,), stats, fold if folds else no_fold(), cross)
+    if folds:
+        search.fold_back(before, solution)
     dense = solution.weight().to(inputs.dtype)
     return parts.map(lambda part: linear(part, source, dense), inputs)

@@ -33,8 +33,9 @@ from quant.evaluation.perplexity import (
 )
 from quant.evaluation.table import Row, TableRequest, evaluate_table, needs_ranges
 from quant.progress import Listener, Progress
+from quant.recipe_file import find_recipe
+from quant.recipes import Recipe, usual_methods
 from quant.recipes import methods as known_methods
-from quant.recipes import usual_methods
 from quant.session import Session, fit_seqlen, open_session
 from quant.text.calibration import vocabulary_of
 from turbomind_quant.api.choices import Dtype, KvMode, StrPath, check_one, check_positive, chosen
@@ -136,7 +137,7 @@ def _tokens(text: EvalText, ckpt: Checkpoint, trust_remote_code: bool) -> EvalTo
 def table(
     model: StrPath,
     *,
-    methods: Sequence[str] | None = None,
+    methods: Sequence[str | Recipe] | None = None,
     bits: Sequence[int] = (4, 3),
     group_size: Sequence[int] = (128,),
     kv_bits: Sequence[str] = ("16",),
@@ -163,7 +164,7 @@ def table(
     """The perplexity table of the float `model`: each method quantizes it in memory and is judged on the same windows.
 
     Args:
-        methods: rows: "fp16", presets, and a preset with "+distill"; None: all but the slow ones. bits, group_size: every method has a row for each.
+        methods: rows: "fp16", presets, a preset with "+distill", files of recipes, or recipes; None: all but the slow ones. bits, group_size: every method has a row for each.
         kv_bits: caches for every row, of "16", "8", "4", "8:static" and "4:static".
         kl_windows: windows for KL divergence and top-1 agreement with the float model; 0: none.
         pad: zero-pad the model exactly, so that the group fits every linear.
@@ -177,7 +178,7 @@ def table(
     _check_windows(windows, kl_windows)
     choice = TextChoice(calib_data, text_column, samples, seqlen, seed, allow_fewer, trust_remote_code)
     groups = chosen(group_size, "--group-size", GROUP_SIZES)
-    rows = chosen(usual_methods() if methods is None else methods, "--methods", known_methods())
+    rows = _methods(usual_methods() if methods is None else methods)
     widths, caches = chosen(bits, "--bits", BITS), chosen(kv_bits, "--kv-bits", CACHES)
     words = load_eval_text(dataset, None if text is None else str(text))
     with Progress("evaluate table", progress) as run:
@@ -225,6 +226,15 @@ def _check_windows(windows: int | None, kl_windows: int) -> None:
     check_positive(windows, "--windows", 1)
     if kl_windows < 0:
         raise UsageError(f"--kl-windows {kl_windows}: expected 0 (none) or more.")
+
+
+def _methods(values: Sequence[str | Recipe]) -> tuple[str | Recipe, ...]:
+    """The rows asked for, files of recipes read. Raises UsageError for a name that is not known."""
+    rows = [find_recipe(value) for value in values]
+    names = [row for row in rows if isinstance(row, str)]
+    if names or not rows:
+        chosen(names, "--methods", known_methods())
+    return tuple(dict.fromkeys(rows))
 
 
 def _cache(name: str) -> tuple[int, str]:

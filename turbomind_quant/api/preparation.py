@@ -16,6 +16,7 @@ from convert.folder.output import Layout, OutputFolder
 from convert.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from quant.config import QuantConfig
 from quant.estimate import Plan, plan_calibration, plan_quantization, refuse_ragged
+from quant.recipe_file import find_recipe
 from quant.recipes import Recipe
 from quant.session import Session, fit_seqlen
 from quant.state.fingerprint import run_fingerprint
@@ -45,7 +46,7 @@ class TextChoice:
     ) -> QuantConfig:
         """These amounts of text with the other settings of a run. Raises UsageError for a value that is none of the choices."""
         return QuantConfig(
-            preset=preset,
+            preset=find_recipe(preset),
             bits=bits,
             group_size=group_size,
             samples=self.samples,

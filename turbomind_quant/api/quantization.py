@@ -111,7 +111,7 @@ def quantize(
     Args:
         model: folder of safetensors, .gguf file, or name on the hub ("owner/model", fetched only when named).
         out: folder to write; absent, empty or unfinished.
-        preset: how hard to search, as `quantize awq --help` lists them.
+        preset: how hard to search, as `quantize awq --help` lists them; a YAML file or manifest with a recipe; or a `Recipe`.
         bits: of a code: 4 to serve, 3 and 2 to evaluate. group_size: weights along K that share a scale: 32, 64 or 128.
         stats: folder of `calibrate`, in place of text (preset "fast" alone).
         pad: zero-pad the model exactly, so that the group fits every linear. keep_ragged: leave those that it does not fit in float16.

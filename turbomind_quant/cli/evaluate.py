@@ -169,7 +169,7 @@ def ppl(paths: tuple[str, ...], as_json: bool, **options: "Unpack[PerplexityOpti
     default=lambda: ",".join(usual_methods()),
     show_default="fp16 and all presets but the slow ones",
     callback=comma_list(),
-    help="Rows, joined by commas: fp16, the presets of `quantize awq`, and PRESET+distill.",
+    help="Rows, joined by commas: fp16, the presets of `quantize awq` (recipe files too), and PRESET+distill.",
 )
 @click.option(
     "--bits", default="4,3", show_default=True, callback=comma_list(int), help="Widths, of 4, 3 and 2."

@@ -42,16 +42,19 @@ def config_option(name: str, help: str, **kwargs: Any) -> Callable[[F], F]:
 
 
 class PresetType(click.ParamType):  # type: ignore[type-arg]
-    """The name of a registered recipe."""
+    """The name of a registered recipe, or a file that holds one."""
 
     name = "preset"
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        return f"[{'|'.join(recipes.names())}]"
+        return f"[{'|'.join(recipes.names())}|FILE]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value not in recipes.names():
-            self.fail(f"{value!r} is not one of {', '.join(recipes.names())}.", param, ctx)
+        from quant.recipe_file import is_recipe_file
+
+        if value not in recipes.names() and not is_recipe_file(value):
+            known = ", ".join(recipes.names())
+            self.fail(f"{value!r} is not one of {known}, nor FILE.yaml or a manifest.json.", param, ctx)
         return value
 
 
@@ -202,7 +205,7 @@ class QuantizeOptions(CalibrateOptions):
 
 
 quantize_options: Callable[[Any], Any] = together(
-    config_option("--preset", "How hard to search; see above.", type=PresetType()),
+    config_option("--preset", "How hard to search, see above; or a recipe of your own.", type=PresetType()),
     config_option("--bits", "4 to serve; 3 and 2 to evaluate.", type=click.IntRange(2, 4)),
     click.option(
         "--group-size",

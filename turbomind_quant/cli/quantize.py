@@ -100,6 +100,8 @@ def awq(
     \b
     Presets, from quick to thorough:
       {presets}
+    FILE.yaml is a recipe of your own: a preset with other settings, or with modules that stay float (docs/RECIPES.md). The
+    tmq/manifest.json of an earlier result runs its recipe again.
 
     \b
     Example:  quantize awq ./my-model -o my-model-4bit --calib-data prose.txt
