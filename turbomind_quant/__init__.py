@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from quant.progress import ProgressEvent
     from turbomind_quant.api.evaluation import PerplexityReport, TableReport, perplexity, report, table
     from turbomind_quant.api.formats import PackEstimate, estimate_pack, inspect, pack, unpack, verify
+    from turbomind_quant.api.llm import LLM, Answer
     from turbomind_quant.api.quantization import calibrate, estimate, quantize
     from turbomind_quant.api.results import CalibrateResult, EstimateResult, QuantizeResult
     from turbomind_quant.api.speed import ThroughputReport, throughput
@@ -35,6 +36,7 @@ _HOMES = {
     "quant.progress": ("ProgressEvent",),
     "turbomind_quant.api.evaluation": ("PerplexityReport", "TableReport", "perplexity", "report", "table"),
     "turbomind_quant.api.formats": ("PackEstimate", "estimate_pack", "inspect", "pack", "unpack", "verify"),
+    "turbomind_quant.api.llm": ("LLM", "Answer"),
     "turbomind_quant.api.quantization": ("calibrate", "estimate", "quantize"),
     "turbomind_quant.api.results": ("CalibrateResult", "EstimateResult", "QuantizeResult"),
     "turbomind_quant.api.speed": ("ThroughputReport", "throughput"),
@@ -42,6 +44,8 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "LLM",
+    "Answer",
     "CalibrateResult",
     "EstimateResult",
     "InputError",

@@ -21,7 +21,7 @@ from turbomind_quant.cli.options import (
 from turbomind_quant.cli.printing import show
 
 if TYPE_CHECKING:
-    from typing import Unpack
+    from typing_extensions import Unpack
 
 kl_option = click.option(
     "--kl-windows",

@@ -21,7 +21,9 @@ from turbomind_quant.cli.options import (
 from turbomind_quant.cli.printing import show
 
 if TYPE_CHECKING:
-    from typing import Literal, Unpack
+    from typing import Literal
+
+    from typing_extensions import Unpack
 
 __all__ = ["quantize"]
 
