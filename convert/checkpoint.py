@@ -4,7 +4,7 @@ N out features, K in features, H hidden size, V vocabulary. Float weights keep t
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -55,8 +55,8 @@ class BlockWeights:
     """One decoder block. Roles of linears and norms are those of `convert.families.table`."""
 
     index: int
-    linears: dict[str, LinearWeights]
-    norms: dict[str, Tensor]
+    linears: Mapping[str, LinearWeights]
+    norms: Mapping[str, Tensor]
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Checkpoint(ABC):
 
     def norms(self, index: int) -> dict[str, Tensor]:
         """The norms of block `index` by role."""
-        return self.block(index).norms
+        return dict(self.block(index).norms)
 
     @abstractmethod
     def embedding(self) -> Tensor:

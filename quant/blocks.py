@@ -4,6 +4,8 @@ and streams out. No I/O.
 H hidden size, K in features.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -12,12 +14,13 @@ from convert.config import ModelConfig
 from convert.errors import InputError
 from engine.model.block import Tap
 from quant import recipes
+from quant.block_states import check_block
+from quant.block_task import BlockInputs, BlockResult, BlockTask
 from quant.config import QuantConfig
-from quant.records import BlockResult, BlockTask, GramStatistics, Streams
+from quant.learn.rounding import learn_rounding
 from quant.search.block_search import BlockSearch
-from quant.search.statistics_walk import search_on_statistics
-from quant.search.stored import check_block
-from quant.search.stream_walk import search_on_streams
+from quant.search.from_statistics import search_on_statistics
+from quant.search.sequential import search_on_streams
 from quant.selection import config_of_block
 
 
@@ -25,7 +28,7 @@ def quantize_block(
     weights: BlockWeights,
     config: ModelConfig,
     quant: QuantConfig,
-    inputs: Streams | GramStatistics | None,
+    inputs: BlockInputs,
     device: torch.device | str,
     dtype: torch.dtype,
     *,
@@ -48,25 +51,31 @@ def quantize_block(
     Raises InputError for weights or activations that are not finite, for K that is no multiple of the group, and for inputs
     that the recipe does not take.
     """
-    check_block(weights, config, quant)
+    block = check_block(weights, config, quant)
     recipe = quant.recipe
     if recipe.text != "none" and inputs is None:
         raise InputError(f"The preset {recipe.name} needs calibration text.")
-    if isinstance(inputs, GramStatistics) and recipe.text == "text":
+    if isinstance(inputs, Mapping) and recipe.text == "text":
         known = ", ".join(row.name for row in recipes.rows() if row.text == "statistics")
         raise InputError(
             f"The preset {recipe.name} needs the calibration text itself: of all presets, {known} searches on statistics."
         )
     quant = config_of_block(quant, config, weights.index)
-    task = BlockTask(weights, config, quant, inputs, torch.device(device), dtype, tap, metric)
+    task = BlockTask(block, config, quant, inputs, torch.device(device), dtype, tap, metric)
     return recipe.function()(task)
 
 
 def solve_block(task: BlockTask) -> BlockResult:
-    """The search of most recipes: the linears one after another by the solver's steps, on streams or saved statistics."""
+    """The search of most recipes: the linears one after another by the solver's steps, on streams or saved statistics; then
+    learned rounding, where the recipe has it and the float stream is there.
+    """
     search = BlockSearch(task)
-    if isinstance(task.inputs, GramStatistics):
+    if isinstance(task.inputs, Mapping):
         return search_on_statistics(search, task.inputs)
     if task.inputs is None:
         raise InputError(f"The preset {task.quant.recipe.name} needs calibration text.")
-    return search_on_streams(search, task.inputs, task.tap, task.metric)
+    learning = task.quant.recipe.learning if task.inputs.fp is not task.inputs.quantized else None
+    result = search_on_streams(search, task.inputs, task.tap if learning is None else None)
+    if learning is None:
+        return result
+    return learn_rounding(task, result, learning, search.source, search.free_codes)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from quant.memory import gpu_peak_gib, peak_rss_gib
 
 if TYPE_CHECKING:
-    from quant.records import LinearReport
+    from quant.block_task import LinearReport
 
 Kind = Literal["note", "warning", "begin", "layer", "step", "end"]
 

@@ -14,7 +14,7 @@ from convert.errors import UsageError
 from quant.settings import Distillation, Effort, Efforts, LearnedRounding, SolverSteps
 
 if TYPE_CHECKING:
-    from quant.records import BlockResult, BlockTask
+    from quant.block_task import BlockResult, BlockTask
 
 BlockFunction = Callable[["BlockTask"], "BlockResult"]
 Overrides = tuple[tuple[str, Any], ...]  # (name of a setting, value)

@@ -19,13 +19,13 @@ from convert.config import QuantFormat
 from convert.errors import UsageError
 from convert.folder.output import OutputFolder
 from kernels.int4 import bits_per_weight
+from quant.block_task import Streams
 from quant.config import QuantConfig
 from quant.evaluation.layer_report import above_rtn, far_above
 from quant.kv.parameters import KV_FILE, kv_parameters
 from quant.memory import gpu_peak_gib, peak_rss_gib
 from quant.progress import Progress
 from quant.recipes import rows
-from quant.records import Streams
 from quant.selection import ragged_roles, skipped_modules
 from quant.stage_clock import block_done, stage
 from quant.state.end_to_end import PassWork

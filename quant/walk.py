@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from convert.checkpoint import BlockWeights, Checkpoint
+from quant.block_task import BlockResult, LinearReport, Streams, dead_channels
 from quant.blocks import quantize_block
 from quant.config import QuantConfig
 from quant.kv.key_smoothing import key_channels, key_factors, smooth_channels, smooth_keys
 from quant.kv.parameters import folded_ranges
 from quant.learn.distill import Keeper, distill
+from quant.learn.model_forward import OuterWeights
 from quant.learn.sensitivity import fits_whole, measure_sensitivity
-from quant.records import BlockResult, LinearReport, Streams, dead_channels
 from quant.stage_clock import stage
 from quant.statistics.block import BlockStatistics, SavedStatistics
 from quant.statistics.calibrate import StatisticsFolder
@@ -94,7 +95,7 @@ def walk(
     def search(
         weights: BlockWeights, saved: SavedStatistics | None, metric: Tensor | None
     ) -> tuple[BlockResult, HeadRanges | None, tuple[float, float] | None]:
-        inputs = saved.grams if saved else streams
+        inputs = saved.inputs if saved else streams
         channels = dict(saved.ranges) if saved else {}
         moved = None
         if quant.kv_bits != 16 and inputs is not None:
@@ -104,7 +105,7 @@ def walk(
             weights = smooth_keys(weights, ckpt.config, factors)
             channels["k"] = smooth_channels(channels["k"], factors)
             moved = float(factors.min()), float(factors.max())
-        seen = BlockStatistics(weights.index, with_grams=False)
+        seen = BlockStatistics(weights.index)
         tap = seen.tap_ranges if isinstance(inputs, Streams) else None
         result = quantize_block(weights, ckpt.config, quant, inputs, device, dtype, tap=tap, metric=metric)
         if saved is not None:
@@ -130,12 +131,10 @@ def error_metrics(
     learning = quant.recipe.learning
     if tokens is None or learning is None or not fits_whole(ckpt.config, device):
         return None
-    embedding = ckpt.embedding()
-    head = embedding if ckpt.config.tie_embeddings else ckpt.lm_head()
     source = [ckpt.block(index) for index in range(ckpt.config.num_layers)]
     identity = learning.metric_identity
     return measure_sensitivity(
-        source, ckpt.config, embedding, ckpt.final_norm(), head, tokens, device, quant.seed, identity
+        source, OuterWeights.of(ckpt), ckpt.config, tokens, device, quant.seed, identity
     )
 
 
@@ -170,12 +169,10 @@ def distill_blocks(
     """The end-to-end pass over quantized blocks: blocks, final norm (H,), and its KL before and after on the text."""
 
     source = [ckpt.block(index) for index in range(ckpt.config.num_layers)]
-    embedding = ckpt.embedding().to(device)
-    head = embedding if ckpt.config.tie_embeddings else ckpt.lm_head().to(device)
     done, norm, report = distill(
-        source, blocks, ckpt.config, quant, tokens, embedding, ckpt.final_norm(), head, device, keeper=keeper
+        source, blocks, OuterWeights.of(ckpt), ckpt.config, quant, tokens, device, keeper
     )
-    return done, norm, {"kl_first": report.kl_first, "kl_last": report.kl_last}
+    return list(done), norm, {"kl_first": report.kl_first, "kl_last": report.kl_last}
 
 
 def measure_ranges(
@@ -185,7 +182,7 @@ def measure_ranges(
     stream = embed_tokens(ckpt, tokens, device, dtype)
     found: list[HeadRanges] = []
     for block in blocks:
-        seen = BlockStatistics(block.index, with_grams=False)
+        seen = BlockStatistics(block.index)
         stream = advance(stream, block, ckpt.config, dtype, seen.tap_ranges)
         found.append({name: (low.cpu(), high.cpu()) for name, (low, high) in seen.head_ranges().items()})
     return found

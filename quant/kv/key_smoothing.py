@@ -14,7 +14,7 @@ from convert.checkpoint import BlockWeights, LinearWeights
 from convert.config import ModelConfig
 from kernels.int4 import Quantized
 from quant.statistics.block import BlockStatistics
-from quant.statistics.parts import Parts
+from quant.statistics.chunked_block import ChunkedBlock
 
 EXPONENT = 0.75  # of a pair's size in its factor: 1 makes all pairs equal, 0 leaves them
 FACTOR_LIMIT = 16.0  # factors stay within 1/16 .. 16
@@ -27,11 +27,11 @@ Channels = tuple[Tensor, Tensor]  # minima and maxima (Hkv, D) over tokens, afte
 
 def key_channels(weights: BlockWeights, config: ModelConfig, stream: Tensor) -> Channels:
     """Ranges of the block's K after RoPE on hidden states (S, L, H), in their dtype; nothing is attended to."""
-    parts = Parts(config, stream)
+    parts = ChunkedBlock(config, stream)
     roles = {role: weights.linears[role] for role in ("q", "k", "v")}
     empty = LinearWeights(torch.empty(0, config.num_heads * config.head_dim))
     dense = parts.dense(replace(weights, linears={**roles, "o": empty}))
-    seen = BlockStatistics(weights.index, with_grams=False)
+    seen = BlockStatistics(weights.index)
     for part in parts.slices():
         parts.rotated_keys(parts.norm(stream[part], weights.norms["attn_norm"]), dense, seen.tap_ranges)
     return seen.low["k"].cpu(), seen.high["k"].cpu()

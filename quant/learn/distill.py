@@ -4,7 +4,7 @@ B samples a step, L tokens a sample, V vocabulary, R groups of all blocks, g gro
 only what the format leaves free moves. For models that fit on the device whole.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,12 +14,10 @@ from torch import Tensor
 
 from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
-from engine.model.attention import causal_attend
-from engine.model.block import block_forward
-from engine.model.ops import rms_norm
-from engine.model.rope import rotary
+from quant.block_states import FloatBlock, QuantizedBlock
 from quant.config import QuantConfig
 from quant.learn.captured_steps import Steps
+from quant.learn.model_forward import ModelForward, OuterWeights
 from quant.learn.training import (
     Adam,
     FlatLinears,
@@ -28,11 +26,9 @@ from quant.learn.training import (
     fp16_scale,
     repeatable,
     rise,
-    training_attend,
 )
 from quant.settings import Distillation
 from quant.statistics.gram import fast_products
-from quant.statistics.parts import float_block
 
 FINAL = "final_norm"
 
@@ -59,105 +55,133 @@ class Keeper(Protocol):
         """`done` steps are done, the last with this KL; `state` is what to save."""
 
 
-def window_of(config: ModelConfig, text_tokens: int, how: Distillation) -> tuple[int, int]:
+def window_of(config: ModelConfig, text_tokens: int, settings: Distillation) -> tuple[int, int]:
     """(windows of a step, tokens of a window): neither is longer than the model's context or the text."""
-    window = min(how.window, config.max_position, text_tokens)
-    return max(1, min(how.tokens, text_tokens) // window), window
+    window = min(settings.window, config.max_position, text_tokens)
+    return max(1, min(settings.tokens, text_tokens) // window), window
 
 
 def distill(
     source: Sequence[BlockWeights],
     blocks: Sequence[BlockWeights],
+    outer: OuterWeights,
     config: ModelConfig,
     quant: QuantConfig,
     tokens: Tensor,
-    embedding: Tensor,
-    final_norm: Tensor,
-    head: Tensor,
     device: torch.device | str,
     keeper: Keeper | None = None,
-) -> tuple[list[BlockWeights], Tensor, DistillReport]:
+) -> tuple[list[QuantizedBlock], Tensor, DistillReport]:
     """Train the scales and norms of `blocks` as the recipe's settings of distillation say.
 
     Args:
-        source: float blocks; blocks: their quantized forms. tokens: (S, L) int64, the calibration text.
-        embedding, head: (V, H); final_norm: (H,), all of the float model.
+        source: float blocks; blocks: their quantized forms; outer: of the float model. tokens: (S, L) int64, the calibration text.
         keeper: goes on where it was saved last, in the same bytes; None: nothing is saved or shown.
 
     Returns the blocks, the final norm (H,) float16 and a report.
     """
-    how = quant.recipe.distillation
-    device = torch.device(device)
-    flat = FlatLinears.of(blocks, device)
-    count, window = window_of(config, tokens.numel(), how)
-    steps = how.steps
-    text = (
-        splice(tokens, steps * count, window, how.swap, quant.seed + 2).view(steps, count * window).to(device)
-    )
-    embedding, head = embedding.to(device).float(), head.to(device).float()
-    positions = torch.arange(window, device=device).repeat(count)
-    angles = rotary(config, positions)
-    attend = training_attend(causal_attend(count, window, config), device)
-    teacher = [float_block(block, device) for block in source]
-    wanted_norm = final_norm.to(device).float()
+    settings, device = quant.recipe.distillation, torch.device(device)
+    quantized = [QuantizedBlock.of(block) for block in blocks]
+    student = _Student(quantized, outer.final_norm, settings, device)
+    teacher = [FloatBlock.of(block).to(device, torch.float32) for block in source]
+    windows, length = window_of(config, tokens.numel(), settings)
+    text = splice(tokens, settings.steps * windows, length, settings.swap, quant.seed + 2)
+    forward = ModelForward(config, outer.float_on(device), windows, length)
+    step = _step(student, teacher, forward, text.view(settings.steps, windows * length).to(device), settings)
+    with fast_products(), repeatable(), torch.no_grad():
+        _run(Steps(step, device), settings.steps, student.state(), keeper, device)
+        done, norm = student.packed()
+    span, history = max(1, settings.steps // 10), student.history
+    report = DistillReport(settings.steps, float(history[:span].mean()), float(history[-span:].mean()))
+    return done, norm.half(), report
 
-    names = [(position, role) for position, block in enumerate(blocks) for role in block.norms]
-    start = {name: blocks[name[0]].norms[name[1]].to(device).float() for name in names}
-    start[len(blocks), FINAL] = final_norm.to(device).half().float()
-    widths = [len(norm) for norm in start.values()]
-    scale_move = torch.zeros_like(flat.scales)
-    norm_move = torch.zeros(sum(widths), device=device)
-    history = torch.zeros(steps, device=device)
-    counter = torch.zeros(1, dtype=torch.int64, device=device)
-    schedule = _schedule(steps, how.warmup).to(device)
 
-    def norms() -> tuple[list[dict[str, Tensor]], Tensor]:
-        moved = {
-            name: fp16_norm(norm * (1 + move))
-            for (name, norm), move in zip(start.items(), norm_move.split(widths), strict=True)
+class _Student:
+    """The quantized model while it is trained: how far its scales and norms have moved from where they were."""
+
+    def __init__(
+        self,
+        blocks: Sequence[QuantizedBlock],
+        final_norm: Tensor,
+        settings: Distillation,
+        device: torch.device,
+    ) -> None:
+        self._flat, self._device, self._count = FlatLinears.of(blocks, device), device, len(blocks)
+        self._norms = {
+            (position, role): norm.to(device).float()
+            for position, block in enumerate(blocks)
+            for role, norm in block.norms.items()
         }
-        by_block: list[dict[str, Tensor]] = [{} for _ in blocks]
-        for position, role in names:
-            by_block[position][role] = moved[position, role]
-        return by_block, moved[len(blocks), FINAL]
+        self._norms[self._count, FINAL] = final_norm.to(device).half().float()
+        self._widths = [len(norm) for norm in self._norms.values()]
+        self._scale_move = torch.zeros_like(self._flat.scales)
+        self._norm_move = torch.zeros(sum(self._widths), device=device)
+        self.history = torch.zeros(settings.steps, device=device)  # KL of each step
+        self.counter = torch.zeros(1, dtype=torch.int64, device=device)  # steps done
+        pairs = ((self._scale_move, settings.scale_rate), (self._norm_move, settings.norm_rate))
+        self.trained = [p for p, rate in pairs if rate]
+        self.optimizer = Adam(self.trained, [rate for _, rate in pairs if rate])
 
-    def logits(ids: Tensor, dense: Sequence[BlockWeights], norm: Tensor) -> Tensor:
-        x = F.embedding(ids, embedding)
-        for block in dense:
-            x = block_forward(x, positions, block, config, attend, angles=angles)
-        return F.linear(rms_norm(x, norm, config.norm_eps), head)
+    def state(self) -> dict[str, Tensor]:
+        """All that a step changes, by name."""
+        moves = {"scale_move": self._scale_move, "norm_move": self._norm_move}
+        state = moves | {"history": self.history, "counter": self.counter}
+        return state | {f"adam.{i}": tensor for i, tensor in enumerate(self.optimizer.state())}
 
-    params = [p for p, rate in ((scale_move, how.scale_rate), (norm_move, how.norm_rate)) if rate]
-    optimizer = Adam(params, [rate for rate in (how.scale_rate, how.norm_rate) if rate])
+    def _moved_norms(self) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The norms of each block, and the final norm (H,)."""
+        moves = self._norm_move.split(self._widths)
+        by_block: list[dict[str, Tensor]] = [{} for _ in range(self._count + 1)]
+        for ((position, role), norm), move in zip(self._norms.items(), moves, strict=True):
+            by_block[position][role] = fp16_norm(norm * (1 + move))
+        return by_block[: self._count], by_block[self._count][FINAL]
+
+    def _moved_scales(self) -> Tensor:
+        return fp16_scale(self._flat.scales * (1 + self._scale_move))
+
+    def dense(self) -> tuple[list[FloatBlock], Tensor]:
+        """Blocks and final norm as they are now, float32, differentiable in what is trained."""
+        norms, final = self._moved_norms()
+        weights = ScaleCodes.apply(self._flat.codes, self._moved_scales())
+        return self._flat.dense(weights, norms, self._device), final
+
+    def packed(self) -> tuple[list[QuantizedBlock], Tensor]:
+        """Blocks in packed types and final norm as they are now."""
+        norms, final = self._moved_norms()
+        return self._flat.packed(self._flat.codes, self._moved_scales(), norms), final
+
+
+def _step(
+    student: _Student,
+    teacher: Sequence[FloatBlock],
+    forward: ModelForward,
+    text: Tensor,
+    settings: Distillation,
+) -> Callable[[], None]:
+    """One step of the training, to be called again and again; everything that changes is a tensor. text: (steps, tokens)."""
+    schedule = _schedule(settings.steps, settings.warmup).to(text.device)
+    counter, trained = student.counter, student.trained
+
+    def logits(ids: Tensor, blocks: Sequence[FloatBlock], norm: Tensor | None) -> Tensor:
+        return forward.logits(forward.through(forward.embed(ids), blocks), norm)
 
     def step() -> None:
         ids = text.index_select(0, counter)[0]
         with torch.no_grad():
-            wanted = logits(ids, teacher, wanted_norm).log_softmax(-1)
+            wanted = logits(ids, teacher, None).log_softmax(-1)
         with torch.enable_grad():
-            for p in params:
+            for p in trained:
                 p.requires_grad_(True)
-            by_block, norm = norms()
-            dense = ScaleCodes.apply(flat.codes, fp16_scale(flat.scales * (1 + scale_move)))
-            given = logits(ids, flat.dense(dense, by_block, device), norm).log_softmax(-1)
+            given = logits(ids, *student.dense()).log_softmax(-1)
             loss = F.kl_div(given, wanted, reduction="sum", log_target=True) / len(ids)
-            grads = torch.autograd.grad(loss, params)
-            for p in params:
+            grads = torch.autograd.grad(loss, trained)
+            for p in trained:
                 p.requires_grad_(False)
         with torch.no_grad():
-            optimizer.step(grads, schedule.index_select(0, counter))
-            history.index_copy_(0, counter, loss.detach()[None])
+            student.optimizer.step(grads, schedule.index_select(0, counter))
+            student.history.index_copy_(0, counter, loss.detach()[None])
             counter.add_(1)
 
-    with fast_products(), repeatable(), torch.no_grad():
-        state = {"scale_move": scale_move, "norm_move": norm_move, "history": history, "counter": counter}
-        state |= {f"adam.{i}": tensor for i, tensor in enumerate(optimizer.state())}
-        _run(Steps(step, device), steps, state, keeper, device)
-        by_block, norm = norms()
-        done = flat.packed(flat.codes, fp16_scale(flat.scales * (1 + scale_move)), by_block)
-    span = max(1, steps // 10)
-    report = DistillReport(steps, float(history[:span].mean()), float(history[-span:].mean()))
-    return done, norm.half(), report
+    return step
 
 
 def _run(

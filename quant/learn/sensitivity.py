@@ -14,13 +14,10 @@ from torch import Tensor
 from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
 from convert.families.table import linear_shapes
-from engine.model.attention import causal_attend
-from engine.model.block import block_forward
-from engine.model.ops import rms_norm
-from engine.model.rope import rotary
-from quant.learn.training import repeatable, training_attend
+from quant.block_states import FloatBlock
+from quant.learn.model_forward import ModelForward, OuterWeights
+from quant.learn.training import repeatable
 from quant.statistics.gram import fast_products
-from quant.statistics.parts import float_block
 
 _STEP_TOKENS = 4096
 _CPU_BYTES = 1 << 32
@@ -38,10 +35,8 @@ def fits_whole(config: ModelConfig, device: torch.device) -> bool:
 
 def measure_sensitivity(
     blocks: Sequence[BlockWeights],
+    outer: OuterWeights,
     config: ModelConfig,
-    embedding: Tensor,
-    final_norm: Tensor,
-    head: Tensor,
     tokens: Tensor,
     device: torch.device | str,
     seed: int,
@@ -52,28 +47,22 @@ def measure_sensitivity(
     One backward pass over the text, a few samples at a time.
 
     Args:
-        embedding, head: (V, H). final_norm: (H,). tokens: (S, L) int64.
+        blocks, outer: of the float model. tokens: (S, L) int64.
         identity: share of the identity in each metric; the rest is the Fisher matrix, scaled to a mean diagonal of 1.
     """
     device = torch.device(device)
     hidden, length = config.hidden_size, tokens.shape[1]
     fisher = [torch.zeros(hidden, hidden, device=device) for _ in blocks]
     generator = torch.Generator(device=device).manual_seed(seed)
-    dense = [float_block(block, device) for block in blocks]
-    table, out_table, norm = (t.to(device).float() for t in (embedding, head, final_norm))
+    dense = [FloatBlock.of(block).to(device, torch.float32) for block in blocks]
+    outer = outer.float_on(device)
     step = max(1, _STEP_TOKENS // length)
     with fast_products(), repeatable(), torch.enable_grad():
         for start in range(0, len(tokens), step):
             part = tokens[start : start + step].to(device)
-            positions = torch.arange(length, device=device).repeat(len(part))
-            attend = training_attend(causal_attend(len(part), length, config), device)
-            angles = rotary(config, positions)
-            x = F.embedding(part.flatten(), table).requires_grad_(True)
-            states = []
-            for block in dense:
-                x = block_forward(x, positions, block, config, attend, angles=angles)
-                states.append(x)
-            logits = F.linear(rms_norm(x, norm, config.norm_eps), out_table)
+            forward = ModelForward(config, outer, len(part), length)
+            states = list(forward.states(forward.embed(part.flatten()).requires_grad_(True), dense))
+            logits = forward.logits(states[-1])
             labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             grads = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), states)
             for total, grad in zip(fisher, grads, strict=True):

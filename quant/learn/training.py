@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from convert.checkpoint import BlockWeights, LinearWeights
 from engine.model.attention import Attend
 from kernels.int4 import Quantized, round_scale
+from quant.block_states import FloatBlock, FloatLinear, QuantizedBlock
 
 REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # cuDNN's is not
 
@@ -149,76 +149,72 @@ class FlatLinears:
     What else the blocks hold lies on the same device: a step that is captured as a graph may copy nothing from the host.
     """
 
-    blocks: tuple[BlockWeights, ...]
+    blocks: tuple[QuantizedBlock, ...]
     names: tuple[tuple[int, str], ...]  # (position in blocks, role)
     codes: Tensor  # centred, int8
     scales: Tensor
     zeros: Tensor
     group_size: int
-    bits: int
 
     @staticmethod
-    def of(blocks: Sequence[BlockWeights], device: torch.device | str) -> "FlatLinears":
-        names, codes, scales, zeros = [], [], [], []
-        group_size, bits = 0, 4
-        for position, block in enumerate(blocks):
-            for role, part in block.linears.items():
-                weight = part.weight
-                if not isinstance(weight, Quantized):
-                    continue
-                group_size, bits = weight.group_size, weight.bits
-                zero = weight.zeros.to(device).reshape(-1, 1)
-                names.append((position, role))
-                codes.append(
-                    weight.codes.to(device).view(-1, group_size).to(torch.int8) - zero.to(torch.int8)
-                )
-                scales.append(weight.scales.to(device).reshape(-1, 1).float())
-                zeros.append(zero.float())
+    def of(blocks: Sequence[QuantizedBlock], device: torch.device | str) -> "FlatLinears":
+        """Raises ValueError where no linear is quantized."""
+        weights = {
+            (position, role): weight
+            for position, block in enumerate(blocks)
+            for role, weight in block.quantized.items()
+        }
+        if not weights:
+            raise ValueError("No linear of these blocks is quantized: there is nothing to train.")
+        group_size = next(iter(weights.values())).group_size
+        codes, scales, zeros = [], [], []
+        for weight in weights.values():
+            zero = weight.zeros.to(device).reshape(-1, 1)
+            codes.append(weight.codes.to(device).view(-1, group_size).to(torch.int8) - zero.to(torch.int8))
+            scales.append(weight.scales.to(device).reshape(-1, 1).float())
+            zeros.append(zero.float())
         return FlatLinears(
-            tuple(_floats_on(block, device) for block in blocks),
-            tuple(names),
+            tuple(block.floats_on(device) for block in blocks),
+            tuple(weights),
             torch.cat(codes),
             torch.cat(scales),
             torch.cat(zeros),
             group_size,
-            bits,
         )
 
-    def _weight(self, position: int, role: str) -> Quantized:
-        weight = self.blocks[position].linears[role].weight
-        assert isinstance(weight, Quantized)
-        return weight
+    def _weight(self, name: tuple[int, str]) -> Quantized:
+        return self.blocks[name[0]].quantized[name[1]]
 
     @property
     def _rows(self) -> list[int]:
-        return [self._weight(*name).scales.numel() for name in self.names]
+        return [self._weight(name).scales.numel() for name in self.names]
 
     def dense(
         self, flat: Tensor, norms: Sequence[dict[str, Tensor]], device: torch.device | str
-    ) -> list[BlockWeights]:
+    ) -> list[FloatBlock]:
         """Blocks whose quantized linears are slices of `flat` (R, g)."""
         pieces = dict(zip(self.names, flat.split(self._rows), strict=True))
         out = []
         for position, block in enumerate(self.blocks):
-            linears: dict[str, LinearWeights] = {}
+            floats = block.floats
+            linears: dict[str, FloatLinear] = {}
             for role, part in block.linears.items():
-                weight = (
-                    pieces[position, role].view(part.weight.shape)
-                    if (position, role) in pieces
-                    else part.weight
-                )
-                assert isinstance(weight, Tensor)
+                weight = floats.get(role)
+                if weight is None:
+                    weight = pieces[position, role].view(part.weight.shape)
                 bias = None if part.bias is None else part.bias.to(device).float()
-                linears[role] = LinearWeights(weight.to(device), bias)
-            out.append(BlockWeights(block.index, linears, {**block.norms, **norms[position]}))
+                linears[role] = FloatLinear(weight.to(device), bias)
+            out.append(FloatBlock(block.index, linears, {**block.norms, **norms[position]}))
         return out
 
-    def packed(self, codes: Tensor, scales: Tensor, norms: Sequence[dict[str, Tensor]]) -> list[BlockWeights]:
+    def packed(
+        self, codes: Tensor, scales: Tensor, norms: Sequence[dict[str, Tensor]]
+    ) -> list[QuantizedBlock]:
         """Blocks with these centred codes (R, g), scales (R, 1) and norms, as packed types."""
-        blocks = [dict(block.linears) for block in self.blocks]
+        linears = [dict(block.linears) for block in self.blocks]
         rows = self._rows
-        for (position, role), r, s in zip(self.names, codes.split(rows), scales.split(rows), strict=True):
-            old = self._weight(position, role)
+        for name, r, s in zip(self.names, codes.split(rows), scales.split(rows), strict=True):
+            old, (position, role) = self._weight(name), name
             zeros = old.zeros.to(r.device)
             full = r.view(*old.scales.shape, -1) + zeros[..., None]
             weight = replace(
@@ -227,31 +223,15 @@ class FlatLinears:
                 scales=s.view(old.scales.shape).half(),
                 zeros=zeros,
             )
-            blocks[position][role] = replace(blocks[position][role], weight=weight)
+            linears[position][role] = replace(linears[position][role], weight=weight)
         return [
-            replace(
-                block,
-                linears=linears,
-                norms={
-                    **block.norms,
-                    **{role: norm.detach().half() for role, norm in norms[position].items()},
-                },
-            )
-            for position, (block, linears) in enumerate(zip(self.blocks, blocks, strict=True))
+            replace(block, linears=parts, norms={**block.norms, **_half(moved)})
+            for block, parts, moved in zip(self.blocks, linears, norms, strict=True)
         ]
 
 
-def _floats_on(block: BlockWeights, device: torch.device | str) -> BlockWeights:
-    """The block with its biases, its norms and the linears that are not quantized on the device."""
-    linears = {
-        role: LinearWeights(
-            part.weight if isinstance(part.weight, Quantized) else part.weight.to(device),
-            None if part.bias is None else part.bias.to(device),
-        )
-        for role, part in block.linears.items()
-    }
-    norms = {role: norm.to(device) for role, norm in block.norms.items()}
-    return replace(block, linears=linears, norms=norms)
+def _half(norms: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {role: norm.detach().half() for role, norm in norms.items()}
 
 
 @dataclass

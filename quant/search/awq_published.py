@@ -13,16 +13,16 @@ from convert.checkpoint import BlockWeights, LinearWeights
 from convert.config import ModelConfig
 from convert.families.table import scale_groups
 from kernels.int4 import Quantized, quantize, quantize_codes
+from quant.block_states import FloatBlock, FloatLinear, QuantizedBlock
+from quant.block_task import BlockResult, BlockTask, LinearReport, Streams
 from quant.config import QuantConfig
-from quant.records import BlockResult, BlockTask, LinearReport, Streams
 from quant.search.block_search import BlockSearch
 from quant.search.scales.awq import candidates, exponents
 from quant.search.scales.clip import search_published_clip
 from quant.search.scales.folding import Fold, fold_norm, fold_rows, kv_fold, norm_fold, row_fold
-from quant.search.stored import to_float16
 from quant.selection import is_quantized
-from quant.statistics.gram import InputStats, fast_products, observe
-from quant.statistics.parts import Parts, linear
+from quant.statistics.chunked_block import ChunkedBlock, linear
+from quant.statistics.gram import InputStatistics, fast_products, observe
 
 GRID = 20
 NOT_CLIPPED = ("q", "k")  # as published: their product is attended to, not added
@@ -31,56 +31,55 @@ NOT_CLIPPED = ("q", "k")  # as published: their product is attended to, not adde
 def quantize_published(task: BlockTask) -> BlockResult:
     """One block on its two streams."""
     inputs, tap = task.inputs, task.tap
-    assert isinstance(inputs, Streams)
-    weights = BlockSearch(task).weights  # float32 norms, all on the device
+    assert isinstance(inputs, Streams)  # the recipe reads the text itself: `quantize_block` has checked it
+    weights = BlockSearch(task).source  # float32 norms, all on the device
     search = _Search(weights, task.config, task.quant, inputs.quantized)
     for before, readers in scale_groups(task.config):
         search.scale(before, readers)
     done, reports = search.finish()
-    parts = search.parts
-    dense, source = parts.dense(done), parts.dense(weights)
-    quantized = parts.map(lambda h: parts.block(h, dense, tap), inputs.quantized)
+    chunked = search.chunked
+    dense, source = chunked.dense(done), chunked.dense(weights)
+    quantized = chunked.map(lambda h: chunked.block(h, dense, tap), inputs.quantized)
     return BlockResult(
-        done, tuple(reports), Streams(parts.map(lambda h: parts.block(h, source), inputs.fp), quantized)
+        done, tuple(reports), Streams(chunked.map(lambda h: chunked.block(h, source), inputs.fp), quantized)
     )
 
 
 class _Search:
     """The block with the scales folded so far, and what each of its linears reads: x (S, L, H) through the block before its search."""
 
-    def __init__(self, weights: BlockWeights, config: ModelConfig, quant: QuantConfig, x: Tensor) -> None:
-        self.source = self.weights = weights
+    def __init__(self, weights: FloatBlock, config: ModelConfig, quant: QuantConfig, x: Tensor) -> None:
+        self.source: FloatBlock = weights
+        self.weights = weights
         self.config, self.quant = config, quant
-        self.parts = Parts(config, x)
+        self.chunked = ChunkedBlock(config, x)
         self.device = x.device
-        dense = self.parts.dense(weights)
-        attn_in = self.parts.map(lambda h: self.parts.norm(h, weights.norms["attn_norm"]), x)
-        self.inputs = {"q": attn_in, "o": self.parts.map(lambda h: self.parts.mixed(h, dense), attn_in)}
-        mid = x + self.parts.map(
+        dense = self.chunked.dense(weights)
+        attn_in = self.chunked.map(lambda h: self.chunked.norm(h, weights.norms["attn_norm"]), x)
+        self.inputs = {"q": attn_in, "o": self.chunked.map(lambda h: self.chunked.mixed(h, dense), attn_in)}
+        mid = x + self.chunked.map(
             lambda h: linear(h, weights.linears["o"], self.weight("o")), self.inputs["o"]
         )
-        mlp_in = self.parts.map(lambda h: self.parts.norm(h, weights.norms["mlp_norm"]), mid)
+        mlp_in = self.chunked.map(lambda h: self.chunked.norm(h, weights.norms["mlp_norm"]), mid)
         self.inputs["gate"] = mlp_in
         if not config.num_experts:
-            self.inputs["down"] = self.parts.map(lambda h: self.parts.gated(h, dense), mlp_in)
+            self.inputs["down"] = self.chunked.map(lambda h: self.chunked.gated(h, dense), mlp_in)
         self.values: dict[str, dict[str, float]] = {}
-        self.stats: dict[str, InputStats] = {}
+        self.stats: dict[str, InputStatistics] = {}
         self.scales: dict[str, Tensor] = {}  # by role: what multiplies the columns
 
     def weight(self, role: str) -> Tensor:
-        weight = self.source.linears[role].weight
-        assert isinstance(weight, Tensor)
-        return weight.float()
+        return self.source.linears[role].weight.float()
 
     def key(self, role: str) -> str:
         """Whose input this linear reads; experts are judged together, on what the norm gives them."""
         part = role.rsplit(".", 1)[-1]
         return {"k": "q", "v": "q", "up": "gate", "router": "gate"}.get(part, part)
 
-    def observed(self, role: str) -> InputStats:
+    def observed(self, role: str) -> InputStatistics:
         key = self.key(role)
         if key not in self.stats:
-            chunks = (self.inputs[key][part] for part in self.parts.slices())
+            chunks = (self.inputs[key][part] for part in self.chunked.slices())
             self.stats[key] = observe(chunks, f"Block {self.weights.index}, {role}")
         return self.stats[key]
 
@@ -91,7 +90,7 @@ class _Search:
 
     def scale(self, before: str, readers: tuple[str, ...]) -> None:
         """Choose the scale of one group and fold it in; experts' own pairs (up, down) keep scale 1."""
-        roles = tuple(role for role in readers if role != "router" and self._fits(role))
+        roles = tuple(role for role in readers if self._fits(role))
         if (
             not roles
             or self.key(roles[0]) not in self.inputs
@@ -112,7 +111,6 @@ class _Search:
         linears = dict(self.weights.linears)
         for role in readers:
             part = linears[role]
-            assert isinstance(part.weight, Tensor)
             linears[role] = replace(part, weight=part.weight.float() * fold.spread(scale))
             self.scales[role] = fold.spread(scale)
             self.values[role] = values
@@ -137,17 +135,17 @@ class _Search:
                     delta = self._rounded(weight * scale).div_(scale).sub_(weight)
                     losses.append((torch.matmul(delta, gram) * delta).sum())
                 return torch.stack(losses)
-            dense = self.parts.dense(self.source)
-            run = self.parts.attention if key == "q" else self.parts.mlp
-            wanted = [run(self.inputs[key][part], dense) for part in self.parts.slices()]
+            dense = self.chunked.dense(self.source)
+            run = self.chunked.attention if key == "q" else self.chunked.mlp
+            wanted = [run(self.inputs[key][part], dense) for part in self.chunked.slices()]
             for scale in column_scales:
                 trial = dict(dense.linears)
                 for role in roles:
                     rounded = self._rounded(self.weight(role) * scale).div_(scale)
-                    trial[role] = LinearWeights(rounded.to(wanted[0].dtype), trial[role].bias)
+                    trial[role] = FloatLinear(rounded.to(wanted[0].dtype), trial[role].bias)
                 block = replace(dense, linears=trial)
                 total = torch.zeros((), dtype=torch.float64, device=self.device)
-                for part, good in zip(self.parts.slices(), wanted, strict=True):
+                for part, good in zip(self.chunked.slices(), wanted, strict=True):
                     total += (
                         (run(self.inputs[key][part], block) - good).float().pow(2).sum(dtype=torch.float64)
                     )
@@ -157,28 +155,28 @@ class _Search:
     def _rounded(self, weight: Tensor) -> Tensor:
         return quantize(weight, self.quant.bits, self.quant.group_size).dequantize()
 
-    def finish(self) -> tuple[BlockWeights, list[LinearReport]]:
+    def finish(self) -> tuple[QuantizedBlock, list[LinearReport]]:
         """Clip and round what the scales have made of the linears; a part that clipping harms is left unclipped."""
-        linears, reports = dict(self.weights.linears), []
+        linears: dict[str, LinearWeights] = dict(self.weights.linears)
         rounded: dict[str, Quantized] = {}
         clipped: dict[str, Quantized] = {}
+        taken: dict[str, Quantized] = {}
         for role, part in self.weights.linears.items():
-            if role == "router" or not self._fits(role):
+            if not self._fits(role):
                 continue
-            assert isinstance(part.weight, Tensor)
-            weight = part.weight.float()
-            rounded[role] = quantize(weight, self.quant.bits, self.quant.group_size)
-            clipped[role] = rounded[role] if role in NOT_CLIPPED else self._clip(role, weight)
+            scaled = part.weight.float()
+            rounded[role] = quantize(scaled, self.quant.bits, self.quant.group_size)
+            clipped[role] = rounded[role] if role in NOT_CLIPPED else self._clip(role, scaled)
         for roles in self._parts_of(tuple(rounded)):
-            taken = self._better(roles, rounded, clipped)
-            for role in roles:
-                linears[role] = replace(self.weights.linears[role], weight=taken[role])
-        done = replace(self.weights, linears=linears)
-        for role in rounded:
-            reports.append(
-                self._report(role, linears[role].weight, taken_clip=linears[role].weight is clipped[role])
-            )
-        return to_float16(done), reports
+            better = self._better(roles, rounded, clipped)
+            taken |= {role: better[role] for role in roles}
+        for role, weight in taken.items():
+            linears[role] = LinearWeights(weight, self.weights.linears[role].bias)
+        reports = [
+            self._report(role, taken[role], taken_clip=taken[role] is clipped[role]) for role in rounded
+        ]
+        done = BlockWeights(self.weights.index, linears, self.weights.norms)
+        return QuantizedBlock.of(done), reports
 
     def _parts_of(self, roles: tuple[str, ...]) -> list[tuple[str, ...]]:
         """Linears judged together: those that read the attention's norm, o, those that read the other norm, each down."""
@@ -207,15 +205,15 @@ class _Search:
             if key in ("o", "down"):
                 delta = back[roles[0]] - self.weight(roles[0])
                 return float((torch.matmul(delta, self.stats[key].gram) * delta).sum())
-            dense = self.parts.dense(self.source)
-            run = self.parts.attention if key == "q" else self.parts.mlp
+            dense = self.chunked.dense(self.source)
+            run = self.chunked.attention if key == "q" else self.chunked.mlp
             like = self.inputs[key]
             trial = {
                 **dense.linears,
-                **{r: LinearWeights(w.to(like.dtype), dense.linears[r].bias) for r, w in back.items()},
+                **{r: FloatLinear(w.to(like.dtype), dense.linears[r].bias) for r, w in back.items()},
             }
             block, total = replace(dense, linears=trial), 0.0
-            for part in self.parts.slices():
+            for part in self.chunked.slices():
                 delta = run(like[part], block) - run(like[part], dense)
                 total += float(delta.float().pow(2).sum(dtype=torch.float64))
         return total / like.numel()
@@ -243,8 +241,7 @@ class _Search:
         codes = quantize_codes(weight, scale, zero, size, bits)
         return Quantized(codes.to(torch.uint8), scale.half(), zero.to(torch.uint8), size, bits)
 
-    def _report(self, role: str, quantized: Tensor | Quantized, *, taken_clip: bool) -> LinearReport:
-        assert isinstance(quantized, Quantized)
+    def _report(self, role: str, quantized: Quantized, *, taken_clip: bool) -> LinearReport:
         values = self.values.get(role, {})
         steps = (("scale",) if "alpha" in values else ()) + (
             ("clip",) if taken_clip and role not in NOT_CLIPPED else ()

@@ -8,17 +8,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from quant.block_task import LinearReport, dead_channels
 from quant.config import QuantConfig
-from quant.records import LinearReport, dead_channels
 from quant.search.rounding.compensation import DAMPING, gptq_published, gptq_static
 from quant.search.rounding.descent import descend, expand, refit_scales
-from quant.search.rounding.solution import Judge, Solution, Stack, round_to_nearest
 from quant.search.rounding.targets import CrossSums, move_targets
+from quant.search.scale_and_clip import scale_and_clip
 from quant.search.scales.folding import Fold
-from quant.search.scales.joint import scale_and_clip
+from quant.search.stack import Judge, QuantizedStack, Stack, round_to_nearest
 from quant.settings import Effort, SolverSteps
 from quant.stage_clock import stage
-from quant.statistics.gram import InputStats, damped, loss_rows
+from quant.statistics.gram import InputStatistics, damped, loss_rows
 
 _TINY = 1e-30
 
@@ -26,13 +26,13 @@ _TINY = 1e-30
 @stage("solve, apart from its steps")
 def solve(
     stack: Stack,
-    stats: InputStats,
+    stats: InputStatistics,
     fold: Fold,
     plan: SolverSteps,
     effort: Effort,
     config: QuantConfig,
     cross: CrossSums | None = None,
-) -> tuple[Solution, list[LinearReport]]:
+) -> tuple[QuantizedStack, list[LinearReport]]:
     """Quantize a stack by the steps of `plan`.
 
     cross: of the float stream's outputs; moves the target when the plan asks.
@@ -73,24 +73,28 @@ def solve(
 
 
 def _published(
-    weight: Tensor, stats: InputStats, fold: Fold, plain: tuple[Tensor, Tensor, Tensor], config: QuantConfig
-) -> Solution:
+    weight: Tensor,
+    stats: InputStatistics,
+    fold: Fold,
+    plain: tuple[Tensor, Tensor, Tensor],
+    config: QuantConfig,
+) -> QuantizedStack:
     channels, columns = torch.ones_like(fold.shrink(stats.mean_abs)), torch.ones_like(stats.mean_abs)
     found = gptq_published(weight, stats.gram, config.group_size, config.bits)
     if found is None:
-        solution = Solution(channels, columns, *plain)
+        solution = QuantizedStack(channels, columns, *plain)
         solution.warnings.append(
             "the Gram matrix is not positive definite at any damping: rounded to nearest"
         )
         return solution
     codes, scale, zero, damping = found
-    return Solution(channels, columns, codes, scale, zero, ["gptq"], values={"damping": damping})
+    return QuantizedStack(channels, columns, codes, scale, zero, ["gptq"], values={"damping": damping})
 
 
 def _refine(
-    solution: Solution,
+    solution: QuantizedStack,
     target: Tensor,
-    stats: InputStats,
+    stats: InputStatistics,
     plan: SolverSteps,
     effort: Effort,
     config: QuantConfig,
@@ -129,18 +133,18 @@ def _refine(
 
 def _fall_back(
     stack: Stack,
-    stats: InputStats,
+    stats: InputStatistics,
     fold: Fold,
     plan: SolverSteps,
     effort: Effort,
     config: QuantConfig,
-    tried: Solution,
-) -> tuple[Solution, Tensor]:
+    tried: QuantizedStack,
+) -> tuple[QuantizedStack, Tensor]:
     """Start again from plain rounding with channel scale 1, where no step can end above it."""
     weight = stack.weight
     channel_scale = fold.snap(torch.ones_like(tried.channel_scale))
     column_scale = fold.spread(channel_scale)
-    solution = Solution(channel_scale, column_scale, *round_to_nearest(weight * column_scale, config))
+    solution = QuantizedStack(channel_scale, column_scale, *round_to_nearest(weight * column_scale, config))
     solution.warnings = [*tried.warnings, "above round to nearest with channel scales: scale 1 is kept"]
     _refine(solution, weight, stats, plan, effort, config)
     return solution, stack.per_linear(loss_rows(solution.weight() - weight, stats.gram))
@@ -148,8 +152,8 @@ def _fall_back(
 
 def _reports(
     stack: Stack,
-    stats: InputStats,
-    solution: Solution,
+    stats: InputStatistics,
+    solution: QuantizedStack,
     plain: list[float],
     before: list[float],
     after: list[float],

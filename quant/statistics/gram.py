@@ -5,7 +5,7 @@ M tokens, N out features, K in features, g group size, G = K / g groups. Knows n
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ from kernels.products import linear, times_symmetric
 
 EXCLUDED_MAX = 0.10  # share of tokens with a NaN or an infinity above which a run stops
 HOLD_EVERY = 8  # every 8th sample is kept from the fit, to judge each step by
+HELD_TOKENS = 1024  # fewer held-out tokens than these are too few to judge by
 
 
 @dataclass(frozen=True)
-class InputStats:
+class InputStatistics:
     """What the search knows of the inputs X of a linear.
 
     gram: X^T X / M (K, K) float32 of all tokens; fit and hold: the same of the samples that steps are fitted on and
@@ -39,6 +40,94 @@ class InputStats:
         """Channels that were zero in every token."""
         return int((self.gram.diagonal() == 0).sum())
 
+    def to(self, device: torch.device | str) -> "InputStatistics":
+        """On the device; matrices that are one stay one."""
+        gram = self.gram.to(device)
+        fit, hold = (gram if part is self.gram else part.to(device) for part in (self.fit, self.hold))
+        return replace(self, gram=gram, fit=fit, hold=hold, mean_abs=self.mean_abs.to(device))
+
+
+class GramAccumulator:
+    """Sums over the inputs of a linear, chunk by chunk: its Gram matrix, sizes of its channels, counts.
+
+    Tokens with a NaN or an infinity are left out and counted. With `hold_out`, every HOLD_EVERY-th sample has a Gram matrix of
+    its own. Gram sums are float32, sums of |x| float64.
+    """
+
+    def __init__(self, width: int, device: torch.device | str, *, hold_out: bool) -> None:
+        """width: K."""
+        count = 2 if hold_out else 1
+        self._grams = [torch.zeros(width, width, device=device) for _ in range(count)]
+        self._seen = [0] * count
+        self._samples = 0
+        self._sum_abs = torch.zeros(width, dtype=torch.float64, device=device)
+        self.max_abs = torch.zeros(width, device=device)
+        self.excluded = 0
+
+    def add(self, chunk: Tensor) -> None:
+        """Take in inputs (samples, L, K) in their own dtype."""
+        if len(self._grams) == 1:
+            self._add(0, chunk.flatten(0, 1))
+            return
+        numbers = torch.arange(self._samples, self._samples + len(chunk), device=chunk.device)
+        held = numbers % HOLD_EVERY == HOLD_EVERY - 1
+        self._samples += len(chunk)
+        for k, rows in enumerate((~held, held)):
+            self._add(k, chunk[rows].flatten(0, 1))
+
+    def _add(self, k: int, x: Tensor) -> None:
+        """x (M, K) into the k-th Gram matrix."""
+        magnitude = x.abs()
+        size = magnitude.sum(0, dtype=torch.float32)
+        if not bool(size.isfinite().all()):
+            finite = x.isfinite().all(-1)
+            self.excluded += int((~finite).sum())
+            x, magnitude = x[finite], magnitude[finite]
+            size = magnitude.sum(0, dtype=torch.float32)
+        if not len(x):
+            return
+        self._grams[k] += outer_sum(x, x)
+        self._sum_abs += size
+        self.max_abs = torch.maximum(self.max_abs, magnitude.amax(0).float())
+        self._seen[k] += len(x)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were taken in."""
+        return sum(self._seen)
+
+    @property
+    def gram_sum(self) -> Tensor:
+        """X^T X (K, K) of all samples, not divided by the tokens."""
+        return self._grams[0] if len(self._grams) == 1 else self._grams[0] + self._grams[1]
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """Mean |x| (K,) float32."""
+        return (self._sum_abs / max(1, self.tokens)).float()
+
+    def check(self, name: str) -> str:
+        """A remark about tokens that were left out, empty where none were. Raises InputError where they are too many."""
+        total = self.tokens + self.excluded
+        text = f"{name}: {self.excluded} of {total} tokens hold NaN or Inf"
+        if not self.tokens or self.excluded > EXCLUDED_MAX * total:
+            raise InputError(
+                f"{text} in their activations, more than {EXCLUDED_MAX:.0%}: the model overflows on this text. Use --dtype bfloat16 "
+                "or float32, or check the weights of the layer before."
+            )
+        return f"{text}: left out." if self.excluded else ""
+
+    def statistics(self, name: str) -> InputStatistics:
+        """What the search reads, of the linear(s) `name`. Raises InputError as `check`."""
+        self.check(name)
+        gram = self.gram_sum / self.tokens
+        fit = hold = gram
+        if len(self._grams) == 2:
+            seen, held = self._seen
+            if seen >= HOLD_EVERY // 2 * held > 0 and held >= HELD_TOKENS:
+                fit, hold = self._grams[0] / seen, self._grams[1] / held
+        return InputStatistics(gram, fit, hold, self.mean_abs, self.tokens, self.excluded)
+
 
 @contextmanager
 def fast_products() -> Iterator[None]:
@@ -58,59 +147,15 @@ def outer_sum(left: Tensor, right: Tensor) -> Tensor:
     return linear(left.float().t(), right.float().t())
 
 
-def observe(chunks: Iterable[Tensor], name: str) -> InputStats:
-    """Statistics over chunks (samples, L, K) of the inputs of the linear(s) `name`.
-
-    Tokens with a NaN or an infinity are left out and counted; raises InputError above EXCLUDED_MAX of them.
-    """
-    parts: list[Tensor] = []  # fit, hold
-    total = torch.zeros(0)
-    seen = [0, 0]
-    excluded = sample = 0
+def observe(chunks: Iterable[Tensor], name: str) -> InputStatistics:
+    """Statistics over chunks (samples, L, K) of the inputs of the linear(s) `name`. Raises InputError as `GramAccumulator.check`."""
+    sums: GramAccumulator | None = None
     for chunk in chunks:
-        if not parts:
-            cols = chunk.shape[-1]
-            parts = [torch.zeros(cols, cols, device=chunk.device) for _ in range(2)]
-            total = torch.zeros(cols, dtype=torch.float64, device=chunk.device)
-        numbers = torch.arange(sample, sample + len(chunk), device=chunk.device)
-        held = numbers % HOLD_EVERY == HOLD_EVERY - 1
-        sample += len(chunk)
-        for k, rows in enumerate((~held, held)):
-            x = chunk[rows].flatten(0, 1)
-            contribution = outer_sum(x, x)
-            size = x.abs().sum(0, dtype=torch.float32)
-            if not (contribution.isfinite().all() and size.isfinite().all()):
-                finite = x.isfinite().all(-1)
-                excluded += int((~finite).sum())
-                x = x[finite]
-                contribution = outer_sum(x, x)
-                size = x.abs().sum(0, dtype=torch.float32)
-            parts[k] += contribution
-            total += size
-            seen[k] += len(x)
-    tokens = sum(seen)
-    if not parts or excluded > EXCLUDED_MAX * (tokens + excluded) or not tokens:
-        raise InputError(
-            f"{name}: {excluded} of {tokens + excluded} tokens have a NaN or an infinity in their activations, more than "
-            f"{EXCLUDED_MAX:.0%}. The weights or the compute dtype are unfit: try --dtype float32 or bfloat16."
-        )
-    fit, hold = parts
-    gram = (fit + hold) / tokens
-    split = seen[0] >= HOLD_EVERY // 2 * seen[1] > 0 and seen[1] >= 1024
-    return InputStats(
-        gram=gram,
-        fit=fit / seen[0] if split else gram,
-        hold=hold / seen[1] if split else gram,
-        mean_abs=(total / tokens).float(),
-        tokens=tokens,
-        excluded=excluded,
-    )
-
-
-def from_sums(gram_sum: Tensor, mean_abs: Tensor, tokens: int) -> InputStats:
-    """Statistics read back from a file: `gram_sum` is X^T X (K, K), not divided."""
-    gram = gram_sum.float() / max(tokens, 1)
-    return InputStats(gram, gram, gram, mean_abs.float(), tokens)
+        sums = sums or GramAccumulator(chunk.shape[-1], chunk.device, hold_out=True)
+        sums.add(chunk)
+    if sums is None:
+        raise InputError(f"{name}: there is no text to observe.")
+    return sums.statistics(name)
 
 
 def loss_rows(delta: Tensor, gram: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import FAST, files_of, run, write_runnable, write_text
 from toy_blocks import config_of
 
-import quant.search.scales.joint as scaling_module
+import quant.search.scale_and_clip as scaling_module
 from convert.readers import open_checkpoint
 from kernels.int4 import Quantized
 from quant.config import QuantConfig
-from quant.search.rounding.solution import Stack
 from quant.search.scales.folding import kv_fold, norm_fold
 from quant.search.solve import solve
+from quant.search.stack import Stack
 from quant.statistics.gram import observe
 
 

@@ -105,10 +105,10 @@ def test_statistics_are_those_of_the_cpu(place, tmp_path):
     call(quantize, *base, "-o", tmp_path / "cuda", "--device", "cuda", "--dtype", "float32")
     for layer in range(LAYERS):
         ours, theirs = (load_statistics(tmp_path / name / block_file(layer)) for name in ("cuda", "cpu"))
-        for name, gram in theirs.grams.grams.items():
+        for name, stats in theirs.inputs.items():
             # float32 products of the two devices, through up to four layers
             assert torch.allclose(
-                ours.grams.grams[name], gram, rtol=1e-2, atol=1e-3 * float(gram.abs().max())
+                ours.inputs[name].gram, stats.gram, rtol=1e-2, atol=1e-3 * float(stats.gram.abs().max())
             )
 
 

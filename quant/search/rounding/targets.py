@@ -4,7 +4,7 @@ M tokens, N out features, K in features. A regression of N x K numbers on few to
 fitted on says little, so that how far to go is decided by how well two halves of the text agree.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.products import linear
 from quant.stage_clock import stage
-from quant.statistics.gram import InputStats, damped
+from quant.statistics.gram import InputStatistics, damped, outer_sum
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,49 @@ class CrossSums:
     halves: Tensor
 
 
+class CrossAccumulator:
+    """Sums over chunks of samples that become `CrossSums`: (D, K) of the even samples and of the odd ones."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor | None] = [None, None]
+        self._samples = [0, 0]
+        self._length = 1
+
+    def add(
+        self,
+        first: int,
+        inputs: Tensor,
+        wanted: Tensor,
+        given: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Take in a chunk whose first sample is the `first` of the text.
+
+        inputs (s, L, K): X. wanted - given(X) (s, L, D) is what is missing; left out, given is the identity and D = K.
+        """
+        self._length = inputs.shape[1]
+        for half in range(2):
+            rows = slice((half + first) % 2, None, 2)
+            x, y = inputs[rows].flatten(0, 1), wanted[rows].flatten(0, 1)
+            if not len(x):
+                continue
+            product = outer_sum(y - (x if given is None else given(x)), x)
+            before = self._sums[half]
+            self._sums[half] = product if before is None else before + product
+            self._samples[half] += len(inputs[rows])
+
+    def sums(self, weight: Tensor | None) -> CrossSums | None:
+        """The sums, multiplied by weight (N, D) where one is given; None where there are no two samples."""
+        even, odd = self._sums
+        if even is None or odd is None:
+            return None
+        halves = torch.stack([even / self._samples[0], odd / self._samples[1]]) / self._length
+        return CrossSums(halves if weight is None else weight @ halves)
+
+
 @stage("moved targets")
 def move_targets(
     weight: Tensor,
-    stats: InputStats,
+    stats: InputStatistics,
     cross: CrossSums,
     rows: Sequence[int],
     most: float,
@@ -34,7 +73,6 @@ def move_targets(
     """W + s C (G + lambda I)^-1, lambda and s (at most `most`) chosen for each linear; returns it with each s.
 
     ridges: values of lambda to try, as shares of the mean of G's diagonal.
-
 
     With D = C (G + lambda I)^-1 and D_a, C_b of the two halves, the error on other text falls by
     2 s tr(D_a C_b^T) - s^2 tr(D G D^T), in which no noise of the text meets itself.

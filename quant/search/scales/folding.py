@@ -6,6 +6,7 @@ into the previous operation: a norm's weight, the rows of v (one scale per KV ch
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from convert.checkpoint import LinearWeights
 from convert.config import ModelConfig
 from kernels.int4 import SCALE_MIN, Quantized
+from quant.block_states import FloatLinear
 
 SCALE_RANGE = 64.0  # channel scales stay within 1/64 .. 64
 _NORMAL_MIN = 2.0**-14  # smallest normal fp16: below it a folded value would lose bits
@@ -86,13 +88,19 @@ def fold_norm(norm: Tensor, scale: Tensor) -> Tensor:
     return (norm.float() / scale).half()
 
 
+@overload
+def fold_rows(weights: FloatLinear, scale: Tensor) -> FloatLinear: ...
+
+
+@overload
+def fold_rows(weights: LinearWeights, scale: Tensor) -> LinearWeights: ...
+
+
 def fold_rows(weights: LinearWeights, scale: Tensor) -> LinearWeights:
     """Rows divided by scale (N,): of a quantized weight only its fp16 scales move, its integers stay. The bias follows."""
-    bias = (
-        None
-        if weights.bias is None
-        else (weights.bias.float() / scale.to(weights.bias.device)).to(weights.bias.dtype)
-    )
+    bias = weights.bias
+    if bias is not None:
+        bias = (bias.float() / scale.to(bias.device)).to(bias.dtype)
     if isinstance(weights.weight, Quantized):
         old = weights.weight.scales.float()
         scales = torch.where(
@@ -101,4 +109,4 @@ def fold_rows(weights: LinearWeights, scale: Tensor) -> LinearWeights:
         quantized = replace(weights.weight, scales=scales.clamp(SCALE_MIN, 65504).half())
         return LinearWeights(quantized, bias)
     dtype = weights.weight.dtype
-    return LinearWeights((weights.weight.float() / scale[:, None]).to(dtype), bias)
+    return FloatLinear((weights.weight.float() / scale[:, None]).to(dtype), bias)

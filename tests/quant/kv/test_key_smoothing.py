@@ -22,7 +22,7 @@ from quant.kv.key_smoothing import FACTOR_LIMIT, key_channels, key_factors, smoo
 from quant.kv.parameters import kv_parameters
 from quant.state.fingerprint import run_fingerprint
 from quant.statistics.block import BlockStatistics
-from quant.statistics.parts import Parts
+from quant.statistics.chunked_block import ChunkedBlock
 
 FAMILIES = ("llama", "qwen2", "qwen3", "internlm", "mixtral")
 OUTLIERS = (3, 5, 11)  # RoPE pairs, of 16
@@ -48,7 +48,7 @@ def test_the_float_block_computes_what_it_did(family: str) -> None:
     config, block, x = planted(family)
     done, factors = smoothed(config, block, x)
     assert float(factors.max() / factors.min()) > 3
-    parts = Parts(config, x)
+    parts = ChunkedBlock(config, x)
     out, wanted = parts.block(x, parts.dense(done)), parts.block(x, parts.dense(block))
     assert float((out - wanted).norm() / wanted.norm()) < 1e-5
 
@@ -57,7 +57,7 @@ def test_the_float_block_computes_what_it_did(family: str) -> None:
 def test_ranges_are_those_that_the_block_has_afterwards(family: str) -> None:
     config, block, x = planted(family)
     channels = key_channels(block, config, x)
-    parts, seen = Parts(config, x), BlockStatistics(0, with_grams=False)
+    parts, seen = ChunkedBlock(config, x), BlockStatistics(0)
     parts.block(x, parts.dense(block), seen.tap_ranges)  # with attention and all
     torch.testing.assert_close(channels, (seen.low["k"], seen.high["k"]), rtol=1e-5, atol=1e-5)
     done, factors = smoothed(config, block, x)
@@ -67,7 +67,7 @@ def test_ranges_are_those_that_the_block_has_afterwards(family: str) -> None:
 
 def attention_error(config: ModelConfig, block: BlockWeights, x: torch.Tensor) -> float:
     """Of the attention part with K behind static int8, relative."""
-    parts, seen = Parts(config, x), BlockStatistics(0, with_grams=False)
+    parts, seen = ChunkedBlock(config, x), BlockStatistics(0)
     dense, h = parts.dense(block), parts.norm(x, block.norms["attn_norm"])
     wanted = parts.attention(h, dense, seen.tap_ranges)
     table, _ = kv_parameters([seen.head_ranges()])

@@ -10,14 +10,14 @@ from toy_blocks import SHAPES, block_of, config_of, stream_of
 from convert.checkpoint import BlockWeights, LinearWeights
 from convert.errors import InputError
 from kernels.int4 import Quantized
+from quant.block_task import BlockResult, Streams
 from quant.blocks import quantize_block
 from quant.config import QuantConfig
 from quant.recipes import Recipe, recipe_named, with_settings
-from quant.records import BlockResult, Streams
 from quant.search import experts
-from quant.search.scales.joint import choose_scale
-from quant.statistics.gram import InputStats
-from quant.statistics.parts import Parts
+from quant.search.scale_and_clip import choose_scale
+from quant.statistics.chunked_block import ChunkedBlock
+from quant.statistics.gram import InputStatistics
 
 PRESETS = ("gptq", "gptq-r", "awq", "fast", "default", "best")
 
@@ -41,7 +41,7 @@ def run(family: str, preset: str, **options: Any) -> tuple[BlockResult, BlockWei
 
 
 def output_error(family: str, block: BlockWeights, weights: BlockWeights, x: torch.Tensor) -> float:
-    parts = Parts(config_of(family), x)
+    parts = ChunkedBlock(config_of(family), x)
     good, bad = parts.block(x, parts.dense(block)), parts.block(x, parts.dense(weights))
     return float((good - bad).pow(2).mean())
 
@@ -85,7 +85,7 @@ def test_the_same_seed_gives_the_same_bytes(preset: str) -> None:
 
 def test_streams_after_a_block_are_what_the_blocks_compute() -> None:
     result, block, x = run("llama", "default")
-    parts = Parts(config_of("llama"), x)
+    parts = ChunkedBlock(config_of("llama"), x)
     assert result.streams is not None
     torch.testing.assert_close(result.streams.fp, parts.block(x, parts.dense(block)), rtol=1e-4, atol=1e-4)
     # scales of v and up move by half an fp16 step when o and down fold theirs back
@@ -109,7 +109,7 @@ def test_the_tap_sees_keys_and_values_of_the_finished_block() -> None:
             block, config, quant, Streams(x, x.clone()), "cpu", torch.float32,
             tap=lambda name, value: seen.setdefault(name, []).append(value),
         )  # fmt: skip
-        parts, wanted = Parts(config, x), dict[str, list[torch.Tensor]]()
+        parts, wanted = ChunkedBlock(config, x), dict[str, list[torch.Tensor]]()
         parts.block(
             x, parts.dense(result.weights), lambda name, value: wanted.setdefault(name, []).append(value)
         )
@@ -210,7 +210,7 @@ def test_experts_share_a_scale_that_is_judged_as_all_others_are(
     """By the inputs where nothing follows (K, K), by what compensation leaves of each column (K,) where it does."""
     seen = []
 
-    def choose(stack: Any, stats: InputStats, *rest: Any) -> Any:
+    def choose(stack: Any, stats: InputStatistics, *rest: Any) -> Any:
         seen.append(stats.gram.ndim)
         return choose_scale(stack, stats, *rest)
 

@@ -11,10 +11,10 @@ from quant.config import QuantConfig
 from quant.recipes import recipe_named
 from quant.search.rounding.compensation import act_order, compensated_costs, gptq_published, gptq_static
 from quant.search.rounding.descent import descend, expand, refit_scales
-from quant.search.rounding.solution import Stack, round_to_nearest
+from quant.search.scale_and_clip import scale_and_clip
 from quant.search.scales.folding import no_fold, norm_fold
-from quant.search.scales.joint import scale_and_clip
 from quant.search.solve import solve
+from quant.search.stack import Stack, round_to_nearest
 from quant.statistics.gram import damped, loss_rows, observe
 
 

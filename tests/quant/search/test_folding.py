@@ -11,7 +11,7 @@ from toy_blocks import block_of, config_of, stream_of
 from convert.checkpoint import BlockWeights
 from kernels.int4 import quantize
 from quant.search.scales.folding import fold_norm, fold_rows, kv_fold, norm_fold, row_fold, snap_to_norm
-from quant.statistics.parts import Parts
+from quant.statistics.chunked_block import ChunkedBlock
 
 
 @pytest.mark.parametrize("family", ("llama", "qwen2", "qwen3", "internlm"))
@@ -41,7 +41,7 @@ def test_folding_leaves_the_float32_output_unchanged(family: str) -> None:
         else:
             linears[before] = fold_rows(linears[before], scale)
     folded = BlockWeights(0, linears, norms)
-    parts = Parts(config, x)
+    parts = ChunkedBlock(config, x)
     out, wanted = parts.block(x, parts.dense(folded)), parts.block(x, parts.dense(block))
     assert float((out - wanted).norm() / wanted.norm()) < 1e-5
 

@@ -71,12 +71,12 @@ def test_gram_mean_and_maximum_are_those_of_the_reference(saved, theirs, name):
     for layer in range(LAYERS):
         ours = load_statistics(saved[1] / block_file(layer))
         x = theirs[layer, name].double()
-        gram = ours.grams.grams[name].double()
+        gram = ours.inputs[name].gram.double() * TOKENS.numel()
         # float32 sums over 72 rows, and float32 activations that went through up to four layers
         assert torch.allclose(gram, x.T @ x, rtol=1e-3, atol=1e-3 * float((x.T @ x).abs().max()))
         assert torch.equal(gram, gram.T)
-        assert torch.allclose(ours.grams.mean_abs[name].double(), x.abs().mean(0), rtol=1e-3, atol=1e-5)
-        assert ours.grams.tokens[name] == TOKENS.numel()
+        assert torch.allclose(ours.inputs[name].mean_abs.double(), x.abs().mean(0), rtol=1e-3, atol=1e-5)
+        assert ours.inputs[name].tokens == TOKENS.numel()
 
 
 @pytest.mark.parametrize("name", ["k", "v"])
@@ -117,10 +117,12 @@ def test_rows_that_are_not_finite_are_left_out_and_counted():
     block.tap("attn_in", bad)
     good = x[[i for i in range(40) if i not in (3, 7)]]
     part = block.inputs["attn_in"]
-    assert torch.allclose(part.gram, good.T @ good, rtol=1e-5)
-    assert part.bad_rows == 2 and part.good_tokens == 38
+    assert torch.allclose(part.gram_sum, good.T @ good, rtol=1e-5)
+    assert part.excluded == 2 and part.tokens == 38
     assert torch.allclose(block.tensors()["attn_in.mean_abs"], good.abs().mean(0), rtol=1e-5)
-    assert block.check() == ["layer 0, attn_in: 2 of 40 rows hold NaN or Inf: left out."]
+    assert block.check() == ["layer 0, attn_in: 2 of 40 tokens hold NaN or Inf: left out."]
     block.tap("attn_in", torch.full((10, 8), torch.nan))
-    with pytest.raises(InputError, match="12 of 50 rows hold NaN or Inf, more than 10%"):
+    with pytest.raises(
+        InputError, match="12 of 50 tokens hold NaN or Inf in their activations, more than 10%"
+    ):
         block.check()

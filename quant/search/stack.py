@@ -15,11 +15,11 @@ from quant.search.rounding.compensation import DAMPING
 from quant.search.rounding.descent import expand
 from quant.search.scales.clip import group_ranges
 from quant.stage_clock import stage
-from quant.statistics.gram import InputStats, damped, loss_rows
+from quant.statistics.gram import InputStatistics, damped, loss_rows
 
 
 @dataclass
-class Solution:
+class QuantizedStack:
     """A quantized stack. In the space of weight * column_scale: centred codes (N, K), scale and zero (N, G), float32."""
 
     channel_scale: Tensor  # (K',) what folds into the previous operation
@@ -69,7 +69,7 @@ def round_to(weight: Tensor, scale: Tensor, zero: Tensor, config: QuantConfig) -
     return codes - zero.repeat_interleave(config.group_size, dim=1)
 
 
-def free_codes(solution: Solution, weight: Tensor, stats: InputStats) -> Tensor:
+def free_codes(solution: QuantizedStack, weight: Tensor, stats: InputStatistics) -> Tensor:
     """Where each centred code would go if it alone were free and real: r - (D G)_j / (G_jj s_j), D = w^ - w: (N, K)."""
     gram = damped(stats.gram / solution.column_scale[:, None] / solution.column_scale, DAMPING)
     delta = expand(solution.codes, solution.scale) - weight * solution.column_scale
@@ -83,18 +83,18 @@ def free_codes(solution: Solution, weight: Tensor, stats: InputStats) -> Tensor:
 class Judge:
     """Losses of the rows of candidates against a target, in the space of the original input; keeps what improves."""
 
-    def __init__(self, target: Tensor, stats: InputStats) -> None:
+    def __init__(self, target: Tensor, stats: InputStatistics) -> None:
         self.target, self.stats = target, stats
         self._current: tuple[Tensor, Tensor] | None = None  # losses of the solution as it is
 
     @stage("losses of steps")
-    def losses(self, solution: Solution, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    def losses(self, solution: QuantizedStack, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) on all tokens and (N,) on those held out."""
         delta = expand(codes, scale) / solution.column_scale - self.target
         on_all = loss_rows(delta, self.stats.gram)
         return on_all, on_all if self.stats.hold is self.stats.gram else loss_rows(delta, self.stats.hold)
 
-    def keep(self, solution: Solution, step: str, codes: Tensor, scale: Tensor, zero: Tensor) -> float:
+    def keep(self, solution: QuantizedStack, step: str, codes: Tensor, scale: Tensor, zero: Tensor) -> float:
         """Take the rows that improve into the solution; returns their share."""
         old = self._current or self.losses(solution, solution.codes, solution.scale)
         new = self.losses(solution, codes, scale)

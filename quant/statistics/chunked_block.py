@@ -17,10 +17,11 @@ from engine.model.layers import dense_weight
 from engine.model.ops import rms_norm
 from engine.model.rope import Rotary, rotary
 from kernels.products import linear as product
+from quant.block_states import FloatBlock, FloatLinear
 from quant.statistics.chunks import chunks
 
 
-class Parts:
+class ChunkedBlock:
     """Runs parts of one block over streams (S, L, H) in the compute dtype."""
 
     def __init__(self, config: ModelConfig, stream: Tensor) -> None:
@@ -37,16 +38,16 @@ class Parts:
         """function over chunks of streams (S, L, ...), joined again."""
         return torch.cat([function(*(stream[part] for stream in streams)) for part in self.slices()])
 
-    def dense(self, weights: BlockWeights) -> BlockWeights:
+    def dense(self, weights: BlockWeights) -> FloatBlock:
         """The same block with weights as floats of the stream's dtype, so that no chunk has to convert them."""
         linears = {
-            role: LinearWeights(
+            role: FloatLinear(
                 dense_weight(part.weight, self._dtype, self._device),
                 None if part.bias is None else part.bias.to(device=self._device, dtype=self._dtype),
             )
             for role, part in weights.linears.items()
         }
-        return replace(weights, linears=linears)
+        return FloatBlock(weights.index, linears, weights.norms)
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm of a chunk (s, L, H)."""
@@ -110,17 +111,6 @@ class Parts:
         found: list[Tensor] = []
         run(lambda tapped, value: found.append(value) if tapped == name else None)
         return found[0].view(*like.shape[:2], -1)
-
-
-def float_block(block: BlockWeights, device: torch.device) -> BlockWeights:
-    """A block that is not quantized, in float32 on the device: for losses and their gradients."""
-    linears = {}
-    for role, part in block.linears.items():
-        assert isinstance(part.weight, Tensor)
-        bias = None if part.bias is None else part.bias.to(device).float()
-        linears[role] = LinearWeights(part.weight.to(device).float(), bias)
-    norms = {role: norm.to(device).float() for role, norm in block.norms.items()}
-    return BlockWeights(block.index, linears, norms)
 
 
 def linear(x: Tensor, weights: LinearWeights, weight: Tensor) -> Tensor:

@@ -1,20 +1,20 @@
 """The linears of a block searched on saved statistics of the float stream, in place of text."""
 
-from quant.records import BlockResult, GramStatistics
+from collections.abc import Mapping
+
+from quant.block_states import QuantizedBlock
+from quant.block_task import BlockResult
 from quant.search.block_search import BlockSearch
 from quant.search.experts import experts_from_statistics
 from quant.search.scales.folding import Fold, fold_norm, kv_fold, norm_fold, row_fold
-from quant.search.stored import to_float16
-from quant.statistics.gram import InputStats, from_sums
+from quant.statistics.gram import InputStatistics
 
 
-def search_on_statistics(search: BlockSearch, saved: GramStatistics) -> BlockResult:
+def search_on_statistics(search: BlockSearch, saved: Mapping[str, InputStatistics]) -> BlockResult:
     """Quantize the block; no stream comes out."""
 
-    def stats(name: str) -> InputStats:
-        return from_sums(
-            saved.grams[name].to(search.device), saved.mean_abs[name].to(search.device), saved.tokens[name]
-        )
+    def stats(name: str) -> InputStatistics:
+        return saved[name].to(search.device)
 
     for roles, name, norm_role in (
         (("q", "k", "v"), "attn_in", "attn_norm"),
@@ -34,4 +34,4 @@ def search_on_statistics(search: BlockSearch, saved: GramStatistics) -> BlockRes
             search.fold_back(before, solution)
     if search.config.num_experts:
         experts_from_statistics(search, stats)
-    return BlockResult(to_float16(search.weights), tuple(search.reports), None)
+    return BlockResult(QuantizedBlock.of(search.weights), tuple(search.reports), None)

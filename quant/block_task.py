@@ -3,16 +3,18 @@
 S samples, L tokens a sample, H hidden size, K in features of a linear.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
 from engine.model.block import Tap
+from quant.block_states import FloatBlock, QuantizedBlock
 from quant.config import QuantConfig
+from quant.statistics.gram import InputStatistics
 
 
 @dataclass(frozen=True)
@@ -26,17 +28,8 @@ class Streams:
     quantized: Tensor
 
 
-@dataclass(frozen=True)
-class GramStatistics:
-    """Saved statistics of one block's linear inputs on the float stream, in place of streams (`--stats`).
-
-    grams: input name ("attn_in", "o_in", "mlp_in", "down_in", "experts.{e}.in", "experts.{e}.down_in") -> X^T X
-    (K, K) float32, not divided by the tokens; mean_abs: the same names -> (K,) float32; tokens: the same names -> M.
-    """
-
-    grams: dict[str, Tensor]
-    mean_abs: dict[str, Tensor]
-    tokens: dict[str, int]
+# Saved statistics of the float stream by the name of the input ("attn_in", ...) stand in place of streams (`--stats`).
+BlockInputs = Streams | Mapping[str, InputStatistics] | None
 
 
 @dataclass(frozen=True)
@@ -50,10 +43,10 @@ class BlockTask:
         tap: sees "k" and "v" of the quantized block. metric: (H, H), what errors of the block's output cost; None: the same.
     """
 
-    weights: BlockWeights
+    weights: FloatBlock
     config: ModelConfig
     quant: QuantConfig
-    inputs: Streams | GramStatistics | None
+    inputs: BlockInputs
     device: torch.device
     dtype: torch.dtype
     tap: Tap | None = None
@@ -86,8 +79,8 @@ def dead_channels(count: int) -> str:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """A quantized block: `weights` with Quantized linears and folded norms; `streams` after it (None from statistics)."""
+    """A quantized block: `weights` with folded norms; `streams` after it (None from statistics)."""
 
-    weights: BlockWeights
+    weights: QuantizedBlock
     reports: tuple[LinearReport, ...]
     streams: Streams | None

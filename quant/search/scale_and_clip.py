@@ -10,29 +10,29 @@ from torch import Tensor
 
 from quant.config import QuantConfig
 from quant.search.rounding.compensation import compensated_costs
-from quant.search.rounding.solution import Judge, Solution, Stack, round_to, round_to_nearest
 from quant.search.scales.awq import candidates, exponents, score_candidates
 from quant.search.scales.clip import banded_pairs, search_clip, shrink_pairs
 from quant.search.scales.folding import Fold
+from quant.search.stack import Judge, QuantizedStack, Stack, round_to, round_to_nearest
 from quant.settings import Effort, SolverSteps
 from quant.stage_clock import stage
-from quant.statistics.gram import InputStats
+from quant.statistics.gram import InputStatistics
 
 
 def scale_and_clip(
     stack: Stack,
     target: Tensor,
-    stats: InputStats,
+    stats: InputStatistics,
     fold: Fold,
     plan: SolverSteps,
     effort: Effort,
     config: QuantConfig,
     plain: tuple[Tensor, Tensor, Tensor],
-) -> Solution:
+) -> QuantizedStack:
     """Channel scales and clip ranges, or neither."""
     ones = torch.ones_like(fold.shrink(stats.mean_abs))
     if not plan.scale:
-        return Solution(ones, fold.spread(ones), *plain)
+        return QuantizedStack(ones, fold.spread(ones), *plain)
     stats = judged_by(stats, plan)
     scale, found = choose_scale(Stack(target, stack.roles, stack.rows), stats, fold, effort, config)
     solution = _clipped(target, stats, fold, scale, effort, config)
@@ -45,7 +45,7 @@ def scale_and_clip(
 
 
 @stage("costs that compensation leaves")
-def judged_by(stats: InputStats, plan: SolverSteps) -> InputStats:
+def judged_by(stats: InputStatistics, plan: SolverSteps) -> InputStatistics:
     """The statistics that scales and ranges are chosen by: where compensation follows, what it will leave of each column."""
     costs = compensated_costs(stats.gram) if plan.compensate == "static" else None
     return stats if costs is None else replace(stats, gram=costs, fit=costs, hold=costs)
@@ -59,7 +59,7 @@ def shrink_factors(effort: Effort, steps: int, bits: int, device: torch.device) 
 
 @stage("channel scales")
 def choose_scale(
-    stack: Stack, stats: InputStats, fold: Fold, effort: Effort, config: QuantConfig
+    stack: Stack, stats: InputStatistics, fold: Fold, effort: Effort, config: QuantConfig
 ) -> tuple[Tensor, dict[str, float]]:
     """The channel scale (K',) whose clipped rounding loses least, no linear of the stack losing more than with scale 1.
 
@@ -97,12 +97,17 @@ def _sample_rows(stack: Stack, limit: int) -> tuple[Tensor, list[int]]:
 
 @stage("clip ranges")
 def _clipped(
-    target: Tensor, stats: InputStats, fold: Fold, channel_scale: Tensor, effort: Effort, config: QuantConfig
-) -> Solution:
+    target: Tensor,
+    stats: InputStatistics,
+    fold: Fold,
+    channel_scale: Tensor,
+    effort: Effort,
+    config: QuantConfig,
+) -> QuantizedStack:
     """The stack under one channel scale: full ranges, then each row's clipped ranges where they help."""
     column_scale = fold.spread(channel_scale)
     scaled = target * column_scale
-    solution = Solution(channel_scale, column_scale, *round_to_nearest(scaled, config))
+    solution = QuantizedStack(channel_scale, column_scale, *round_to_nearest(scaled, config))
     pairs = shrink_factors(effort, effort.clip_steps, config.bits, target.device)
     scale, zero = search_clip(target, column_scale[None], stats.fit, pairs, config.group_size, config.bits)
     codes = round_to(scaled, scale[0], zero[0], config)

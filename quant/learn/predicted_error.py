@@ -1,8 +1,8 @@
-"""What a block inherits from the ones before it, as far as its own streams foretell it.
+"""The error that a block takes over from the blocks before it, as far as the block's own streams predict it.
 
-S samples, L tokens a sample, H hidden size, T = S * L tokens. The quantized stream is off where a block begins, and the float block leaves
-it off by e = Y - F, Y the float stream after the block and F the float block on the quantized inputs X. Rounding cannot
-undo an error that it cannot see coming: what is aimed at is F + A [X / rms X, F / rms F], a ridge regression of e.
+S samples, L tokens a sample, H hidden size, T = S * L tokens. The quantized stream has an error where a block begins, and the float
+block leaves it an error e = Y - F: Y is the float stream after the block, F the float block on the quantized inputs X. Learned
+rounding can only undo the part of e that X and F predict. So its target is F + A [X / rms X, F / rms F], a ridge regression of e.
 """
 
 import torch
@@ -14,8 +14,8 @@ RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # of the mean of the features' Gram d
 _HEAVY = 4.0  # times the median power: tokens above it count for less, so that a few do not decide
 
 
-def foretold(f: Tensor, x: Tensor, y: Tensor, metric: Tensor | None, part: int) -> Tensor:
-    """F with what can be foretold of Y - F added: (S, L, H), the dtype of y.
+def predicted_output(f: Tensor, x: Tensor, y: Tensor, metric: Tensor | None, part: int) -> Tensor:
+    """F with the predictable part of Y - F added: (S, L, H), the dtype of y.
 
     Args: f, x, y: (S, L, H); metric: (H, H), what an error is multiplied by before it is squared; part: samples at a time.
     The ridge is the one that leaves least of the error of the odd samples when fitted on the even ones, and the other way round; F comes back

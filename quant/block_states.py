@@ -1,0 +1,118 @@
+"""The two states of a decoder block: `FloatBlock` before quantization, `QuantizedBlock` after it, as the packed checkpoint holds it.
+
+N out features, K in features. Both are `BlockWeights`, so that the engine runs either.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from convert.checkpoint import BlockWeights, LinearWeights
+from convert.config import ModelConfig
+from convert.errors import InputError
+from kernels.int4 import Quantized
+from quant.config import QuantConfig
+from quant.selection import ROUTER, is_quantized, is_skipped
+
+
+@dataclass(frozen=True)
+class FloatLinear(LinearWeights):
+    """A linear that is not quantized: weight (N, K) of a float dtype."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "FloatLinear":
+        """On the device and, where one is given, in the dtype; the bias too."""
+        bias = None if self.bias is None else self.bias.to(device=device, dtype=dtype)
+        return FloatLinear(self.weight.to(device=device, dtype=dtype), bias)
+
+
+@dataclass(frozen=True)
+class FloatBlock(BlockWeights):
+    """A block of which no linear is quantized."""
+
+    linears: Mapping[str, FloatLinear]
+
+    @staticmethod
+    def of(block: BlockWeights) -> "FloatBlock":
+        """The same block with its state known. Raises InputError where a linear is quantized already."""
+        linears = {}
+        for role, part in block.linears.items():
+            if isinstance(part.weight, Quantized):
+                raise InputError(
+                    f"Block {block.index}, {role} is quantized already: start from the float checkpoint."
+                )
+            linears[role] = FloatLinear(part.weight, part.bias)
+        return FloatBlock(block.index, linears, block.norms)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "FloatBlock":
+        """On the device and, where one is given, in the dtype; norms too."""
+        linears = {role: part.to(device, dtype) for role, part in self.linears.items()}
+        norms = {role: norm.to(device=device, dtype=dtype) for role, norm in self.norms.items()}
+        return FloatBlock(self.index, linears, norms)
+
+
+@dataclass(frozen=True)
+class QuantizedBlock(BlockWeights):
+    """A block as the packed checkpoint holds it: some linears Quantized, all else float16."""
+
+    @staticmethod
+    def of(block: BlockWeights) -> "QuantizedBlock":
+        """Norms, biases and the linears that stay float, in float16."""
+        linears = {
+            role: LinearWeights(
+                part.weight if isinstance(part.weight, Quantized) else part.weight.half(),
+                None if part.bias is None else part.bias.half(),
+            )
+            for role, part in block.linears.items()
+        }
+        return QuantizedBlock(block.index, linears, {role: norm.half() for role, norm in block.norms.items()})
+
+    @property
+    def quantized(self) -> dict[str, Quantized]:
+        """Role -> weight of the linears that are integers."""
+        weights = {role: part.weight for role, part in self.linears.items()}
+        return {role: weight for role, weight in weights.items() if isinstance(weight, Quantized)}
+
+    @property
+    def floats(self) -> dict[str, Tensor]:
+        """Role -> weight (N, K) of the linears that stay float."""
+        weights = {role: part.weight for role, part in self.linears.items()}
+        return {role: weight for role, weight in weights.items() if not isinstance(weight, Quantized)}
+
+    def floats_on(self, device: torch.device | str) -> "QuantizedBlock":
+        """The block with its biases, its norms and the linears that are not quantized on the device."""
+        linears = {
+            role: replace(part, bias=None if part.bias is None else part.bias.to(device))
+            for role, part in self.linears.items()
+        }
+        for role, weight in self.floats.items():
+            linears[role] = replace(linears[role], weight=weight.to(device))
+        return replace(
+            self, linears=linears, norms={role: norm.to(device) for role, norm in self.norms.items()}
+        )
+
+
+def check_block(block: BlockWeights, config: ModelConfig, quant: QuantConfig) -> FloatBlock:
+    """The block as one that can be quantized.
+
+    Raises InputError for weights that are not finite or quantized already, and for K that is no multiple of the group.
+    """
+    found = FloatBlock.of(block)
+    for role, part in found.linears.items():
+        bad = int((~part.weight.isfinite()).sum())
+        if bad:
+            raise InputError(
+                f"Block {block.index}, {role}: {bad} weights are NaN or infinite. The checkpoint is damaged."
+            )
+        if quant.keep_ragged or role == ROUTER or is_quantized(config, quant, block.index, role):
+            continue
+        if not is_skipped(config, quant, block.index, role):
+            raise InputError(
+                f"Block {block.index}, {role}: K = {part.weight.shape[1]} is no multiple of the group size {quant.group_size}. "
+                "Choose a smaller --group-size, --pad for exact zero-padding, or --keep-ragged to leave it in float16."
+            )
+    return found
