@@ -13,10 +13,10 @@ from convert.folder.output import read_manifest
 from convert.readers import open_checkpoint
 from kernels.int4 import Quantized
 from quant import recipes
+from quant.block_task import Streams
 from quant.blocks import quantize_block
 from quant.config import QuantConfig
 from quant.recipe_file import YAML_LIMIT, load_recipe
-from quant.records import Streams
 from quant.selection import config_of_block, selection, skipped_modules
 
 GOOD = """\

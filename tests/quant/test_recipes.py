@@ -13,11 +13,11 @@ from convert.folder.output import read_manifest
 from convert.readers import open_checkpoint
 from kernels.int4 import Quantized, quantize
 from quant import recipes
+from quant.block_states import QuantizedBlock
+from quant.block_task import BlockResult, BlockTask, LinearReport
 from quant.config import QuantConfig
 from quant.estimate import plan_quantization
 from quant.recipes import Recipe
-from quant.records import BlockResult, BlockTask, LinearReport
-from quant.search.stored import to_float16
 from quant.selection import is_quantized
 from quant.state.fingerprint import run_fingerprint
 from turbomind_quant.cli.quantize import quantize as quantize_command
@@ -33,7 +33,7 @@ def halve_and_round(task: BlockTask) -> BlockResult:
             codes = quantize(part.weight.float() / 2, task.quant.bits, task.quant.group_size)
             linears[role] = replace(part, weight=codes)
             reports.append(LinearReport(role, codes.shape, 1.0, 1.0, 1.0))
-    return BlockResult(to_float16(replace(task.weights, linears=linears)), tuple(reports), None)
+    return BlockResult(QuantizedBlock.of(replace(task.weights, linears=linears)), tuple(reports), None)
 
 
 TOY = Recipe("toy", "Toy", "halves every weight", halve_and_round, text="none", in_table=False)
