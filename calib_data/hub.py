@@ -8,15 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from calib_data.readers import (
-    SUFFIXES,
-    TEXT_LIMIT_BYTES,
-    Corpus,
-    Document,
-    Unusable,
-    document_of,
-    report_bad_records,
-)
+from calib_data.readers import SUFFIXES, TEXT_LIMIT_BYTES, Corpus, report_bad_records
+from calib_data.records import Document, Unusable, document_of
 from convert.errors import InputError
 
 CHARACTERS_A_TOKEN = 8  # read about twice the text that the samples need
@@ -69,7 +62,7 @@ def read_dataset(dataset: HubDataset, column: str, tokens_wanted: int) -> Corpus
                 if len(bad) > 100:
                     break
                 continue
-            corpus.bytes_read += _add(document, corpus, digest)
+            corpus.bytes_read += _add(document, f"row {seen - 1}", corpus, digest)
             if corpus.bytes_read >= limit:
                 break
     except InputError:
@@ -109,10 +102,11 @@ def open_dataset(name: str, subset: str | None, **options: Any) -> Any:
         huggingface_hub.logging.set_verbosity(verbosity)
 
 
-def _add(document: Document, corpus: Corpus, digest: "hashlib._Hash") -> int:
-    raw = document.encode() if isinstance(document, str) else json.dumps(document).encode()
+def _add(document: Document, place: str, corpus: Corpus, digest: "hashlib._Hash") -> int:
+    text = document if isinstance(document, str) else json.dumps(document, default=str)
+    raw = text.encode("utf-8", "surrogatepass")
     digest.update(raw)
-    corpus.documents.append(document)
+    corpus.add(document, place)
     return len(raw)
 
 

@@ -6,41 +6,46 @@ Reading stops at TEXT_LIMIT_BYTES, so a corpus of any size is read in bounded me
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from calib_data.parquet import column_values
+from calib_data.records import Document, Unusable, document_of
 from convert.errors import InputError
+from convert.folder.json_files import open_regular, read_failure, show
+from convert.folder.paths import refuse_leaving_links
 
 TEXT_LIMIT_BYTES = 64 * 2**20
 BAD_LINE_SHARE = 0.05  # more unusable lines than this stop the run
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".raw", ".utf8")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 SUFFIXES = (*TEXT_SUFFIXES, *LINE_SUFFIXES, ".json", ".parquet")
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}  # of the "conversations" form
-
-Messages = list[dict[str, str]]
-Document = str | Messages
-
-
-@dataclass(frozen=True)
-class Unusable:
-    """A record without text, and why."""
-
-    reason: str
+NOTHING = object()  # in place of a record where a line is empty
 
 
 @dataclass
 class Corpus:
-    """Documents of one source: plain text, or chats as lists of {"role", "content"}. `sha256` covers the bytes read."""
+    """Documents of one source: plain text, or chats as lists of {"role", "content"}. `sha256` covers the bytes read.
+
+    `places`: where each document stands, as messages name it ("line 31"); "" for a whole file.
+    """
 
     name: str
     documents: list[Document] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
     sha256: str = ""
     bytes_read: int = 0
     bytes_unread: int = 0
     skipped: int = 0
     notes: list[str] = field(default_factory=list)
+
+    def add(self, document: Document, place: str = "") -> None:
+        """Take in a document."""
+        self.documents.append(document)
+        self.places.append(place)
 
 
 def read_corpus(path: Path, column: str = "text", limit: int = TEXT_LIMIT_BYTES) -> Corpus:
@@ -81,14 +86,15 @@ def _has_text(document: Document) -> bool:
 
 
 def _text_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file() and f.suffix.lower() in SUFFIXES)
-        if not files:
-            raise InputError(f"the folder {path} holds no text file ({', '.join(SUFFIXES)}).")
-        return files
-    raise InputError(f"{path} does not exist: give a text file ({', '.join(SUFFIXES)}) or a folder of them.")
+    if not path.is_dir():
+        with open_regular(path):  # raises for what is absent, and for a device or a FIFO
+            return [path]
+    entries = [f for f in path.rglob("*") if f.is_symlink() or f.suffix.lower() in SUFFIXES]
+    refuse_leaving_links(path, [f for f in entries if f.suffix.lower() in SUFFIXES or f.is_dir()])
+    files = sorted(f for f in entries if f.is_file() and f.suffix.lower() in SUFFIXES)
+    if not files:
+        raise InputError(f"the folder {path} holds no text file ({', '.join(SUFFIXES)}).")
+    return files
 
 
 def _size_bytes(file: Path) -> int:
@@ -98,13 +104,21 @@ def _size_bytes(file: Path) -> int:
         raise InputError(f"{file} cannot be read: {error.strerror}.") from error
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[BinaryIO]:
+    """The file, buffered; a read that fails is told as bad input or a lost disk."""
+    with open_regular(file) as raw:
+        stream = BufferedReader(raw)  # type: ignore[type-var]
+        try:
+            yield stream  # type: ignore[misc]
+        except OSError as error:
+            raise read_failure(file, error) from error
+
+
 def _refuse_disguise(file: Path) -> None:
     """Raises InputError for bytes that are no UTF-8 text whatever the name says."""
-    try:
-        with file.open("rb") as stream:
-            head = stream.read(4)
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}.") from error
+    with _opened(file) as stream:
+        head = stream.read(4)
     if head[:2] == b"\x1f\x8b":
         raise InputError(f"{file} is a gzip file: unpack it first (gunzip), then give the text.")
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
@@ -123,7 +137,7 @@ def _decode(raw: bytes, file: Path, where: str, base: int = 0) -> str:
 
 
 def _read_text(file: Path, corpus: Corpus, digest: Any, room: int) -> int:
-    with file.open("rb") as stream:
+    with _opened(file) as stream:
         raw = stream.read(room)
         cut = bool(stream.read(1))
     digest.update(raw)
@@ -132,7 +146,14 @@ def _read_text(file: Path, corpus: Corpus, digest: Any, room: int) -> int:
         while raw and raw[-1] & 0xC0 == 0x80:
             raw = raw[:-1]
         raw = raw[:-1] if raw and raw[-1] >= 0xC0 else raw
-    corpus.documents.append(_decode(raw, file, "").removeprefix("\ufeff"))
+    text = _decode(raw, file, "").removeprefix("\ufeff")
+    lines = text.count("\n")
+    if (
+        lines and text.count("\r\n") == lines
+    ):  # an editor or a checkout for Windows changed every line end of the same text
+        text = text.replace("\r\n", "\n")
+        corpus.notes.append(f"{file}: its {lines:,} line ends are CR LF; they are read as LF.")
+    corpus.add(text)
     return used
 
 
@@ -140,16 +161,16 @@ def _read_lines(file: Path, column: str, corpus: Corpus, digest: Any, room: int)
     """JSON lines, or a .json file holding one list of records."""
     bad: list[str] = []
     seen = used = 0
-    for where, record in _records(file, digest, room):
-        if isinstance(record, int):
-            used = record
+    for where, record, size in _records(file, digest, room):
+        used += size
+        if record is NOTHING:
             continue
         seen += 1
         document = record if isinstance(record, Unusable) else document_of(record, column)
         if isinstance(document, Unusable):
             bad.append(f"{where}: {document.reason}")
         else:
-            corpus.documents.append(document)
+            corpus.add(document, where)
     report_bad_records(str(file), bad, seen, corpus)
     return used
 
@@ -168,9 +189,9 @@ def report_bad_records(name: str, bad: list[str], seen: int, corpus: Corpus) -> 
     corpus.notes.append(f"{name}: {len(bad)} of {seen} records skipped ({shown}).")
 
 
-def _records(file: Path, digest: Any, room: int) -> Iterator[tuple[str, Any]]:
-    """(place, record or Unusable) of each record; at the end ("", bytes used)."""
-    with file.open("rb") as stream:
+def _records(file: Path, digest: Any, room: int) -> Iterator[tuple[str, Any, int]]:
+    """(place, record, Unusable or NOTHING, bytes used) of each record."""
+    with _opened(file) as stream:
         if file.suffix.lower() == ".json":
             raw = stream.read(room + 1)
             if len(raw) > room:
@@ -178,94 +199,45 @@ def _records(file: Path, digest: Any, room: int) -> Iterator[tuple[str, Any]]:
                     f"{file} is over {room} bytes in one JSON document: save it as JSON lines (.jsonl)."
                 )
             digest.update(raw)
+            yield "", NOTHING, len(raw)
             try:
                 document = json.loads(_decode(raw, file, ""))
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise InputError(f"{file} is not JSON: {error}.") from error
+            except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
+                raise InputError(f"{file} is not JSON: {show(str(error))}.") from error
             for number, record in enumerate(document if isinstance(document, list) else [document]):
-                yield f"record {number}", record
-            yield "", len(raw)
+                yield f"record {number}", record, 0
             return
         used = 0
         for number, raw in enumerate(iter(lambda: stream.readline(room + 1), b""), start=1):
-            if used + len(raw) > room:
-                break
             used += len(raw)
+            if used > room:
+                break
             digest.update(raw)
             text = _decode(raw, file, f" (line {number})", used - len(raw)).removeprefix("\ufeff")
             if not text.strip():
+                yield f"line {number}", NOTHING, len(raw)
                 continue
             try:
-                yield f"line {number}", json.loads(text)
-            except (json.JSONDecodeError, RecursionError):
-                yield f"line {number}", Unusable("not JSON")
-        yield "", used
-
-
-def document_of(record: Any, column: str) -> Document | Unusable:
-    """The text or the chat of one record: its `column`, else "messages" or "conversations"."""
-    if isinstance(record, str):
-        return record
-    if not isinstance(record, dict):
-        return Unusable(f"{type(record).__name__} instead of an object")
-    if column in record:
-        value = record[column]
-        if isinstance(value, str):
-            return value
-        if not isinstance(value, list):
-            return Unusable(
-                f'"{column}" is {"null" if value is None else type(value).__name__} instead of text'
-            )
-        return _messages(value, column)
-    for name in ("messages", "conversations"):
-        if isinstance(record.get(name), list):
-            return _messages(record[name], name)
-    found = ", ".join(sorted(map(str, record))[:8]) or "none"
-    return Unusable(f'no column "{column}" (found: {found})')
-
-
-def _messages(turns: list[Any], name: str) -> Messages | Unusable:
-    messages: Messages = []
-    for turn in turns:
-        if not isinstance(turn, dict):
-            return Unusable(f'"{name}" holds {type(turn).__name__} instead of messages')
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or not isinstance(content, str):
-            return Unusable(f'a message of "{name}" lacks role or content')
-        messages.append({"role": ROLES.get(role, role), "content": content})
-    return messages if messages else Unusable(f'"{name}" is empty')
+                record = json.loads(text)
+            except (ValueError, RecursionError):
+                record = Unusable("not JSON")
+            yield f"line {number}", record, len(raw)
 
 
 def _read_parquet(file: Path, column: str, corpus: Corpus, digest: Any, room: int) -> int:
-    import pyarrow
-    from pyarrow import parquet
-
     bad: list[str] = []
     seen = used = 0
-    try:
-        table = parquet.ParquetFile(file)
-        names = table.schema_arrow.names
-        wanted = next((n for n in (column, "messages", "conversations") if n in names), None)
-        if wanted is None:
-            raise InputError(
-                f'{file} has no column "{column}" (found: {", ".join(names[:12])}): name it with --text-column.'
-            )
-        for batch in table.iter_batches(batch_size=256, columns=[wanted]):
-            for value in batch.column(0).to_pylist():
-                if used >= room:
-                    break
-                document = document_of({wanted: value}, column)
-                size = len(json.dumps(value).encode())
-                digest.update(json.dumps(value).encode())
-                used += size
-                if isinstance(document, Unusable):
-                    bad.append(f"row {seen}: {document.reason}")
-                else:
-                    corpus.documents.append(document)
-                seen += 1
-            if used >= room:
-                break
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{file} cannot be read as parquet: {error}") from error
+    for name, value in column_values(file, (column, "messages", "conversations")):
+        document = document_of({name: value}, column)
+        raw = json.dumps(value, default=str).encode()
+        digest.update(raw)
+        used += len(raw)
+        if isinstance(document, Unusable):
+            bad.append(f"row {seen}: {document.reason}")
+        else:
+            corpus.add(document, f"row {seen}")
+        seen += 1
+        if used >= room:
+            break
     report_bad_records(str(file), bad, seen, corpus)
     return used

@@ -14,7 +14,8 @@ from torch import Tensor
 from calib_data.blocks import CalibrationSet, check_vocabulary, coverage, sample_blocks, tokens_digest
 from calib_data.generated import SOURCE, Generate, generate_blocks, generated_rule
 from calib_data.hub import PRESETS, parse_name, read_dataset
-from calib_data.readers import SUFFIXES, Corpus, Messages, read_corpus
+from calib_data.readers import BAD_LINE_SHARE, SUFFIXES, Corpus, read_corpus, report_bad_records
+from calib_data.records import Messages
 from convert.errors import InputError
 
 SEPARATOR = "\n\n"  # between documents; a single text file stays as it stands
@@ -136,17 +137,28 @@ def find_corpus(request: TextRequest) -> Corpus:
 
 
 def corpus_ids(corpus: Corpus, tokenizer: Tokenizes) -> Tensor:
-    """Ids (T,) int64 of the whole corpus: text joined by blank lines without BOS, each chat rendered by the template."""
+    """Ids (T,) int64 of the whole corpus: text joined by blank lines without BOS, each chat rendered by the template.
+
+    A chat that the template refuses is skipped, counted and named. Raises InputError where they are more than the share of
+    records that may be unusable.
+    """
     ids: list[int] = []
     plain: list[str] = []
-    for document in corpus.documents:
+    refused: list[str] = []
+    for document, place in zip(corpus.documents, corpus.places, strict=True):
         if isinstance(document, str):
             plain.append(document)
             continue
         if plain:
             ids.extend(tokenizer.encode_plain(SEPARATOR.join(plain)))
             plain = []
-        ids.extend(tokenizer.apply_chat_template(document, add_generation_prompt=False))
+        try:
+            ids.extend(tokenizer.apply_chat_template(document, add_generation_prompt=False))
+        except InputError as error:
+            refused.append(f"{place}: {error}")
+            if len(refused) > BAD_LINE_SHARE * len(corpus.documents):
+                break  # what is left cannot change that
+    report_bad_records(corpus.name, refused, len(corpus.documents), corpus)
     if plain:
         ids.extend(tokenizer.encode_plain(SEPARATOR.join(plain)))
     return torch.tensor(ids, dtype=torch.int64)

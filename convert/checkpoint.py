@@ -13,7 +13,9 @@ from torch import Tensor
 
 from convert.config import ModelConfig
 from convert.folder.files import combined_digest, file_digests
+from convert.folder.source_files import SourceFiles
 from convert.folder.state import FolderState, folder_state, read_manifest
+from convert.folder.unchanged import Unchanged
 from kernels.int4 import Quantized
 from kernels.packing import SEQUENTIAL_ORDER, pack_columns, unpack_columns
 
@@ -61,14 +63,23 @@ class BlockWeights:
 
 @dataclass
 class Checkpoint(ABC):
-    """A model on disk. `notes` are remarks for the user; `tokenizer_dir` holds tokenizer files and config.json."""
+    """A model on disk. `notes` are remarks for the user; `tokenizer_dir` holds tokenizer files and config.json.
+
+    `beside`: those small files as they were on opening (None: looked at now). `watched`: the weight files, where they are followed.
+    """
 
     path: Path
     kind: Kind
     config: ModelConfig
     tokenizer_dir: Path
     notes: list[str] = field(default_factory=list)
+    beside: SourceFiles = None  # type: ignore[assignment]  # always set after __post_init__
+    watched: Unchanged | None = field(default=None, init=False, repr=False)
     _digest: str | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.beside is None:
+            self.beside = SourceFiles(self.tokenizer_dir)
 
     @abstractmethod
     def block(self, index: int) -> BlockWeights:
@@ -99,8 +110,11 @@ class Checkpoint(ABC):
     def weight_files(self) -> list[Path]:
         """The files that hold the weights, in a fixed order."""
 
-    def check_unchanged(self) -> None:  # noqa: B027
-        """Raises InputError naming a weight file that changed since the checkpoint was opened."""
+    def check_unchanged(self) -> None:
+        """Raises InputError naming a weight file, configuration or tokenizer file that changed since the checkpoint was opened."""
+        if self.watched is not None:
+            self.watched.check()
+        self.beside.check()
 
     def digest(self) -> str:
         """sha256 over the names and sha256 of the weight files; computed once.
@@ -111,5 +125,7 @@ class Checkpoint(ABC):
             digests = file_digests(self.weight_files())
             if digests and folder_state(self.path) is FolderState.FINISHED:
                 read_manifest(self.path).compare(self.path, digests)
+            if self.watched is not None:
+                self.watched.remember(digests)
             self._digest = combined_digest(digests)
         return self._digest

@@ -68,7 +68,9 @@ class PaddedCheckpoint(Checkpoint):
             f"{inner.config.num_kv_heads} -> {config.num_heads}/{config.num_kv_heads}, intermediate "
             f"{inner.config.intermediate_size} -> {config.intermediate_size}; the same function"
         )
-        super().__init__(inner.path, inner.kind, config, inner.tokenizer_dir, [*inner.notes, note])
+        super().__init__(
+            inner.path, inner.kind, config, inner.tokenizer_dir, [*inner.notes, note], inner.beside
+        )
         self.inner = inner
         self._norm_scale = sqrt(inner.config.hidden_size / config.hidden_size)
         # multiplies all that is added to the residual stream; 1 where eps takes up the change instead

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from convert.checkpoint import BlockWeights, Checkpoint
 from convert.errors import InputError
+from convert.folder.contents import check_report, unlisted_files
 from convert.folder.json_files import show
 from convert.folder.output import FolderState, Manifest, folder_state, read_manifest
 from convert.hf.safetensors_files import check_finite, read_header, read_tensor
@@ -36,10 +37,14 @@ class Check:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """All checks of one path. `rests`: relative rest of each compared linear, "block.role" -> number."""
+    """All checks of one path. `rests`: relative rest of each compared linear, "block.role" -> number.
+
+    `verified`: the path says what its bytes should be, so passing means that they are. Without a manifest of ours nothing says it.
+    """
 
     path: str
     kind: str
+    verified: bool = False
     checks: tuple[Check, ...] = ()
     notes: tuple[str, ...] = ()
     rests: Mapping[str, float] = field(default_factory=dict)
@@ -58,6 +63,7 @@ class _Findings:
 
     path: str
     kind: str = "unknown"
+    verified: bool = False
     checks: list[Check] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     rests: dict[str, float] = field(default_factory=dict)
@@ -68,25 +74,33 @@ def verify_path(
     source: Path | None = None,
     *,
     family: str | None = None,
+    strict: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
     """Check a checkpoint, workspace or folder of statistics: manifest, digests, shapes, ranges, finiteness; with `source`, the weights too.
 
-    `family` decides how `path` is read, in place of its config.json. Every fault becomes a failed check. Raises InputError only where `path` is no model at all, or `source` cannot be opened.
+    Args:
+        family: decides how `path` is read, in place of its config.json.
+        strict: files that the manifest does not list are refused even where they are mere documents (README.md, pictures).
+
+    Every fault becomes a failed check. Raises InputError only where `path` is no model at all, or `source` cannot be opened.
     """
     found = _Findings(str(path))
-    _verify(path, source, found, family, progress)
-    return VerifyReport(found.path, found.kind, tuple(found.checks), tuple(found.notes), found.rests)
+    manifest = _check_manifest(path, found, strict) if path.is_dir() else None
+    _verify(path, source, manifest, found, family, progress)
+    return VerifyReport(
+        found.path, found.kind, found.verified, tuple(found.checks), tuple(found.notes), found.rests
+    )
 
 
 def _verify(
     path: Path,
     source: Path | None,
+    manifest: Manifest | None,
     report: _Findings,
     family: str | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    manifest = _check_manifest(path, report) if path.is_dir() else None
     if manifest is not None and manifest.kind == "statistics":
         report.kind = "statistics"
         _check_statistics(path, manifest, report, progress)
@@ -100,7 +114,8 @@ def _verify(
             raise
         report.checks.append(Check("open", False, str(error)))
         return
-    report.kind, report.notes = ckpt.kind, list(ckpt.notes)
+    report.kind = ckpt.kind
+    report.notes += [note for note in ckpt.notes if note not in report.notes]
     report.checks.append(
         Check("open", True, f"{ckpt.config.family}, {ckpt.config.num_layers} blocks; every tensor is there")
     )
@@ -109,17 +124,20 @@ def _verify(
     _check_blocks(ckpt, origin, report, progress)
 
 
-def _check_manifest(folder: Path, report: _Findings) -> Manifest | None:
+def _check_manifest(folder: Path, report: _Findings, strict: bool) -> Manifest | None:
     """The manifest, where there is one that can be read."""
     manifest = None
     try:
         state = folder_state(folder)
         if state is FolderState.FINISHED:
+            report.verified = True
             manifest = read_manifest(folder)
             manifest.check_digests(folder)
+            check_report(folder, manifest)
             report.checks.append(
                 Check("digests", True, f"{len(manifest.files)} files are as the manifest lists them")
             )
+            _check_unlisted(folder, manifest, report, strict)
         elif state is FolderState.UNFINISHED:
             report.checks.append(Check("digests", False, "the folder has no manifest: it is unfinished"))
         else:
@@ -127,6 +145,23 @@ def _check_manifest(folder: Path, report: _Findings) -> Manifest | None:
     except InputError as error:
         report.checks.append(Check("digests", False, str(error)))
     return manifest
+
+
+def _check_unlisted(folder: Path, manifest: Manifest, report: _Findings, strict: bool) -> None:
+    used, documents = unlisted_files(folder, manifest)
+    if strict:
+        used, documents = sorted(used + documents), []
+    if documents:
+        report.notes.append(f"not in the manifest: {', '.join(show(name) for name in documents[:8])}")
+    if used:
+        names = ", ".join(show(name) for name in used[:5])
+        report.checks.append(
+            Check(
+                "files",
+                False,
+                f"{len(used)} files are not in the manifest: {names}. Loaders could read them; remove what does not belong here.",
+            )
+        )
 
 
 def _check_statistics(

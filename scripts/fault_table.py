@@ -27,11 +27,13 @@ GROUPS = {  # letter -> (last case, what it is about)
     "G": (73, "packed shards"),
     "H": (88, "HTTP server abuse"),
     "I": (100, "concurrency and lifetime"),
+    "J": (117, "what a stranger's file may do"),
+    "K": (134, "what users bring"),
 }
 NOT_APPLICABLE = {
     46: "calibration text is read in the process itself: there is no child that could be killed and waited for"
 }
-_CASE = re.compile(r"(?<![A-Za-z0-9])([A-I])(\d{2,3})(?![0-9])")
+_CASE = re.compile(r"(?<![A-Za-z0-9])([A-K])(\d{2,3})(?![0-9])")
 
 
 def cases() -> dict[int, str]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import socket
+import stat
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 
 from convert.errors import InputError, ResourceError
-from convert.folder.json_files import read_failure, show
+from convert.folder.json_files import open_regular, read_failure, show
+from convert.folder.paths import create_file, refuse_link
 
 TEMP_SUFFIX = ".tmq-tmp"  # by this ending we know the temporary files as ours
 CHUNK = 2**20  # bytes read at a time: they are still in the cache when they are hashed
@@ -75,7 +77,7 @@ def atomic_write_all(
 
 def _write_synced(path: Path, data: bytes | Iterable[bytes | memoryview]) -> tuple[int, str]:
     digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
+    with create_file(path) as file:
         for chunk in (data,) if isinstance(data, bytes) else data:
             file.write(chunk)
             digest.update(chunk)
@@ -129,6 +131,8 @@ def remove_temporaries(folder: Path) -> list[str]:
     """Remove our temporary files of an earlier crash from the folder; returns their names. Others are not touched."""
     removed = []
     for path in sorted(folder.glob(f".*{TEMP_SUFFIX}")):
+        if path.is_dir() and not path.is_symlink():  # none of ours is a folder
+            continue
         path.unlink(missing_ok=True)
         removed.append(path.name)
     return removed
@@ -152,12 +156,12 @@ def sha256_file(path: Path) -> str:
     """Hex sha256 of a file. Raises InputError or ResourceError when it cannot be read."""
     digest, buffer = hashlib.sha256(), bytearray(CHUNK)
     view = memoryview(buffer)
-    try:
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
+    with open_regular(path) as file:
+        try:
+            while count := file.readinto(buffer):  # type: ignore[attr-defined]
                 digest.update(view[:count])
-    except OSError as error:
-        raise read_failure(path, error) from error
+        except OSError as error:
+            raise read_failure(path, error) from error
     return digest.hexdigest()
 
 
@@ -232,8 +236,18 @@ class FolderLock:
             raise write_failure(self.path, error) from error
 
     def _try(self) -> None:
-        handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        refuse_link(self.path)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        handle = os.open(self.path, flags, 0o644)
         try:
+            state = os.fstat(handle)
+            if (
+                not stat.S_ISREG(state.st_mode) or state.st_nlink > 1
+            ):  # a second name: another file would be emptied
+                raise InputError(
+                    f"{show(str(self.path))} is no regular file with one name, which the lock of an output folder is. Remove it, or choose "
+                    "another output folder."
+                )
             held_by = self._owner(os.pread(handle, 4096, 0))
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -266,7 +280,7 @@ class FolderLock:
         try:
             owner = json.loads(raw)
             return str(int(owner["pid"])), show(str(owner["host"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
             return "unknown", ""
 
     def release(self) -> None:

@@ -1,9 +1,14 @@
-"""JSON from strangers: bounded in size and depth, UTF-8, an object at the top, no key twice. Knows no keys."""
+"""Files of strangers, read within bounds: regular files alone, and JSON of limited size and depth, with no key twice.
+
+A device, a FIFO or a socket is never opened in a way that waits. Knows no keys.
+"""
 
 import errno
 import json
+import os
+import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from convert.errors import InputError, ResourceError
 
@@ -18,25 +23,68 @@ def show(text: str, limit: int = 200) -> str:
     return escaped if len(escaped) <= limit else escaped[:limit] + "..."
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """The whole file. Raises InputError when it is missing, not a file, unreadable or above `limit` bytes."""
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file open for reading, without a buffer. Raises InputError for anything else of that name, without waiting."""
     try:
-        if not path.is_file():
-            what = "is a folder" if path.is_dir() else "does not exist"
-            raise InputError(f"{show(str(path))} {what}: expected a file. Check that the copy is complete.")
-        size = path.stat().st_size
-        if size > limit:
-            raise InputError(
-                f"{show(str(path))} is {size:,} bytes, above the limit of {limit:,} for this kind of file: it is "
-                "not what its name says."
-            )
-        return path.read_bytes()
+        # asked before opening, because opening some devices does something; and after it, because the name may change hands
+        _check_regular(path, os.stat(path).st_mode)
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except PermissionError as error:
         raise InputError(
             f"{show(str(path))} may not be read: {error.strerror}. Change its permissions."
         ) from error
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{show(str(path))} does not exist: expected a file. Check that the copy is complete."
+        ) from error
     except OSError as error:
         raise read_failure(path, error) from error
+    except ValueError as error:  # a NUL inside
+        raise InputError(f"{show(str(path))} is no usable path: {error}.") from error
+    try:
+        _check_regular(path, os.fstat(handle).st_mode)
+    except BaseException:
+        os.close(handle)
+        raise
+    return os.fdopen(handle, "rb", buffering=0)
+
+
+def _check_regular(path: Path, mode: int) -> None:
+    if stat.S_ISREG(mode):
+        return
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    what = kinds.get(stat.S_IFMT(mode), "no regular file")
+    raise InputError(f"{show(str(path))} is {what}: expected a file. Check that the copy is complete.")
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The whole file. Raises InputError when it is missing, not a file, unreadable or above `limit` bytes."""
+    with open_regular(path) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise InputError(
+                    f"{show(str(path))} is {size:,} bytes, above the limit of {limit:,} for this kind of file: it is "
+                    "not what its name says."
+                )
+            return read_up_to(file, limit)
+        except OSError as error:
+            raise read_failure(path, error) from error
+
+
+def read_up_to(file: BinaryIO, limit: int) -> bytes:
+    """Bytes from where the file stands, at most `limit`; fewer only where it ends. Raises OSError."""
+    parts, left = [], limit
+    while left and (part := file.read(min(left, 2**24))):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
 
 
 def read_failure(path: Path, error: OSError) -> InputError | ResourceError:

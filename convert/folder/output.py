@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ from convert.folder.files import (
     write_failure,
 )
 from convert.folder.journal import Journal
-from convert.folder.json_files import INDEX_LIMIT, read_object, show
+from convert.folder.json_files import INDEX_LIMIT, open_regular, read_bytes, read_failure, read_object, show
+from convert.folder.paths import create_file, refuse_link, refuse_linked_parents
 from convert.folder.same_run import refuse_other_run
 from convert.folder.state import (
     FORMAT,
@@ -39,6 +40,7 @@ from convert.folder.state import (
     FolderState,
     Manifest,
     base_of,
+    file_facts,
     folder_state,
     read_manifest,
     read_manifest_file,
@@ -75,6 +77,8 @@ class OutputFolder:
         """
         _refuse_occupied(folder)
         base = folder / "tmq" if layout == "tmq" else folder
+        for place in (folder / "tmq", base / "work"):
+            refuse_link(place)
         make_folder(base)
         out = cls(folder, layout, FolderLock(base / "work" / "lock"))
         out._lock.acquire()
@@ -117,6 +121,10 @@ class OutputFolder:
         """Write a file of the output atomically and note it, with its digest, in the journal. `name` is relative, with /."""
         self._write(name, data if isinstance(data, bytes) else b"".join(data), tensors)
 
+    def write_chunks(self, name: str, chunks: Iterable[bytes]) -> None:
+        """As `write`, of bytes that come in pieces; what goes wrong while they are made leaves no file."""
+        self._write(name, chunks, None)
+
     def _write(self, name: str, data: Any, tensors: Mapping[str, Any] | None) -> None:
         self._write_all([name], [(name, data, tensors)])
 
@@ -124,6 +132,7 @@ class OutputFolder:
         self, names: Collection[str], files: Iterable[tuple[str, Any, Mapping[str, Any] | None]]
     ) -> None:
         """Write the files `names`: one note before them all, and one with their digests when all are on disk."""
+        refuse_linked_parents(self.folder, names)
         for parent in {(self.folder / name).parent for name in names}:
             make_folder(parent)
         self._journal.note([{"path": name, "state": "begun"} for name in names])
@@ -159,9 +168,9 @@ class OutputFolder:
     def copy(self, source: Path, name: str) -> None:
         """Copy a file into the output, byte for byte."""
 
-        def chunks() -> Any:
-            with source.open("rb") as file:
-                while chunk := file.read(2**22):
+        def chunks() -> Iterator[bytes]:
+            with open_regular(source) as file:
+                while chunk := _read_chunk(file, source):
                     yield chunk
 
         self._write(name, chunks(), None)
@@ -183,20 +192,24 @@ class OutputFolder:
     def finish(self, facts: Mapping[str, Any], report: Mapping[str, Any] | None = None) -> None:
         """Remove the working state and write the manifest: its `facts` plus the list of files. Ends with the lock released.
 
-        `report` (seconds, memory: what differs between equal runs) goes to report.json, which the manifest does not list.
+        `report` (seconds, memory: what differs between equal runs) goes to report.json, which the manifest does not list: that
+        file has a digest of its own, and the digest of run.json, so that one of another run is noticed.
         """
+        run = file_facts(read_bytes(self.base / "run.json", INDEX_LIMIT))
         if report is not None:
-            atomic_write(self.base / "report.json", json_bytes(report))
+            signed = {**json.loads(json_bytes(report)), "run": run["sha256"]}
+            atomic_write(self.base / "report.json", json_bytes(signed | {"digest": self_digest(signed)}))
         files = [
             {key: value for key, value in entry.items() if key != "state"}
             for entry in self.written().values()
         ]
-        data = {**json.loads(json_bytes(facts)), "format": FORMAT, "tool": TOOL, "files": files}
+        data = {**json.loads(json_bytes(facts)), "format": FORMAT, "tool": TOOL, "files": files, "run": run}
+        data["has_report"] = report is not None
         data["digest"] = self_digest(data)
         # Under its temporary name the manifest is complete before the journal goes: a kill in between loses nothing.
         path = self.base / "manifest.json"
         try:
-            with temp_path(path).open("wb") as file:
+            with create_file(temp_path(path)) as file:
                 file.write(json_bytes(data))
                 file.flush()
                 os.fsync(file.fileno())
@@ -240,15 +253,25 @@ class OutputFolder:
     def _discard(self) -> None:
         """Remove what the unfinished run wrote, and nothing else."""
         self._journal.read()
+        refuse_linked_parents(self.folder, self._journal.entries)
         self._clean()
         for name in self._journal.entries:
-            (self.folder / name).unlink(missing_ok=True)
+            if not (self.folder / name).is_dir():  # a folder of that name is none of ours
+                (self.folder / name).unlink(missing_ok=True)
         self._journal.entries = {}
         for path in self.work.iterdir():
             if path.name != "lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         (self.base / "run.json").unlink()
         sync_folder(self.base)
+
+
+def _read_chunk(file: BinaryIO, source: Path) -> bytes:
+    """The next piece of a file that is copied. A fault of the source is told of the source, not of the output."""
+    try:
+        return file.read(2**22)
+    except OSError as error:
+        raise read_failure(source, error) from error
 
 
 def _raw(tensor: Tensor) -> memoryview:

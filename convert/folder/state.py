@@ -3,15 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from convert.errors import InputError
 from convert.folder.files import file_digests, json_bytes, sha256_bytes, temp_path
-from convert.folder.json_files import INDEX_LIMIT, read_object, show
+from convert.folder.json_files import INDEX_LIMIT, parse_object, read_bytes, read_object, show
+from convert.folder.paths import is_inner_name
 
 FORMAT = 1
 TOOL = "turbomind-quant"
+OUR_FILES = ("run.json", "manifest.json", "report.json")
 
 
 class FolderState(Enum):
@@ -24,17 +26,21 @@ class FolderState(Enum):
 
 
 def base_of(folder: Path) -> Path:
-    """The folder of run.json and manifest.json: tmq/ where it is there, else the root."""
+    """The folder of run.json and manifest.json: the root where they name us there, else tmq/ where it is there."""
     tmq = folder / "tmq"
-    return tmq if tmq.is_dir() else folder
+    return tmq if tmq.is_dir() and not _names_us(folder) else folder
 
 
 def folder_state(folder: Path) -> FolderState:
-    """Finished, unfinished, foreign or absent; decided by run.json and manifest.json alone."""
+    """Finished, unfinished, foreign or absent; decided by run.json and manifest.json alone.
+
+    Raises InputError for a folder that says it is ours but whose run.json is absent or damaged: it is never taken for foreign.
+    """
     if not folder.exists():
         return FolderState.ABSENT
     base = base_of(folder)
-    if _is_ours(base / "run.json"):
+    if _claims_to_be_ours(base):
+        _check_run_file(base / "run.json")
         return FolderState.FINISHED if (base / "manifest.json").is_file() else FolderState.UNFINISHED
     # a start that was killed before its first file leaves nothing but the lock
     skeleton = {"tmq", "work", "lock", temp_path(Path("run.json")).name}
@@ -43,18 +49,40 @@ def folder_state(folder: Path) -> FolderState:
     return FolderState.FOREIGN
 
 
-def _is_ours(run_file: Path) -> bool:
+def _claims_to_be_ours(base: Path) -> bool:
+    """Whether anything here says that a run of ours made it: our files in tmq/, our name in a file at the root, or our journal."""
+    if (base / "work" / "files.jsonl").is_file():
+        return True
+    if base.name == "tmq":
+        return any((base / name).is_file() for name in OUR_FILES)
+    return _names_us(base)
+
+
+def _names_us(folder: Path) -> bool:
+    """Whether a file that a run of ours leaves at the root has our name in it: a single damaged byte does not hide all of them."""
+    paths = [folder / name for name in OUR_FILES if (folder / name).is_file()]
+    return any(TOOL.encode() in read_bytes(path, INDEX_LIMIT) for path in paths)
+
+
+def _check_run_file(run_file: Path) -> None:
+    where, cure = (
+        show(str(run_file)),
+        "Copy the folder again, or remove it and give the command that made it again.",
+    )
     if not run_file.is_file():
-        return False
+        raise InputError(
+            f"{where} is absent, but other files of the folder say that a run of ours made it. {cure}"
+        )
     try:
-        return bool(read_object(run_file).get("tool") == TOOL)
+        raw = read_object(run_file)
     except InputError as error:
-        if run_file.parent.name == "tmq":
-            raise InputError(
-                f"{show(str(run_file))} is damaged ({error}), so this folder can be neither read nor resumed. Remove the folder "
-                "and start again."
-            ) from error
-        return False
+        raise InputError(
+            f"{where} is damaged ({error}), so this folder can be neither read nor resumed. {cure}"
+        ) from error
+    if raw.get("tool") != TOOL:
+        raise InputError(
+            f"{where} names the tool {show(repr(raw.get('tool')))}, expected {TOOL!r}: it was edited or damaged. {cure}"
+        )
 
 
 @dataclass(frozen=True)
@@ -106,8 +134,19 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check manifest.json of a finished folder. Raises InputError when it is damaged, edited or newer than us."""
-    return Manifest(read_manifest_file(base_of(folder) / "manifest.json"))
+    """Read and check manifest.json of a finished folder, and that run.json is the one it was written with.
+
+    Raises InputError when one of them is damaged or edited, or the manifest is newer than us.
+    """
+    base = base_of(folder)
+    manifest = Manifest(read_manifest_file(base / "manifest.json"))
+    run = manifest.data.get("run")
+    if run is not None and run != file_facts(read_bytes(base / "run.json", INDEX_LIMIT)):
+        raise InputError(
+            f"{show(str(base / 'run.json'))} is not the file that the manifest was written with (sha256). Copy it again, or give "
+            "the command that made it again."
+        )
+    return manifest
 
 
 def refuse_statistics(folder: Path) -> None:
@@ -120,30 +159,51 @@ def refuse_statistics(folder: Path) -> None:
 
 
 def read_manifest_file(path: Path) -> dict[str, Any]:
-    data = read_object(path, INDEX_LIMIT)
+    """The manifest, whose every byte is as it was written. Raises InputError otherwise."""
     where = show(str(path))
+    data = read_signed(path)
     if data.get("format") != FORMAT:
         raise InputError(
             f"{where} has format {show(repr(data.get('format')))}, this version reads {FORMAT}. Use the version that wrote it."
         )
-    if data.get("digest") != self_digest(data):
-        raise InputError(
-            f"{where} was edited or damaged: its own digest does not match. Copy it again from the source."
-        )
     files = data.get("files")
     if not isinstance(files, list):
         raise InputError(f"{where} lists no files. Copy it again.")
+    names = set()
     for entry in files:
         name = entry.get("path") if isinstance(entry, dict) else None
-        pure = PurePosixPath(name) if isinstance(name, str) else None
-        if not pure or pure.is_absolute() or ".." in pure.parts or "\0" in str(name):
+        if not is_inner_name(name) or name in names:
             raise InputError(
-                f"{where} lists {show(repr(name))}: expected a path inside the folder. It was tampered with."
+                f"{where} lists {show(repr(name))}: expected a path inside the folder, once. It was tampered with."
             )
-        if type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
+        names.add(name)
+        size, tensors = entry.get("bytes"), entry.get("tensors", {})
+        if type(size) is not int or not isinstance(entry.get("sha256"), str) or not isinstance(tensors, dict):
             raise InputError(f"{where}: the entry of {show(str(name))} lacks bytes or sha256. Copy it again.")
     return data
 
 
+def read_signed(path: Path) -> dict[str, Any]:
+    """A JSON object of ours with its own digest. Raises InputError where a byte is not as `json_bytes` wrote it."""
+    where = show(str(path))
+    raw = read_bytes(path, INDEX_LIMIT)
+    data = parse_object(raw, where)
+    try:
+        is_whole = data.get("digest") == self_digest(data) and json_bytes(data) == raw
+    except (ValueError, RecursionError):  # NaN or a lone surrogate, which no file of ours holds
+        is_whole = False
+    if not is_whole:
+        raise InputError(
+            f"{where} was edited or damaged: its own digest does not match. Copy it again from the source."
+        )
+    return data
+
+
 def self_digest(data: Mapping[str, Any]) -> str:
+    """sha256 of the document without its field `digest`."""
     return sha256_bytes(json_bytes({key: value for key, value in data.items() if key != "digest"}))
+
+
+def file_facts(raw: bytes) -> dict[str, Any]:
+    """What identifies a file: its bytes and sha256."""
+    return {"bytes": len(raw), "sha256": sha256_bytes(raw)}

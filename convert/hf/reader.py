@@ -17,7 +17,8 @@ from convert.config import ModelConfig
 from convert.errors import InputError
 from convert.families.fused_qkv import fused_rows, split_stored
 from convert.families.table import Family, bias_roles, linear_modules, linear_shapes, norm_shapes
-from convert.folder.json_files import read_object, show
+from convert.folder.json_files import show
+from convert.folder.source_files import SourceFiles
 from convert.folder.state import FolderState, folder_state, read_manifest, refuse_statistics
 from convert.hf.config import parse_config
 from convert.hf.safetensors_files import TensorInfo
@@ -68,18 +69,27 @@ def open_hf(folder: Path, family_name: str | None = None) -> "HfCheckpoint":
         manifest.check_sizes(folder)
         bits = manifest.data.get("bits")
         true_bits = bits if isinstance(bits, int) and not isinstance(bits, bool) else None
-    raw = read_object(folder / "config.json")
+    beside = SourceFiles(folder)
+    if beside.left_out:
+        notes.append(f"subfolders that no output takes over: {', '.join(beside.left_out[:8])}")
+    raw = beside.read_object("config.json")
     config, family, remarks = parse_config(raw, family_name, true_bits)
     if state is FolderState.FOREIGN and config.quantization is not None:
         notes.append("no manifest: written by another program, so digests could not be checked")
-    return HfCheckpoint(folder, config, family, raw, notes + remarks)
+    return HfCheckpoint(folder, config, family, raw, notes + remarks, beside)
 
 
 class HfCheckpoint(Checkpoint):
     """Reads tensor by tensor. `raw_config` is the parsed config.json, for writers that copy it."""
 
     def __init__(
-        self, folder: Path, config: ModelConfig, family: Family, raw_config: dict[str, Any], notes: list[str]
+        self,
+        folder: Path,
+        config: ModelConfig,
+        family: Family,
+        raw_config: dict[str, Any],
+        notes: list[str],
+        beside: SourceFiles,
     ) -> None:
         self.family, self.raw_config = family, raw_config
         self.files = TensorFolder(folder)
@@ -89,15 +99,18 @@ class HfCheckpoint(Checkpoint):
         fmt = config.quantization
         self._layout = None if fmt is None else LAYOUTS[fmt.method]
         super().__init__(
-            folder, "hf" if fmt is None else fmt.method, config, folder, notes + self.files.notes
+            folder,
+            "hf" if fmt is None else fmt.method,
+            config,
+            folder,
+            notes + self.files.notes,
+            beside,
         )
+        self.watched = self.files.watched
         self._check_tensors()
 
     def weight_files(self) -> list[Path]:
         return list(self.files.paths)
-
-    def check_unchanged(self) -> None:
-        self.files.check_unchanged()
 
     def embedding(self) -> Tensor:
         return self._float(

@@ -5,6 +5,7 @@ Tensors are read with plain reads, not mapped: a disk that fails then raises an 
 process. Knows no model.
 """
 
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from convert.errors import InputError
-from convert.folder.json_files import parse_object, read_failure, show
+from convert.folder.json_files import open_regular, parse_object, read_failure, read_up_to, show
 
 HEADER_LIMIT = 100 * 2**20  # bytes, the limit of the safetensors library itself
 DTYPES = {
@@ -49,9 +50,11 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one file, header checked. Raises InputError naming the file and what is wrong with it."""
     name = show(path.name)
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+    if not path.exists():
+        raise InputError(f"{name} does not exist in {show(str(path.parent))}. Copy it again.")
+    with open_regular(path) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
             head = file.read(512)
             _refuse_other_content(name, head, size)
             (length,) = struct.unpack("<Q", head[:8])
@@ -61,11 +64,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                     "Copy it again and compare its sha256 with the source's."
                 )
             file.seek(8)
-            raw = file.read(length)
-    except FileNotFoundError as error:
-        raise InputError(f"{name} does not exist in {show(str(path.parent))}. Copy it again.") from error
-    except OSError as error:
-        raise read_failure(path, error) from error
+            raw = read_up_to(file, length)
+        except OSError as error:
+            raise read_failure(path, error) from error
     table = parse_object(raw, f"header of {name}")
     table.pop("__metadata__", None)
     infos = {key: _entry(name, path, key, value, 8 + length) for key, value in table.items()}
@@ -143,16 +144,16 @@ def read_tensor(info: TensorInfo) -> Tensor:
         return torch.empty(info.shape, dtype=info.dtype)
     view = memoryview(buffer)
     done = 0
-    try:
-        with info.path.open("rb", buffering=0) as file:
+    with open_regular(info.path) as file:
+        try:
             file.seek(info.start)
             while done < len(buffer):
-                count = file.readinto(view[done:])
+                count = file.readinto(view[done:])  # type: ignore[attr-defined]
                 if not count:
                     break
                 done += count
-    except OSError as error:
-        raise read_failure(info.path, error) from error
+        except OSError as error:
+            raise read_failure(info.path, error) from error
     if done < len(buffer):
         raise InputError(
             f"{show(info.path.name)} ends inside tensor {show(info.name)!r}: it was cut while it was being read. Start again."

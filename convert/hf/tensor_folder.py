@@ -31,7 +31,7 @@ class TensorFolder:
             self._by_index(index, headers)
         else:
             self._by_file(headers)
-        self._unchanged = Unchanged(self.paths)
+        self.watched = Unchanged(self.paths)
 
     def _files(self) -> list[Path]:
         try:
@@ -116,7 +116,7 @@ class TensorFolder:
 
     def check_unchanged(self, paths: Iterable[Path] | None = None) -> None:
         """Raises InputError naming a weight file whose size, inode or time of change differs from when it was opened."""
-        self._unchanged.check(paths)
+        self.watched.check(paths)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -16,8 +16,9 @@ from convert.config import ModelConfig, QuantFormat
 from convert.errors import InputError
 from convert.families.fused_qkv import join_stored
 from convert.families.table import BY_NAME, Family, linear_modules, linear_shapes
-from convert.folder.json_files import read_failure, read_object, show
+from convert.folder.json_files import show
 from convert.folder.output import OutputFolder
+from convert.folder.source_files import PATTERNS
 from convert.hf.config import updated_config
 from convert.hf.made_config import made_config
 from convert.hf.spellings import both_spellings
@@ -27,7 +28,6 @@ from convert.linear_layouts.table import LAYOUTS
 from kernels.int4 import Quantized, dequantize
 from kernels.packing import SEQUENTIAL_ORDER, unpack_columns
 
-COPIED = ("*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 NOT_COPIED = {
     "config.json",
     INDEX_NAME,
@@ -130,10 +130,11 @@ class CheckpointWriter:
 
     def config_document(self) -> dict[str, Any]:
         """config.json of the source, or one made from what it states, with our sizes, dtype and format."""
-        file = self.source.tokenizer_dir / "config.json"
-        document = (
-            updated_config(read_object(file), self.config) if file.is_file() else made_config(self.config)
-        )
+        beside = self.source.beside
+        if "config.json" in beside.names:
+            document = updated_config(beside.read_object("config.json"), self.config)
+        else:
+            document = made_config(self.config)
         for key in ("quantization_config", "quantization"):
             document.pop(key, None)
         return both_spellings(document, self.config, self.float_dtype) | self.quantization_document()
@@ -213,14 +214,10 @@ class CheckpointWriter:
         self.out.write_json(INDEX_NAME, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
     def _copy_others(self) -> None:
-        folder = self.source.tokenizer_dir
-        try:
-            found = {path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
-        except OSError as error:
-            raise read_failure(folder, error) from error
-        for path in sorted(found):
-            if path.name not in NOT_COPIED and not self.out.has(path.name):
-                self.out.copy(path, path.name)
+        beside = self.source.beside
+        for name in beside.names:
+            if name not in NOT_COPIED and not self.out.has(name):
+                self.out.write_chunks(name, beside.contents(name))
 
 
 def _tensor_bytes(dtype: str, shape: list[int]) -> int:
@@ -263,7 +260,7 @@ def required_bytes(config: ModelConfig, source_dir: Path, fmt: QuantFormat | Non
     """Bytes that the folder takes at most: packed linears at up to 5 bits a weight, the rest at 16."""
     linears = sum(rows * cols for rows, cols in linear_shapes(config).values()) * config.num_layers
     rest = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
-    others = sum(p.stat().st_size for pattern in COPIED for p in source_dir.glob(pattern) if p.is_file())
+    others = sum(p.stat().st_size for pattern in PATTERNS for p in source_dir.glob(pattern) if p.is_file())
     return linears * (16 if fmt is None else 5) // 8 + rest * 2 + others + 2**20
 
 

@@ -131,7 +131,7 @@ class WorkspaceCheckpoint(Checkpoint):
             )
         self._shapes = all_shapes(self.packing, shape.kv_int8)
         self.check_files()
-        self._unchanged = Unchanged(self.weight_files())
+        self.watched = Unchanged(self.weight_files())
         for name in kv_shapes(self.packing) if shape.kv_int8 else ():
             check_kv_values(self._read(name), show(name))
 
@@ -156,9 +156,6 @@ class WorkspaceCheckpoint(Checkpoint):
                 f"{show(str(self.path))}: {len(wrong)} weight files do not fit the configuration: {'; '.join(wrong[:4])}"
                 f"{'; ...' if len(wrong) > 4 else ''}. The engine would read them as garbage. Pack the model again."
             )
-
-    def check_unchanged(self) -> None:
-        self._unchanged.check()
 
     def block(self, index: int) -> BlockWeights:
         linears = {}
@@ -188,7 +185,8 @@ class WorkspaceCheckpoint(Checkpoint):
     def _read(self, name: str) -> Tensor:
         shape, dtype = self._shapes[name]
         path, size = self.weights / name, math.prod(shape) * dtype.itemsize
-        self._unchanged.check([path])
+        assert self.watched is not None
+        self.watched.check([path])
         tensor = read_tensor(TensorInfo(name, path, dtype, shape, 0, size))
         check_finite(name, tensor)
         return tensor

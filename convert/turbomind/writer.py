@@ -21,6 +21,7 @@ from convert.folder.disk_space import check_free_space
 from convert.folder.files import check_output_place, worker_count
 from convert.folder.json_files import show
 from convert.folder.output import OutputFolder
+from convert.folder.source_files import SourceFiles
 from convert.tokenizer.files import read_chat_template
 from convert.tokenizer.tokenizer import check_tokenizer
 from convert.turbomind.config import CHAT_TEMPLATES, Shape, chat_template_name, config_yaml
@@ -154,7 +155,7 @@ def write_workspace(
         if not folder.finished:
             _write_weights(source, packing, folder, workers or worker_count(), progress)
             _write_config(source, packing, folder, chat)
-            _copy_tokenizer(source.tokenizer_dir, folder)
+            _copy_tokenizer(source.beside, folder)
             _copy_kv_parameters(source, packing, folder)
             source.check_unchanged()
             facts = {**fingerprint, "kind": "workspace", "bits": 4 if packing.weight_type == "int4" else 16}
@@ -240,16 +241,13 @@ def _write_config(source: Checkpoint, packing: Packing, folder: OutputFolder, ch
     folder.write(f"{WEIGHTS}/{name}", text.encode())
 
 
-def _copy_tokenizer(source: Path, folder: OutputFolder) -> None:
+def _copy_tokenizer(source: SourceFiles, folder: OutputFolder) -> None:
     """Tokenizer files to triton_models/tokenizer (0.6) and to the root (0.7.1 and later look there)."""
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    names += sorted(path.name for pattern in ("*.json", "*.py", "*.jinja") for path in source.glob(pattern))
-    ours = {"run.json", "manifest.json", "report.json"}
-    for name in names:
-        if name in ours:
-            continue
-        for target in (f"{TOKENIZER}/{name}", name):
-            folder.copy(source / name, target)
+    for name in source.names:
+        is_wanted = name in TOKENIZER_FILES or name.endswith((".json", ".py", ".jinja"))
+        if is_wanted and name not in ("run.json", "manifest.json", "report.json"):
+            for target in (f"{TOKENIZER}/{name}", name):
+                folder.write_chunks(target, source.contents(name))
 
 
 def _copy_kv_parameters(source: Checkpoint, packing: Packing, folder: OutputFolder) -> None:

@@ -62,7 +62,9 @@ class WithFinalNorm(Checkpoint):
     """A checkpoint with another final norm, for what is written after an end-to-end pass."""
 
     def __init__(self, source: Checkpoint, norm: Tensor) -> None:
-        super().__init__(source.path, source.kind, source.config, source.tokenizer_dir, list(source.notes))
+        super().__init__(
+            source.path, source.kind, source.config, source.tokenizer_dir, list(source.notes), source.beside
+        )
         self.source, self.norm = source, norm
 
     def block(self, index: int) -> BlockWeights:

@@ -548,14 +548,14 @@ def test_A17_unreadable(model: Path) -> None:
 
 def test_A17_unreadable_is_reported(model: Path, monkeypatch) -> None:
     """The same for root, whom the file system refuses nothing."""
-    opened = Path.open
+    opened = os.open
 
-    def deny(self: Path, *args, **kwargs):
-        if self.name == "model.safetensors":
+    def deny(path: Path, *args, **kwargs):
+        if Path(path).name == "model.safetensors":
             raise PermissionError(13, "Permission denied")
-        return opened(self, *args, **kwargs)
+        return opened(path, *args, **kwargs)
 
-    monkeypatch.setattr(Path, "open", deny)
+    monkeypatch.setattr(os, "open", deny)
     refused(model, "model.safetensors", "Permission denied")
 
 
@@ -610,11 +610,11 @@ def test_C36_a_failing_disk_is_named_and_not_retried(model: Path, monkeypatch) -
     ckpt = open_checkpoint(model)
     calls = []
 
-    def fail(self: Path, *args, **kwargs):
-        calls.append(self)
+    def fail(path: Path, *args, **kwargs):
+        calls.append(path)
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Path, "open", fail)
+    monkeypatch.setattr(os, "open", fail)
     with pytest.raises(TmqError, match=r"model\.safetensors.*Input/output error") as caught:
         ckpt.block(0)
     assert caught.value.exit_code == 4 and len(calls) == 1

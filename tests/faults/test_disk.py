@@ -84,10 +84,10 @@ def test_C31_full_disk_at_the_manifest_leaves_a_run_that_resumes(tmp_path, monke
     ids=lambda v: f"C32-{v}" if isinstance(v, str) and v.islower() and " " not in v else "",
 )
 def test_refused_writes(case: str, code: int, word: str, tmp_path, monkeypatch) -> None:
-    def fail(self, *args, **kwargs):
+    def fail(path, *args, **kwargs):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(Path, "open", fail)
+    monkeypatch.setattr(os, "open", fail)
     with pytest.raises(ResourceError, match=word):
         atomic_write(tmp_path / "x", b"1")
 

@@ -150,15 +150,15 @@ def test_without_digests_the_source_tells(case: str, workspace: Path, packed: Pa
 
 @pytest.mark.parametrize("case", ["G66-permissions"])
 def test_permissions_lost(case: str, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Path.open
+    real = os.open
 
-    def refuse(self: Path, *args: Any, **options: Any) -> Any:
-        if self.name == Path(WO).name:
+    def refuse(path: Any, *args: Any, **options: Any) -> Any:
+        if Path(path).name == Path(WO).name:
             raise PermissionError(13, "Permission denied")
-        return real(self, *args, **options)
+        return real(path, *args, **options)
 
     ckpt = open_checkpoint(workspace)
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(TmqError, match=r"wo\.0\.qweight"):
         ckpt.block(0)
 
@@ -310,7 +310,7 @@ def test_of_another_program_is_read_with_a_note(case: str, packed: Path, tmp_pat
     report = verify_path(folder, packed / "awq")
     assert report.passed and any("digests could not be checked" in note for note in report.notes)
     done = run("quantize", "verify", folder, "--source", packed / "awq")
-    assert done.returncode == 0 and "no manifest" in done.stdout
+    assert done.returncode == 6 and "no manifest" in done.stdout
 
 
 @pytest.mark.parametrize("case", ["G66-bit-before-pack", "G66-bit-before-unpack"])

@@ -134,6 +134,7 @@ def verify(
     *,
     source: StrPath | None = None,
     family: str | None = None,
+    strict: bool = False,
     progress: Listener | None = None,
 ) -> VerifyReport:
     """Check every byte of a checkpoint, workspace or folder of statistics: sizes, digests, ranges, tokenizer, and against `source`.
@@ -141,13 +142,13 @@ def verify(
     Args:
         source: what `path` was made from: sampled weights are compared with it.
         family: read `path` as this family, whatever its config.json says.
+        strict: refuse every file that the manifest does not list, documents such as README.md too.
 
     Every fault is a failed check of the report. Raises InputError where `path` is no model at all or `source` cannot be opened.
     """
     with Progress("verify", progress) as run:
-        return verify_path(
-            Path(path), None if source is None else Path(source), family=family, progress=run.step
-        )
+        origin = None if source is None else Path(source)
+        return verify_path(Path(path), origin, family=family, strict=strict, progress=run.step)
 
 
 def inspect(path: StrPath, *, family: str | None = None) -> InspectReport:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 import turbomind_quant as tmq
+from convert.errors import UNVERIFIED
 from turbomind_quant.cli.commands import HELP, Commands, debug_option, resumable, version_option
 from turbomind_quant.cli.options import (
     CalibrateOptions,
@@ -213,11 +214,15 @@ def unpack(workspace: str, output: str, restart: bool, as_json: bool) -> None:
 @click.option(
     "--source", metavar="MODEL", help="What PATH was made from: sampled weights are compared with it."
 )
+@click.option(
+    "--strict", is_flag=True, help="Refuse every file that the manifest does not list, README.md too."
+)
 @together(family_option, json_option, debug_option)
-def verify(path: str, source: str | None, family: str | None, as_json: bool) -> None:
+def verify(path: str, source: str | None, strict: bool, family: str | None, as_json: bool) -> None:
     """Check every byte of a checkpoint, a workspace or statistics: sizes, digests, ranges, the tokenizer, and against the source.
 
-    Exit code 3 where a check fails.
+    Exit code 0: every byte is as it was written. 3: a check fails. 6: all checks passed, but no manifest of ours says what the
+    bytes should be (a folder of another program).
 
     \b
     Example:  quantize verify workspace --source my-model-4bit
@@ -226,8 +231,8 @@ def verify(path: str, source: str | None, family: str | None, as_json: bool) -> 
     from turbomind_quant.cli.views.formats import verify_view
 
     with shown_progress() as progress:
-        report = tmq.verify(path, source=source, family=family, progress=progress)
-    code = 0 if report.passed else tmq.InputError.exit_code
+        report = tmq.verify(path, source=source, family=family, strict=strict, progress=progress)
+    code = tmq.InputError.exit_code if not report.passed else 0 if report.verified else UNVERIFIED
     show(report.to_json(), lambda: verify_view(report), as_json, code)
 
 

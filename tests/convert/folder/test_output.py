@@ -85,7 +85,7 @@ def test_a_kill_at_any_step_is_resumed_to_the_same_bytes(step: str, tmp_path, mo
         "fsync": (os, "fsync"),
         "unlink": (Path, "unlink"),
         "rmtree": (shutil, "rmtree"),
-        "open": (Path, "open"),
+        "open": (os, "open"),
     }[step]
     real = getattr(owner, name)
     for limit in range(60):

@@ -49,11 +49,12 @@ def verify_view(report: VerifyReport) -> list[str]:
     lines = [f"{'ok  ' if check.passed else 'FAIL'} {check.name}: {check.detail}" for check in report.checks]
     lines += [f"note: {note}" for note in report.notes]
     failed = [check.name for check in report.checks if not check.passed]
-    verdict = (
-        f"{len(failed)} of {len(report.checks)} checks fail: {', '.join(failed)}"
-        if failed
-        else "all checks passed"
-    )
+    if failed:
+        verdict = f"{len(failed)} of {len(report.checks)} checks fail: {', '.join(failed)}"
+    elif report.verified:
+        verdict = "all checks passed"
+    else:
+        verdict = "all checks passed, but unverified: no manifest of ours says what its bytes should be"
     return [*lines, f"{report.path} ({report.kind}): {verdict}"]
 
 
