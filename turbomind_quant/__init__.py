@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from convert.turbomind.writer import PackResult
     from convert.verify import VerifyReport
     from quant.progress import ProgressEvent
-    from turbomind_quant.api.evaluation import PerplexityReport, TableReport, perplexity, report, table
+    from turbomind_quant.api.evaluation import TableReport, report, table
     from turbomind_quant.api.formats import PackEstimate, estimate_pack, inspect, pack, unpack, verify
     from turbomind_quant.api.llm import LLM, Answer
+    from turbomind_quant.api.perplexity import CompareReport, PerplexityReport, compare, perplexity
     from turbomind_quant.api.quantization import calibrate, estimate, quantize
     from turbomind_quant.api.results import CalibrateResult, EstimateResult, QuantizeResult
     from turbomind_quant.api.speed import ThroughputReport, throughput
@@ -34,9 +35,10 @@ _HOMES = {
     "convert.turbomind.writer": ("PackResult",),
     "convert.verify": ("VerifyReport",),
     "quant.progress": ("ProgressEvent",),
-    "turbomind_quant.api.evaluation": ("PerplexityReport", "TableReport", "perplexity", "report", "table"),
+    "turbomind_quant.api.evaluation": ("TableReport", "report", "table"),
     "turbomind_quant.api.formats": ("PackEstimate", "estimate_pack", "inspect", "pack", "unpack", "verify"),
     "turbomind_quant.api.llm": ("LLM", "Answer"),
+    "turbomind_quant.api.perplexity": ("CompareReport", "PerplexityReport", "compare", "perplexity"),
     "turbomind_quant.api.quantization": ("calibrate", "estimate", "quantize"),
     "turbomind_quant.api.results": ("CalibrateResult", "EstimateResult", "QuantizeResult"),
     "turbomind_quant.api.speed": ("ThroughputReport", "throughput"),
@@ -47,6 +49,7 @@ __all__ = [
     "LLM",
     "Answer",
     "CalibrateResult",
+    "CompareReport",
     "EstimateResult",
     "InputError",
     "InspectReport",
@@ -64,6 +67,7 @@ __all__ = [
     "UsageError",
     "VerifyReport",
     "calibrate",
+    "compare",
     "estimate",
     "estimate_pack",
     "inspect",

@@ -7,6 +7,7 @@ of the mean negative log-likelihood). Logits, softmax and sums are float32 (sums
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ __all__ = [
     "PerplexityResult",
     "Reference",
     "Tokenizer",
+    "Watch",
     "cut_windows",
     "forward_windows",
     "paired_difference",
@@ -43,6 +45,10 @@ __all__ = [
     "student_t_975",
     "tokenize",
 ]
+
+# Called with a window, a range of its predictions, and their log-probabilities (T, V) by the reference and by the model; both are
+# overwritten afterwards.
+Watch = Callable[[int, slice, Tensor, Tensor], None]
 
 LOGITS_BYTES = {
     "cpu": 24 * 2**20,
@@ -143,6 +149,7 @@ def perplexity_and_reference(
     reference: Reference | None = None,
     make_attend: AttendFactory | None = None,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> tuple[PerplexityResult, Reference]:
     """As `perplexity`, and the first `keep` windows as a reference for other models, from the same pass.
 
@@ -162,7 +169,7 @@ def perplexity_and_reference(
         index = len(nll)
         is_compared = reference is not None and index < len(reference.hidden)
         loss, distance = _judge_window(
-            model, hidden, cut[index].to(model.device), reference if is_compared else None, index
+            model, hidden, cut[index].to(model.device), reference if is_compared else None, index, watch
         )
         nll.append(loss)
         if not math.isfinite(loss):
@@ -241,7 +248,12 @@ def student_t_975(degrees: int) -> float:
 
 
 def _judge_window(
-    model: Model, hidden: Tensor, window: Tensor, reference: Reference | None, index: int
+    model: Model,
+    hidden: Tensor,
+    window: Tensor,
+    reference: Reference | None,
+    index: int,
+    watch: Watch | None,
 ) -> tuple[float, tuple[float, float] | None]:
     """hidden (L, H), window (L,) -> mean NLL of its L - 1 predictions in nats; with a reference, also the mean of
     KL(reference || model) and the share of equal likeliest tokens. Each logit of the model is computed once."""
@@ -255,18 +267,20 @@ def _judge_window(
         total -= ours.gather(1, targets[:, None]).double().sum().item()
         if reference is not None:
             theirs = dense_product(reference.hidden[index][rows], reference.lm_head, out_dtype=torch.float32)
-            kl, equal = _divergence(theirs.to(ours.device), ours)
+            expected = theirs.to(ours.device).log_softmax(-1)
+            if watch is not None:
+                watch(index, rows, expected, ours)
+            kl, equal = _divergence(expected, ours)
             divergence += kl
             agree += equal
     return total / count, None if reference is None else (divergence / count, agree / count)
 
 
-def _divergence(theirs: Tensor, ours: Tensor) -> tuple[float, float]:
-    """Sum over rows of KL(theirs || ours) in nats, and the rows whose likeliest token is the same.
+def _divergence(expected: Tensor, ours: Tensor) -> tuple[float, float]:
+    """Sum over rows of KL(expected || ours) in nats, and the rows whose likeliest token is the same.
 
-    theirs: logits (T, V); ours: log-probabilities (T, V), overwritten.
+    Both are log-probabilities (T, V), and both are overwritten.
     """
-    expected = theirs.log_softmax(-1)
     agree = float((ours.argmax(-1) == expected.argmax(-1)).sum())
     excess = ours.sub_(expected)
     return -expected.exp_().mul_(excess).sum(-1).double().sum().item(), agree

@@ -21,6 +21,7 @@ from engine.measure.perplexity import (
     PerplexityResult,
     Reference,
     Tokenizer,
+    Watch,
     paired_difference,
     perplexity_and_reference,
     tokenize,
@@ -144,8 +145,9 @@ def judge(
     kv: KVSimulation | None,
     reference: Reference | None,
     progress: Callable[[int, int], None] | None = None,
+    watch: Watch | None = None,
 ) -> tuple[PerplexityResult, Reference]:
-    """One model; the first model judged gives the reference for the others."""
+    """One model; the first model judged gives the reference for the others. `watch` sees both models' predictions."""
     return perplexity_and_reference(
         model,
         tokens,
@@ -155,6 +157,7 @@ def judge(
         kv=kv,
         reference=reference if how.kl_windows else None,
         progress=progress,
+        watch=watch,
     )
 
 

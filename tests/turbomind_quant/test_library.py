@@ -18,7 +18,7 @@ from turbomind_quant import _HOMES
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("kernels", "convert", "calib_data", "engine", "quant", "serve", "turbomind_quant")
-FUNCTIONS = ["calibrate", "estimate", "inspect", "pack", "perplexity", "quantize", "report", "table", "throughput", "unpack", "verify"]  # fmt: skip
+FUNCTIONS = ["calibrate", "compare", "estimate", "inspect", "pack", "perplexity", "quantize", "report", "table", "throughput", "unpack", "verify"]  # fmt: skip
 
 
 def python(code: str, *arguments: str) -> str:
@@ -89,6 +89,7 @@ def test_options_are_named_and_defaulted_as_the_flags_are() -> None:
         "inspect": quantize.commands["inspect"],
         "perplexity": evaluate.commands["ppl"],
         "table": evaluate.commands["table"],
+        "compare": evaluate.commands["compare"],
         "throughput": evaluate.commands["throughput"],
         "report": evaluate.commands["report"],
     }

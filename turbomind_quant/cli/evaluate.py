@@ -70,6 +70,15 @@ class PerplexityOptions(TextOptions, ModelOptions):
     trust_remote_code: bool
 
 
+class CompareOptions(TextOptions, ModelOptions):
+    """All settings of `evaluate compare`."""
+
+    seqlen: int | None
+    places: int
+    max_tokens: int
+    trust_remote_code: bool
+
+
 class TableOptions(TextOptions, CalibrateOptions):
     """All settings of `evaluate table`."""
 
@@ -160,6 +169,54 @@ def ppl(paths: tuple[str, ...], as_json: bool, **options: "Unpack[PerplexityOpti
     with shown_progress() as progress:
         report = tmq.perplexity(*paths, progress=progress, **options)
     show(report.to_json(), lambda: perplexity_view(report), as_json)
+
+
+@evaluate.command(short_help="Where two models differ: perplexity, passages, texts.")
+@click.argument("a")
+@click.argument("b")
+@together(text_options)
+@click.option(
+    "--seqlen", type=click.IntRange(min=2), help="Tokens a window.  [default: 2048, or the model's context]"
+)
+@kl_option
+@click.option(
+    "--places",
+    default=5,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Passages where the two disagree most.",
+)
+@click.option(
+    "--prompt",
+    multiple=True,
+    metavar="TEXT",
+    help="A beginning that both go on with, greedily; repeatable.  [default: three of ours]",
+)
+@click.option(
+    "--max-tokens", default=48, show_default=True, type=click.IntRange(min=1), help="Of such a text."
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run a tokenizer that exists only as code in A or B.")
+@together(model_options, json_option, debug_option)
+def compare(
+    a: str, b: str, prompt: tuple[str, ...], as_json: bool, **options: "Unpack[CompareOptions]"
+) -> None:
+    """Two models on the same text: their difference in perplexity, where they disagree most, and what either writes.
+
+    A is the reference. The difference has a 95 % interval from the same windows; KL divergence and the passages come from the first
+    --kl-windows of them.
+
+    \b
+    Example:  evaluate compare ./my-model my-model-4bit
+    """
+    from turbomind_quant.cli.progress import shown_progress
+    from turbomind_quant.cli.views.evaluation import compare_view
+
+    with shown_progress() as progress:
+        if prompt:
+            report = tmq.compare(a, b, prompt=prompt, progress=progress, **options)
+        else:
+            report = tmq.compare(a, b, progress=progress, **options)
+    show(report.to_json(), lambda: compare_view(report), as_json)
 
 
 @evaluate.command(short_help="The perplexity table of one MODEL, method by method.")

@@ -1,21 +1,51 @@
-"""What `evaluate ppl` and `evaluate table` print."""
+"""What `evaluate ppl`, `evaluate compare` and `evaluate table` print."""
 
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from kernels.int4 import bits_per_weight
 from quant.evaluation.perplexity import Judged
 from quant.evaluation.table import Row
 from quant.recipes import label_of
-from turbomind_quant.api.evaluation import PerplexityReport, TableReport
+from turbomind_quant.api.evaluation import TableReport
+from turbomind_quant.api.perplexity import CompareReport, PerplexityReport
 
 
 def perplexity_view(report: PerplexityReport) -> list[RenderableType]:
     """The models as a table, and how they were measured."""
     return [ppl_table(report.rows), report.protocol]
+
+
+def compare_view(report: CompareReport) -> list[RenderableType]:
+    """Both models as a table, the places where they disagree most, and their texts side by side."""
+    parts: list[RenderableType] = [ppl_table(report.rows), report.protocol, ""]
+    for number, place in enumerate(report.places, start=1):
+        first, second = place.probability
+        parts.append(
+            f"{number}. window {place.window}, token {place.position}, KL {place.kl:.3f}: the text goes on with {place.token!r}, "
+            f"likely {first:.1%} by the first model and {second:.1%} by the second, which say {place.likeliest[0]!r} and "
+            f"{place.likeliest[1]!r}"
+        )
+        parts.append(f"   ... {' '.join(place.before.split())}")
+    if report.texts:
+        parts.append(texts_table(report))
+    return parts
+
+
+def texts_table(report: CompareReport) -> Table:
+    """What either model writes after the same beginnings."""
+    table = Table(box=SIMPLE_HEAD, show_lines=True)
+    table.add_column("beginning", overflow="fold", ratio=1)
+    for row in report.rows:
+        table.add_column(row.name, overflow="fold", ratio=2)
+    table.add_column("same tokens", justify="right")
+    for text in report.texts:
+        table.add_row(*map(escape, (text.prompt, *text.texts)), str(text.shared_tokens))
+    return table
 
 
 def table_view(report: TableReport) -> list[RenderableType]:
