@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 
 from convert.checkpoint import BlockWeights, LinearWeights
-from convert.config import ModelConfig
 from convert.errors import InputError
 from kernels.int4 import Quantized
-from quant.config import QuantConfig
-from quant.selection import ROUTER, is_quantized, is_skipped
 
 
 @dataclass(frozen=True)
@@ -94,25 +91,3 @@ class QuantizedBlock(BlockWeights):
         return replace(
             self, linears=linears, norms={role: norm.to(device) for role, norm in self.norms.items()}
         )
-
-
-def check_block(block: BlockWeights, config: ModelConfig, quant: QuantConfig) -> FloatBlock:
-    """The block as one that can be quantized.
-
-    Raises InputError for weights that are not finite or quantized already, and for K that is no multiple of the group.
-    """
-    found = FloatBlock.of(block)
-    for role, part in found.linears.items():
-        bad = int((~part.weight.isfinite()).sum())
-        if bad:
-            raise InputError(
-                f"Block {block.index}, {role}: {bad} weights are NaN or infinite. The checkpoint is damaged."
-            )
-        if quant.keep_ragged or role == ROUTER or is_quantized(config, quant, block.index, role):
-            continue
-        if not is_skipped(config, quant, block.index, role):
-            raise InputError(
-                f"Block {block.index}, {role}: K = {part.weight.shape[1]} is no multiple of the group size {quant.group_size}. "
-                "Choose a smaller --group-size, --pad for exact zero-padding, or --keep-ragged to leave it in float16."
-            )
-    return found

@@ -14,14 +14,14 @@ from convert.config import ModelConfig
 from convert.errors import InputError
 from engine.model.block import Tap
 from quant import recipes
-from quant.block_states import check_block
+from quant.block_states import FloatBlock
 from quant.block_task import BlockInputs, BlockResult, BlockTask
 from quant.config import QuantConfig
 from quant.learn.rounding import learn_rounding
 from quant.search.block_search import BlockSearch
 from quant.search.from_statistics import search_on_statistics
 from quant.search.sequential import search_on_streams
-from quant.selection import config_of_block
+from quant.selection import ROUTER, config_of_block, is_quantized, is_skipped
 
 
 def quantize_block(
@@ -62,7 +62,8 @@ def quantize_block(
         )
     quant = config_of_block(quant, config, weights.index)
     task = BlockTask(block, config, quant, inputs, torch.device(device), dtype, tap, metric)
-    return recipe.function()(task)
+    result: BlockResult = recipe.function()(task)
+    return result
 
 
 def solve_block(task: BlockTask) -> BlockResult:
@@ -79,3 +80,25 @@ def solve_block(task: BlockTask) -> BlockResult:
     if learning is None:
         return result
     return learn_rounding(task, result, learning, search.source, search.free_codes)
+
+
+def check_block(block: BlockWeights, config: ModelConfig, quant: QuantConfig) -> FloatBlock:
+    """The block as one that can be quantized.
+
+    Raises InputError for weights that are not finite or quantized already, and for K that is no multiple of the group.
+    """
+    found = FloatBlock.of(block)
+    for role, part in found.linears.items():
+        bad = int((~part.weight.isfinite()).sum())
+        if bad:
+            raise InputError(
+                f"Block {block.index}, {role}: {bad} weights are NaN or infinite. The checkpoint is damaged."
+            )
+        if quant.keep_ragged or role == ROUTER or is_quantized(config, quant, block.index, role):
+            continue
+        if not is_skipped(config, quant, block.index, role):
+            raise InputError(
+                f"Block {block.index}, {role}: K = {part.weight.shape[1]} is no multiple of the group size {quant.group_size}. "
+                "Choose a smaller --group-size, --pad for exact zero-padding, or --keep-ragged to leave it in float16."
+            )
+    return found

@@ -8,15 +8,14 @@ import difflib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from convert.errors import UsageError
 from quant.settings import Distillation, Effort, Efforts, LearnedRounding, SolverSteps
 
-if TYPE_CHECKING:
-    from quant.block_task import BlockResult, BlockTask
-
-BlockFunction = Callable[["BlockTask"], "BlockResult"]
+BlockFunction = Callable[
+    [Any], Any
+]  # BlockTask -> BlockResult of quant.block_task, which stands above this module
 Overrides = tuple[tuple[str, Any], ...]  # (name of a setting, value)
 
 
