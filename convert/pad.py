@@ -11,11 +11,11 @@ Whole KV groups are added, each a KV head with its query heads, so that every qu
 import dataclasses
 from collections.abc import Mapping
 from math import sqrt
-from pathlib import Path
 
 from torch import Tensor
 
 from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights
+from convert.checkpoint_view import CheckpointView
 from convert.config import ModelConfig
 from convert.errors import InputError
 from convert.families.table import linear_shapes, norm_shapes
@@ -59,7 +59,7 @@ def pad_checkpoint(ckpt: Checkpoint, multiple: int = 128) -> Checkpoint:
     return ckpt if config is ckpt.config else PaddedCheckpoint(ckpt, config)
 
 
-class PaddedCheckpoint(Checkpoint):
+class PaddedCheckpoint(CheckpointView):
     """A view of another checkpoint; every tensor is padded as it is read."""
 
     def __init__(self, inner: Checkpoint, config: ModelConfig) -> None:
@@ -68,19 +68,10 @@ class PaddedCheckpoint(Checkpoint):
             f"{inner.config.num_kv_heads} -> {config.num_heads}/{config.num_kv_heads}, intermediate "
             f"{inner.config.intermediate_size} -> {config.intermediate_size}; the same function"
         )
-        super().__init__(
-            inner.path, inner.kind, config, inner.tokenizer_dir, [*inner.notes, note], inner.beside
-        )
-        self.inner = inner
+        super().__init__(inner, config=config, notes=[note])
         self._norm_scale = sqrt(inner.config.hidden_size / config.hidden_size)
         # multiplies all that is added to the residual stream; 1 where eps takes up the change instead
         self._stream_scale = 1.0 / self._norm_scale if config.qk_norm else 1.0
-
-    def weight_files(self) -> list[Path]:
-        return self.inner.weight_files()
-
-    def check_unchanged(self) -> None:
-        self.inner.check_unchanged()
 
     def embedding(self) -> Tensor:
         shape = (self.config.vocab_size, self.config.hidden_size)

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from calib_data.blocks import CalibrationSet
+from convert import kv_parameters as kv_file
 from convert.awq.writer import AwqWriter
 from convert.checkpoint import Checkpoint
+from convert.checkpoint_view import WithFinalNorm
 from convert.config import QuantFormat
 from convert.errors import UsageError
 from convert.folder.output import OutputFolder
@@ -22,7 +24,7 @@ from kernels.int4 import bits_per_weight
 from quant.block_task import Streams
 from quant.config import QuantConfig
 from quant.evaluation.layer_report import above_rtn, far_above
-from quant.kv.parameters import KV_FILE, kv_parameters
+from quant.kv.parameters import kv_parameters
 from quant.memory import gpu_peak_gib, peak_rss_gib
 from quant.progress import Progress
 from quant.recipes import rows
@@ -31,7 +33,7 @@ from quant.stage_clock import block_done, stage
 from quant.state.end_to_end import PassWork
 from quant.state.fingerprint import device_kind, library_versions
 from quant.state.frontier import Frontier, Resumption
-from quant.state.held_blocks import HeldBlocks, WithFinalNorm
+from quant.state.held_blocks import HeldBlocks
 from quant.statistics.calibrate import StatisticsFolder
 from quant.walk import (
     Step,
@@ -149,7 +151,7 @@ def quantize_model(
     known = [part for part in ranges if part is not None]
     if quant.kv_bits == 8 and len(known) == layers:
         parameters, notes = kv_parameters(known)
-        folder.save_tensors(KV_FILE, parameters)
+        folder.save_tensors(kv_file.IN_CHECKPOINT, parameters)
         warnings += notes
     standing_out = above_rtn(reports) + far_above(reports)
     with stage("write what lies outside the blocks"):

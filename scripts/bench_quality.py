@@ -27,6 +27,7 @@ from torch import Tensor
 
 from calib_data.sources import TextRequest, load_blocks
 from convert.checkpoint import BlockWeights, Checkpoint
+from convert.checkpoint_view import CheckpointView, WithFinalNorm
 from convert.config import QuantFormat
 from convert.pad import pad_checkpoint
 from convert.readers import open_checkpoint
@@ -36,7 +37,6 @@ from engine.model.forward import Model, compute_dtype
 from quant.config import QuantConfig
 from quant.evaluation.perplexity import Judgement, join_rows, judge, release
 from quant.evaluation.table import QuantizedInMemory, cache_of
-from quant.state.held_blocks import WithFinalNorm
 from quant.text.calibration import vocabulary_of
 from quant.text.generate import SelfGenerator
 from quant.walk import HeadRanges, distill_blocks, first_streams, measure_ranges, walk
@@ -236,11 +236,11 @@ class Bench:
         release(self.device)
 
 
-class Held(WithFinalNorm):
+class Held(CheckpointView):
     """A checkpoint that was read once, so that no arm is charged for the disk."""
 
     def __init__(self, source: Checkpoint) -> None:
-        super().__init__(source, source.final_norm())
+        super().__init__(source)
         self.blocks = [source.block(i) for i in range(source.config.num_layers)]
         self.table = source.embedding()
 

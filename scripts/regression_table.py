@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 from provenance import provenance
+from regression import DEMO, compare, compute, demo_figures, record_rows
 
 from convert.readers import open_checkpoint
 from convert.tokenizer.tokenizer import load_tokenizer
-from quant.evaluation.regression import DEMO, compare, compute, demo_figures, record_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "regression.json"

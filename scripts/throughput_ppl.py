@@ -14,6 +14,7 @@ from throughput_report import Report
 from torch import Tensor
 
 from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights
+from convert.checkpoint_view import CheckpointView
 from engine.api import Request, SamplingParams
 from engine.config import EngineConfig
 from engine.loading import make_core
@@ -30,34 +31,21 @@ from kernels.int4 import Quantized
 BAR = 0.001  # relative difference of perplexities
 
 
-class DequantizedCheckpoint(Checkpoint):
+class DequantizedCheckpoint(CheckpointView):
     """Another checkpoint with its int4 weights as floats of `dtype`."""
 
     def __init__(self, inner: Checkpoint, dtype: torch.dtype) -> None:
-        config = replace(inner.config, quantization=None)
-        super().__init__(inner.path, inner.kind, config, inner.tokenizer_dir)
-        self._inner, self._dtype = inner, dtype
+        super().__init__(inner, config=replace(inner.config, quantization=None))
+        self._dtype = dtype
 
     def block(self, index: int) -> BlockWeights:
-        block = self._inner.block(index)
+        block = self.inner.block(index)
         return replace(block, linears={role: self._dense(part) for role, part in block.linears.items()})
 
     def _dense(self, part: LinearWeights) -> LinearWeights:
         if not isinstance(part.weight, Quantized):
             return part
         return LinearWeights(part.weight.dequantize(self._dtype), part.bias)
-
-    def embedding(self) -> Tensor:
-        return self._inner.embedding()
-
-    def final_norm(self) -> Tensor:
-        return self._inner.final_norm()
-
-    def lm_head(self) -> Tensor:
-        return self._inner.lm_head()
-
-    def weight_files(self) -> list:  # type: ignore[type-arg]
-        return []
 
 
 def write_texts(core: EngineCore, count: int, prompt: int, length: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from convert import kv_parameters
 from convert.checkpoint import Checkpoint
 from convert.config import QuantFormat
 from convert.folder.disk_space import check_free_space
@@ -17,8 +18,6 @@ from convert.pack.plan import FolderFormat, target_format
 from convert.tokenizer.tokenizer import check_tokenizer
 from convert.turbomind.writer import PackResult
 from kernels.int4 import bits_per_weight
-
-KV_PARAMETERS = "tmq/kv_params.safetensors"
 
 
 def pack_folder(
@@ -52,8 +51,8 @@ def pack_folder(
                     writer.write_stored(index)
                 progress(index + 1, source.config.num_layers)
             writer.finish_files()
-            if target == "awq" and (source.path / KV_PARAMETERS).is_file():
-                folder.copy(source.path / KV_PARAMETERS, KV_PARAMETERS)
+            if target == "awq" and (source.path / kv_parameters.IN_CHECKPOINT).is_file():
+                folder.copy(source.path / kv_parameters.IN_CHECKPOINT, kv_parameters.IN_CHECKPOINT)
             source.check_unchanged()
             folder.finish({**fingerprint, **_facts(fmt)}, {"elapsed_s": time.perf_counter() - start})
     notes = [*source.notes, *left_out(source, target)]
@@ -64,7 +63,7 @@ def pack_folder(
 
 def left_out(source: Checkpoint, target: str) -> list[str]:
     """What the source has and the format does not hold, as notes."""
-    if target in ("awq", "turbomind") or not (source.path / KV_PARAMETERS).is_file():
+    if target in ("awq", "turbomind") or not (source.path / kv_parameters.IN_CHECKPOINT).is_file():
         return []
     return [f"the parameters of the int8 KV cache are not part of {target}: engines choose their own"]
 

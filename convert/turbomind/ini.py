@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from convert import kv_parameters
 from convert.config import ModelConfig, RopeScaling
 from convert.errors import InputError
 from convert.families.table import BY_NAME
@@ -179,8 +180,8 @@ def _head_values(tensors: dict[str, Tensor], name: str, config: ModelConfig) -> 
     if values is None or tuple(values.shape) != (config.num_kv_heads,):
         found = "absent" if values is None else f"of shape {tuple(values.shape)}"
         raise InputError(
-            f"kv_params.safetensors: {name} is {found}, expected {config.num_kv_heads} values. Calibrate again."
+            f"{kv_parameters.FILE}: {name} is {found}, expected {config.num_kv_heads} values. Calibrate again."
         )
     if not bool(torch.isfinite(values).all()):
-        raise InputError(f"kv_params.safetensors: {name} holds NaN or infinity. Calibrate again.")
+        raise InputError(f"{kv_parameters.FILE}: {name} holds NaN or infinity. Calibrate again.")
     return values

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convert import kv_parameters
 from convert.folder.disk_space import check_free_space
 from convert.folder.files import check_output_place
 from convert.folder.output import OutputFolder
 from convert.hf.writer import CheckpointWriter
 from convert.turbomind.reader import WorkspaceCheckpoint
-
-KV_PARAMETERS = "kv_params.safetensors"
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ def unpack_workspace(
                     writer.write_stored(index)
                 progress(index + 1, source.config.num_layers)
             writer.finish_files()
-            if (source.path / KV_PARAMETERS).is_file():
-                folder.copy(source.path / KV_PARAMETERS, f"tmq/{KV_PARAMETERS}")
+            if (parameters := source.path / kv_parameters.IN_WORKSPACE).is_file():
+                folder.copy(parameters, kv_parameters.IN_CHECKPOINT)
             bits = 16 if source.config.quantization is None else source.config.quantization.bits
             folder.finish(
                 {**fingerprint, "kind": kind, "bits": bits}, {"elapsed_s": time.perf_counter() - start}

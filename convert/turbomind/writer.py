@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from convert import kv_parameters
 from convert.checkpoint import Checkpoint
 from convert.config import ModelConfig
 from convert.errors import InputError
@@ -31,7 +32,6 @@ from convert.turbomind.tensors import Files, block_files, outer_files
 
 WEIGHTS = "triton_models/weights"
 TOKENIZER = "triton_models/tokenizer"
-KV_PARAMETERS = "tmq/kv_params.safetensors"
 TOKENIZER_FILES = ("tokenizer.model", "qwen.tiktoken", "merges.txt")
 PACKED_FAMILIES = {
     "0.6.5": ("llama", "mistral", "qwen2", "internlm", "internlm2", "qwen", "mixtral"),
@@ -234,7 +234,7 @@ def _write_config(source: Checkpoint, packing: Packing, folder: OutputFolder, ch
     if packing.dialect == "0.1":
         from convert.turbomind.ini import config_ini
 
-        kv_int8 = (source.path / KV_PARAMETERS).is_file()
+        kv_int8 = (source.path / kv_parameters.IN_CHECKPOINT).is_file()
         text, name = config_ini(packing.config, shape, chat, kv_int8), "config.ini"
     else:
         text, name = config_yaml(packing.config, shape, packing.config.family, chat), "config.yaml"
@@ -251,10 +251,10 @@ def _copy_tokenizer(source: SourceFiles, folder: OutputFolder) -> None:
 
 
 def _copy_kv_parameters(source: Checkpoint, packing: Packing, folder: OutputFolder) -> None:
-    parameters = source.path / KV_PARAMETERS
+    parameters = source.path / kv_parameters.IN_CHECKPOINT
     if not parameters.is_file():
         return
-    folder.copy(parameters, "kv_params.safetensors")
+    folder.copy(parameters, kv_parameters.IN_WORKSPACE)
     if packing.dialect == "0.1":
         from convert.turbomind.ini import kv_scale_files
 

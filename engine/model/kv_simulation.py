@@ -14,11 +14,11 @@ from torch import Tensor
 
 from convert.config import ModelConfig
 from convert.errors import InputError
+from convert.kv_parameters import IN_CHECKPOINT, find_kv_parameters
 from kernels.kv.int8 import dequantize_kv, kv_qparams, quantize_kv
 from kernels.kv.pages import StaticKV
 
 KVMode = Literal["dynamic", "static"]
-KV_PARAMS = "tmq/kv_params.safetensors"  # inside a checkpoint; at the root of a workspace
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,10 @@ def read_kv_params(folder: Path, config: ModelConfig) -> list[StaticKV]:
 
     Raises InputError where the file is missing, damaged, of another shape, or holds a value that is not finite.
     """
-    path = folder / KV_PARAMS
-    if not path.is_file():
-        path = folder / Path(KV_PARAMS).name  # where a workspace has them
-    if not path.is_file():
+    path = find_kv_parameters(folder)
+    if path is None:
         raise InputError(
-            f"{folder} has no {KV_PARAMS}: static KV parameters were not made for it. "
+            f"{folder} has no {IN_CHECKPOINT}: static KV parameters were not made for it. "
             "Use --kv-mode dynamic, which needs none, or quantize with --kv-bits 8."
         )
     try:

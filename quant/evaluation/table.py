@@ -13,6 +13,7 @@ from torch import Tensor
 
 from calib_data.blocks import CalibrationSet
 from convert.checkpoint import BlockWeights, Checkpoint
+from convert.checkpoint_view import CheckpointView, WithFinalNorm
 from convert.config import QuantFormat
 from convert.readers import open_checkpoint
 from engine.measure.perplexity import EvalTokens, PerplexityResult, Reference, paired_difference
@@ -25,7 +26,6 @@ from quant.evaluation.perplexity import Judgement, judge, release
 from quant.kv.parameters import kv_parameters
 from quant.memory import gpu_peak_gib, peak_rss_gib
 from quant.recipes import DISTILLED, FLOAT, Recipe, usual_methods
-from quant.state.held_blocks import WithFinalNorm
 from quant.walk import HeadRanges, distill_blocks, first_streams, measure_ranges, walk
 
 
@@ -62,27 +62,24 @@ class Row:
         return f"{self.method}{'+distill' if self.distill else ''}{group}{kv}"
 
 
-class QuantizedInMemory(Checkpoint):
-    """A checkpoint whose blocks were just quantized; the rest is its source's."""
+class QuantizedInMemory(CheckpointView):
+    """A checkpoint whose blocks were just quantized; the rest is its source's, in float16 as a packed checkpoint holds it."""
 
-    def __init__(self, source: Checkpoint, blocks: Sequence[BlockWeights], fmt: QuantFormat) -> None:
-        super().__init__(source.path, "awq", replace(source.config, quantization=fmt), source.tokenizer_dir)
-        self.source, self.blocks = source, blocks
+    def __init__(self, inner: Checkpoint, blocks: Sequence[BlockWeights], fmt: QuantFormat) -> None:
+        super().__init__(inner, kind="awq", config=replace(inner.config, quantization=fmt))
+        self._blocks = blocks
 
     def block(self, index: int) -> BlockWeights:
-        return self.blocks[index]
+        return self._blocks[index]
 
     def embedding(self) -> Tensor:
-        return self.source.embedding().half()
+        return self.inner.embedding().half()
 
     def final_norm(self) -> Tensor:
-        return self.source.final_norm().half()
+        return self.inner.final_norm().half()
 
     def lm_head(self) -> Tensor:
-        return self.source.lm_head().half()
-
-    def weight_files(self) -> list[Any]:
-        return self.source.weight_files()
+        return self.inner.lm_head().half()
 
 
 @dataclass(frozen=True)

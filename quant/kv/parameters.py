@@ -13,7 +13,6 @@ from convert.errors import InputError
 from kernels.int4 import Quantized
 from kernels.kv.int8 import kv_qparams
 
-KV_FILE = "tmq/kv_params.safetensors"
 FP16_MAX = 65504.0
 OUTLIER_FACTOR = 20.0  # a head whose range is this many times its layer's median is named
 

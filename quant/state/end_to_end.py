@@ -4,10 +4,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from convert.folder.files import atomic_write, safetensors_chunks, sha256_file, write_json
-from convert.hf.safetensors_files import read_header, read_tensor
 from quant.progress import Progress
-from quant.state.frontier import SaveClock, read_record
+from quant.state.frontier import SaveClock
+from quant.state.saved_tensors import is_marked, load_tensors, save_tensors
 
 
 class PassWork:
@@ -15,20 +14,18 @@ class PassWork:
 
     def __init__(self, folder: Path, progress: Progress) -> None:
         self._path = folder / "pass.safetensors"
-        self._mark = self._path.with_suffix(".json")
         self._progress = progress
         self._clock = SaveClock()
 
     def load(self) -> dict[str, Tensor] | None:
         """The tensors saved last, or None."""
-        mark = read_record(self._mark)
-        if mark is None or not self._path.is_file():
+        if not is_marked(self._path):
             return None
-        if mark.get("sha256") != sha256_file(self._path):
+        if (saved := load_tensors(self._path)) is None:
             self._progress.warn("the saved state of the end-to-end pass is damaged: it begins anew.")
             return None
-        self._progress.say(f"going on with the end-to-end pass behind step {mark['done']}")
-        return {name: read_tensor(info) for name, info in read_header(self._path).items()}
+        self._progress.say(f"going on with the end-to-end pass after step {saved.facts['done']}")
+        return saved.tensors
 
     def reached(self, done: int, steps: int, kl: float, state: dict[str, Tensor]) -> None:
         """Show the step, and save it where that is due."""
@@ -36,6 +33,4 @@ class PassWork:
         if done < steps and not self._clock.is_due(state):
             return
         with self._clock.saving():
-            self._mark.unlink(missing_ok=True)  # it speaks of the state before
-            _, digest = atomic_write(self._path, safetensors_chunks(state))
-            write_json(self._mark, {"done": done, "sha256": digest})
+            save_tensors(self._path, state, done=done)

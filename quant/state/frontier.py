@@ -4,7 +4,6 @@ A saved state is one safetensors file and, written after it, one JSON file with 
 spends at most about a tenth of its time on it. What is saved does not depend on when, so neither do the final bytes.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from convert.folder.files import atomic_write, remove_temporaries, safetensors_chunks, sha256_file, write_json
-from convert.hf.safetensors_files import read_header, read_tensor
+from convert.folder.files import remove_temporaries, write_json
+from quant.state.saved_tensors import load_tensors, mark_of, read_record, remove_tensors, save_tensors
 
 SAVE_SHARE = 0.1  # of the run's time that saving may take
 DISK_BYTES_PER_S = 1e9  # guess for the first save: writing and hashing on a good disk
@@ -71,28 +70,25 @@ class Frontier:
     def save(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Save the state before block `index`, then drop older ones."""
         with self._clock.saving():
-            path = self._path(index)
-            _, digest = atomic_write(path, safetensors_chunks(tensors))
-            write_json(path.with_suffix(".json"), {"index": index, "sha256": digest})
+            save_tensors(self._path(index), tensors, index=index)
             for old in self._indices():
                 if old != index:
-                    self._remove(old)
+                    remove_tensors(self._path(old))
 
     def resume(self, has_files: Callable[[int], bool]) -> Resumption:
         """The newest whole state before which every block has its record and its files. Damaged ones are passed over."""
         for index in sorted(self._indices(), reverse=True):
             path = self._path(index)
-            mark = read_record(path.with_suffix(".json"))
-            if mark is not None and path.is_file() and mark.get("sha256") == sha256_file(path):
+            has_mark, saved = read_record(mark_of(path)) is not None, load_tensors(path)
+            if saved is not None:
                 records = [read_record(self._record_path(i)) for i in range(index)]
                 whole = [r for r in records if r is not None]
                 if len(whole) == index and all(has_files(i) for i in range(index)):
-                    tensors = {name: read_tensor(info) for name, info in read_header(path).items()}
-                    return Resumption(index, tensors, whole)
+                    return Resumption(index, saved.tensors, whole)
                 self.notes.append(f"a file of a layer before {index} is damaged: the run begins anew.")
-            elif mark is not None:
+            elif has_mark:
                 self.notes.append(f"the saved state before layer {index} is damaged: it is not used.")
-            self._remove(index)
+            remove_tensors(path)
         return Resumption(0, None, [])
 
     def _path(self, index: int) -> Path:
@@ -104,16 +100,3 @@ class Frontier:
     def _indices(self) -> list[int]:
         names = {path.stem for path in self.folder.glob("stream-*.*")}
         return [int(name[7:]) for name in names if name[7:].isdigit()]
-
-    def _remove(self, index: int) -> None:
-        for path in (self._path(index).with_suffix(".json"), self._path(index)):
-            path.unlink(missing_ok=True)
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """A JSON object of the work folder, or None where it is absent, cut or of another kind: its work is then done again."""
-    try:
-        record = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None

@@ -4,11 +4,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights
-from convert.folder.files import atomic_write, safetensors_chunks, sha256_file, write_json
-from convert.hf.safetensors_files import read_header, read_tensor
+from convert.checkpoint import BlockWeights, LinearWeights
+from convert.errors import InputError
 from kernels.int4 import Quantized
-from quant.state.frontier import read_record
+from quant.state.saved_tensors import load_tensors, save_tensors, whole_facts
 
 
 class HeldBlocks:
@@ -19,11 +18,10 @@ class HeldBlocks:
 
     def has_block(self, index: int) -> bool:
         """Whether the block is there, whole."""
-        path = self._path(index)
-        mark = read_record(path.with_suffix(".json"))
-        return mark is not None and path.is_file() and mark.get("sha256") == sha256_file(path)
+        return whole_facts(self._path(index)) is not None
 
     def write_block(self, index: int, block: BlockWeights) -> None:
+        """Save one block. Raises ResourceError on a full disk."""
         tensors: dict[str, Tensor] = {f"norm/{role}": norm for role, norm in block.norms.items()}
         for role, part in block.linears.items():
             if part.bias is not None:
@@ -34,16 +32,17 @@ class HeldBlocks:
                 tensors[f"zeros/{role}"] = part.weight.zeros
             else:
                 tensors[f"weight/{role}"] = part.weight
-        path = self._path(index)
-        _, digest = atomic_write(path, safetensors_chunks(tensors))
-        write_json(path.with_suffix(".json"), {"sha256": digest, "roles": list(block.linears)})
+        save_tensors(self._path(index), tensors, roles=list(block.linears))
 
     def read_block(self, index: int) -> BlockWeights:
-        path = self._path(index)
-        tensors = {name: read_tensor(info) for name, info in read_header(path).items()}
-        mark = read_record(path.with_suffix(".json")) or {}
+        """The block as it was written. Raises InputError where it is absent or damaged."""
+        if (saved := load_tensors(self._path(index))) is None:
+            raise InputError(
+                f"{self._path(index)} is damaged or gone: give the same command again, it makes the block anew."
+            )
+        tensors = saved.tensors
         linears: dict[str, LinearWeights] = {}
-        for role in mark.get("roles", []):
+        for role in saved.facts["roles"]:
             weight: Tensor | Quantized
             if f"weight/{role}" in tensors:
                 weight = tensors[f"weight/{role}"]
@@ -56,28 +55,3 @@ class HeldBlocks:
 
     def _path(self, index: int) -> Path:
         return self.folder / f"held-{index:05d}.safetensors"
-
-
-class WithFinalNorm(Checkpoint):
-    """A checkpoint with another final norm, for what is written after an end-to-end pass."""
-
-    def __init__(self, source: Checkpoint, norm: Tensor) -> None:
-        super().__init__(
-            source.path, source.kind, source.config, source.tokenizer_dir, list(source.notes), source.beside
-        )
-        self.source, self.norm = source, norm
-
-    def block(self, index: int) -> BlockWeights:
-        return self.source.block(index)
-
-    def embedding(self) -> Tensor:
-        return self.source.embedding()
-
-    def final_norm(self) -> Tensor:
-        return self.norm
-
-    def lm_head(self) -> Tensor:
-        return self.source.lm_head()
-
-    def weight_files(self) -> list[Path]:
-        return self.source.weight_files()

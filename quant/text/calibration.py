@@ -12,18 +12,13 @@ from calib_data.sources import TextRequest, Tokenizes, Vocabulary, finish_set, l
 from convert.checkpoint import Checkpoint
 from convert.errors import ResourceError
 from convert.folder.files import (
-    atomic_write,
     json_bytes,
     make_folder,
-    safetensors_chunks,
     sha256_bytes,
-    sha256_file,
-    write_json,
 )
-from convert.hf.safetensors_files import read_header, read_tensor
 from convert.pad import PaddedCheckpoint
 from quant.state.fingerprint import device_kind, library_versions
-from quant.state.frontier import read_record
+from quant.state.saved_tensors import load_tensors, save_tensors
 from quant.text.generate import SelfGenerator
 
 TOKENS = "tokens.safetensors"
@@ -92,7 +87,7 @@ def write_text(
     _keep_tokens(text.tokens, work)
     try:
         make_folder(kept.parent)
-        _write_tokens(kept, text.tokens)
+        save_tensors(kept, {"tokens": text.tokens}, source=SOURCE)
     except ResourceError as error:
         say(f"note: the text is not kept for later runs: {error}")
     return text
@@ -118,17 +113,10 @@ def _cache_key(
 
 def _keep_tokens(tokens: torch.Tensor, work: Path | None) -> None:
     if work is not None:
-        _write_tokens(work / TOKENS, tokens)
-
-
-def _write_tokens(path: Path, tokens: torch.Tensor) -> None:
-    _, digest = atomic_write(path, safetensors_chunks({"tokens": tokens}))
-    write_json(path.with_suffix(".json"), {"source": SOURCE, "sha256": digest})
+        save_tensors(work / TOKENS, {"tokens": tokens}, source=SOURCE)
 
 
 def _read_tokens(path: Path) -> torch.Tensor | None:
     """Tokens that were kept whole, or None."""
-    mark = read_record(path.with_suffix(".json"))
-    if mark is None or not path.is_file() or mark.get("sha256") != sha256_file(path):
-        return None
-    return read_tensor(read_header(path)["tokens"]).clone()
+    saved = load_tensors(path)
+    return None if saved is None else saved.tensors["tokens"].clone()

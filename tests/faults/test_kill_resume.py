@@ -151,7 +151,7 @@ def test_D38_an_end_to_end_pass_goes_on_where_it_was_killed(place, tmp_path):
     again = run("quantize", *distilling(place), tmp_path / "out")
     assert again.returncode == 0, again.stderr
     assert "resuming at layer 3 of 3" in again.stderr
-    assert "going on with the end-to-end pass behind step" in again.stderr
+    assert "going on with the end-to-end pass after step" in again.stderr
     assert "layer 3/3" not in again.stderr and "600/600, KL" in again.stderr
     assert files_of(tmp_path / "out") == files_of(tmp_path / "quiet")
 

@@ -69,7 +69,7 @@ def test_an_end_to_end_pass_that_was_stopped_goes_on_in_the_same_bytes(place, tm
             call(quantize, *base, tmp_path / "stopped")
     capsys.readouterr()
     call(quantize, *base, tmp_path / "stopped")
-    assert "going on with the end-to-end pass behind step 300" in capsys.readouterr().err
+    assert "going on with the end-to-end pass after step 300" in capsys.readouterr().err
     assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
 
 

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import regression
 import torch
 from tiny_runs import write_runnable, write_text
 
 from convert.readers import open_checkpoint
 from convert.tokenizer.tokenizer import load_tokenizer
 from quant.config import QuantConfig
-from quant.evaluation import regression
 from quant.evaluation.perplexity import Judgement
 from quant.evaluation.table import TableRequest
 
@@ -70,7 +70,7 @@ def test_a_method_that_is_broken_is_noticed(tmp_path, monkeypatch, one_thread):
 
 
 def test_the_committed_record_is_whole():
-    path = Path(regression.__file__).resolve().parents[2] / "benchmarks" / "regression.json"
+    path = Path(regression.__file__).resolve().parents[1] / "benchmarks" / "regression.json"
     if not path.is_file():
         pytest.skip("benchmarks/regression.json is not recorded yet")
     rows = {row["row"]: row for row in json.loads(path.read_text())["rows"]}
@@ -89,7 +89,7 @@ def test_the_committed_record_is_whole():
 
 
 def test_the_demo_gives_its_rows_by_name():
-    path = Path(regression.__file__).resolve().parents[2] / "benchmarks" / "demo.json"
+    path = Path(regression.__file__).resolve().parents[1] / "benchmarks" / "demo.json"
     document = json.loads(path.read_text())
     figures = regression.demo_figures(document)
     names = ["fp16", "rtn", "fast", "default", "workspace", "workspace kv8"]

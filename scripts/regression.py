@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from calib_data.sources import TextRequest, load_blocks
-from convert.checkpoint import BlockWeights, Checkpoint
+from convert.checkpoint import Checkpoint
+from convert.checkpoint_view import FirstBlocks
 from convert.tokenizer.tokenizer import Tokenizer
 from quant.config import QuantConfig
 from quant.evaluation.perplexity import BUILTIN, Judgement, load_eval_text, tokens_of
@@ -44,30 +44,6 @@ def parts(seed: int) -> tuple[TableRequest, ...]:
     every = ((16, "dynamic"), (8, "dynamic"), (8, "static"))
     caches = TableRequest(short, (FLOAT, "rtn"), bits=(4,), group_sizes=groups, kv=every, how=how)
     return widths, passes, caches
-
-
-class FirstBlocks(Checkpoint):
-    """A checkpoint cut after its first blocks."""
-
-    def __init__(self, source: Checkpoint, count: int) -> None:
-        config = replace(source.config, num_layers=count)
-        super().__init__(source.path, source.kind, config, source.tokenizer_dir)
-        self.source = source
-
-    def block(self, index: int) -> BlockWeights:
-        return self.source.block(index)
-
-    def embedding(self) -> Tensor:
-        return self.source.embedding()
-
-    def final_norm(self) -> Tensor:
-        return self.source.final_norm()
-
-    def lm_head(self) -> Tensor:
-        return self.source.lm_head()
-
-    def weight_files(self) -> list[Path]:
-        return self.source.weight_files()
 
 
 def compute(
