@@ -1,6 +1,7 @@
 """From a checkpoint to an engine core: device and dtype, weights, how much cache fits. The one place that decides these."""
 
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -183,9 +184,11 @@ def _free_bytes(model: Model, config: EngineConfig, context_length: int) -> int:
     """Bytes that the cache may share out: what is left beside the weights and the activations of the largest step."""
     device = model.device
     if device.type == "cpu":
-        blocks = -(-context_length // config.block_size)
-        wanted = max(CPU_CACHE_BYTES, block_bytes(model.config, config, model.dtype) * blocks)
-        return min(wanted, _available_memory() // 2)
+        return _free_bytes_on_cpu(
+            block_bytes(model.config, config, model.dtype) * -(-context_length // config.block_size),
+            config,
+            context_length,
+        )
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     _largest_step(model, config)
@@ -198,6 +201,27 @@ def _free_bytes(model: Model, config: EngineConfig, context_length: int) -> int:
     graphs = GRAPH_BYTES + sum(config.graph_batches) * model.vocab_size * 6 if config.cuda_graphs else 0
     gathered = gathered_bytes(model.config, context_length - config.max_step_tokens, model.dtype)
     return max(0, free - activations - sampling - graphs - gathered)
+
+
+def _free_bytes_on_cpu(whole: int, config: EngineConfig, context_length: int) -> int:
+    """Bytes for a cache in memory that is not the engine's alone; `whole`: those of one sequence of `context_length` tokens.
+
+    A context that was asked for gets its room. That of the model may be a hundred times what anybody asks for here.
+    """
+    wanted = CPU_CACHE_BYTES
+    if config.context_length is not None:
+        wanted = max(wanted, math.ceil(whole / config.cache_fraction))
+    free = min(wanted, _available_memory() // 2)
+    held = int(free * config.cache_fraction)
+    if config.cache_bytes is None and held < whole:
+        log.warning(
+            "the KV cache takes %.1f GiB and holds %d of the %d tokens of context: longer requests are refused. "
+            "--session-len N makes room for N tokens.",
+            held / GIB,
+            held * context_length // whole,
+            context_length,
+        )
+    return free
 
 
 def gathered_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype) -> int:

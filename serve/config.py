@@ -39,6 +39,14 @@ class ServeConfig:
             return False
 
     @property
+    def pending_per_client(self) -> int:
+        """Sequences that one client may have pending: half of all, unless it is the only one."""
+        if self.limits.pending_per_client is not None:
+            return min(self.limits.pending_per_client, self.limits.pending)
+        alone = len(self.api_keys) == 1 or (not self.api_keys and self.is_loopback)
+        return self.limits.pending if alone else max(1, self.limits.pending // 2)
+
+    @property
     def base_url(self) -> str:
         """Address to show to a user on this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.server_name, self.server_name)

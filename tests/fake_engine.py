@@ -58,7 +58,9 @@ class FakeEngine:
                         sent += text
                     logprobs = ()
                     if text and sampling.logprobs is not None:
-                        top = tuple((i, WORDS[i].encode(), -1.0 - i) for i in range(sampling.logprobs))
+                        top = tuple(
+                            (i, WORDS[i % len(WORDS)].encode(), -1.0 - i) for i in range(sampling.logprobs)
+                        )
                         logprobs = (TokenLogprob(done, text.encode(), -0.5, top),)
                     yield Event(
                         request_id, (done,) if text else (), text, logprobs, reason, error,

@@ -15,6 +15,16 @@ from serve.http.app import create_app
 from serve.http.server import bind, uvicorn_config
 from serve.http.service import Service
 
+PATIENCE_S = 120.0  # for a state to come; a machine may be busy, and no figure is made of it
+
+
+def wait_until(condition: Callable[[], bool], what: str = "the state waited for") -> None:
+    """Return once `condition` holds."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not come within {PATIENCE_S:g} s"
+        time.sleep(0.01)
+
 
 @dataclass
 class LiveServer:
@@ -27,13 +37,13 @@ class LiveServer:
     def service(self) -> Service:
         return self.app.state.service
 
-    def wait_idle(self, timeout_s: float = 10.0) -> None:
+    def wait_idle(self) -> None:
         """Until nothing is held: no request in the engine, no run, no place in the queue."""
-        end = time.monotonic() + timeout_s
-        while self.engine.live or self.service.runs.count or self.service.admission.pending:
-            held = (len(self.engine.live), self.service.runs.count, self.service.admission.pending)
-            assert time.monotonic() < end, f"still held after {timeout_s} s: {held}"
-            time.sleep(0.01)
+
+        def is_idle() -> bool:
+            return not (self.engine.live or self.service.runs.count or self.service.admission.pending)
+
+        wait_until(is_idle, "an idle server")
 
 
 @contextmanager

@@ -12,19 +12,22 @@ from starlette.datastructures import Headers
 from convert.errors import InputError
 from serve.http.errors import ApiError
 
+# What may stand around a key. Not str.strip(): the bytes of a header are read as Latin-1, in which the last byte of a letter such
+# as "à" is a no-break space.
+_BLANKS = " \t\r"
 OPEN_PATHS = frozenset({"/", "/health"})  # answered without a key
 
 
 def read_keys(path: Path) -> tuple[str, ...]:
     """Keys of a file, one per line; empty lines and lines that begin with # do not count. Raises InputError."""
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = [line.strip(_BLANKS) for line in path.read_bytes().decode().split("\n")]
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8"
         raise InputError(
             f"The key file {path} cannot be read: {reason}. Expected a text file with one key per line."
         ) from e
-    keys = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
         raise InputError(f"The key file {path} holds no key: expected one per line.")
     return keys
@@ -43,7 +46,7 @@ class KeyCheck:
     def client(self, authorization: str) -> str:
         """A name for the holder of the key in an Authorization header (latin-1 text), or 401."""
         scheme, _, key = authorization.partition(" ")
-        offered = hashlib.sha256(key.strip().encode("latin-1")).digest()
+        offered = hashlib.sha256(key.strip(_BLANKS).encode("latin-1")).digest()
         matches = [hmac.compare_digest(offered, digest) for digest in self._digests]
         if scheme.lower() != "bearer" or not any(matches):
             raise ApiError(

@@ -1,6 +1,7 @@
-"""How connections behave before a request is complete: uvicorn's h11 protocol with a time limit for headers.
+"""How connections behave at their ends: uvicorn's h11 protocol with a time limit for headers and one for clients that do not read.
 
-uvicorn itself waits for ever for the rest of a request line. h11 is chosen because only it bounds the size of headers.
+uvicorn itself waits for ever for the rest of a request line, and for a client to take its answer. h11 is chosen because only it
+bounds the size of headers.
 """
 
 import asyncio
@@ -10,18 +11,55 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from serve.http.disconnect import ABORT
 from serve.http.errors import ApiError
 
+_READ_BYTES_PER_S = 1024  # the least that a client which is behind must read
 
-def limited_protocol(header_s: float) -> type[asyncio.Protocol]:
-    """A protocol class that closes a connection whose next request does not arrive whole within `header_s` seconds."""
+
+def limited_protocol(header_s: float, stall_s: float) -> type[asyncio.Protocol]:
+    """A protocol class that closes a connection whose next request does not arrive whole within `header_s` seconds, or whose
+    client, once it is behind, reads less than 1 KiB a second for `stall_s` seconds."""
 
     class LimitedProtocol(H11Protocol):
         _header_timer: asyncio.TimerHandle | None = None
+        _stall_timer: asyncio.TimerHandle | None = None
+        _behind = 0  # bytes that waited for the client when last looked at
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            app = self.app
+
+            async def abortable(scope: Any, receive: Any, send: Any) -> None:
+                scope.setdefault("extensions", {})[ABORT] = transport.abort
+                await app(scope, receive, send)
+
+            self.app = abortable
             self._arm()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._watch_reader()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._unwatch_reader()
+
+        def _watch_reader(self) -> None:
+            self._behind = self.transport.get_write_buffer_size()
+            self._stall_timer = self.loop.call_later(stall_s, self._judge_reader)
+
+        def _unwatch_reader(self) -> None:
+            if self._stall_timer is not None:
+                self._stall_timer.cancel()
+                self._stall_timer = None
+
+        def _judge_reader(self) -> None:
+            read = self._behind - self.transport.get_write_buffer_size()
+            if read < stall_s * _READ_BYTES_PER_S:
+                self.transport.abort()
+            else:
+                self._watch_reader()
 
         def data_received(self, data: bytes) -> None:
             if self._is_between_requests:
@@ -32,6 +70,7 @@ def limited_protocol(header_s: float) -> type[asyncio.Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._disarm()
+            self._unwatch_reader()
             super().connection_lost(exc)
 
         def send_400_response(self, msg: str) -> None:

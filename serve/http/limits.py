@@ -43,14 +43,23 @@ class Limits:
     prompt_s: float = 10.0  # to render the chat template and tokenize
     request_s: float = 600.0  # from submission to the last token
     delivery_s: float = 60.0  # beyond request_s, for a client that reads slowly
+    stall_s: float = 20.0  # in which a client that is behind must read 1 KiB a second
+    unread: int = 1 << 16  # tokens, alternatives included, that wait for one client, beyond the newest event
+    unread_in_all: int = 1 << 20  # and for all clients
     health_s: float = 10.0  # for the one-token request behind /health
     pending: int = 512  # sequences running or waiting
-    pending_per_client: int = 512  # of one API key, or of one address where there are no keys
+    pending_per_client: int | None = (
+        None  # of one key or address; None: half of `pending` where several may ask
+    )
     sessions: int = 1024  # conversations kept for /v1/chat/interactive
+    sessions_per_client: int = 256
+    forgotten_sessions: int = (
+        4096  # of one client: ids of conversations that were dropped, so that it is told
+    )
     session_idle_s: float = 3600.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not value > 0:
+            if value is not None and not value > 0:
                 raise ValueError(f"The limit {field.name} is {value}: expected a number above 0.")

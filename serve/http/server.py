@@ -155,7 +155,7 @@ def uvicorn_config(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
     logging.getLogger("uvicorn.access").disabled = True  # its lines hold what clients sent; ours are escaped
     return uvicorn.Config(
         app,
-        http=limited_protocol(limits.header_s),
+        http=limited_protocol(limits.header_s, limits.stall_s),
         ws="none",
         log_config=None,
         access_log=False,

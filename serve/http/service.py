@@ -23,7 +23,7 @@ class Service:
         self.model_name = config.model_name or stats.model or "model"
         self.created = int(time.time())
         self.metrics = Metrics()
-        self.admission = Admission(config.limits)
+        self.admission = Admission(config.limits.pending, config.pending_per_client)
         self.runs = Runs(engine, self.admission, self.metrics, config.limits)
         self.prompts = Prompts(tokenizer, stats.context_length, config.limits)
         self.sessions = Sessions(config.limits)

@@ -405,7 +405,7 @@ def test_disconnect_frees_the_engine(stream: bool, tokens_read: int) -> None:
             connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             while not engine.live or engine.generated < tokens_read:
                 time.sleep(0.01)
-        server.wait_idle(2)
+        server.wait_idle()
         assert not engine.live and engine.stats().blocks_free == 100
         text = httpx.get(server.url + "/metrics").text
         assert 'tmq_sequences_finished_total{reason="abandoned"} 1.0' in text

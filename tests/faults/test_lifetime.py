@@ -286,14 +286,14 @@ def test_soak_with_random_disconnects(case: str) -> None:
             return "answered"
 
         many(server.url, [one] * 50)
-        server.wait_idle(30)
+        server.wait_idle()
         before = _held(server)
         outcome: list[object] = []
         for _ in range(max(1, SOAK // 100)):
             outcome += many(server.url, [one] * 100)
         assert {type(o) for o in outcome} == {str}, [o for o in outcome if not isinstance(o, str)][:3]
         assert outcome.count("left") > len(outcome) / 3
-        server.wait_idle(30)
+        server.wait_idle()
         after = _held(server)
         assert after["tasks"] <= before["tasks"] + 2
         assert after["threads"] <= before["threads"] + 2

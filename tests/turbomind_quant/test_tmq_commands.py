@@ -55,6 +55,44 @@ def test_umbrella_has_the_other_commands() -> None:
     assert "awq" in run("quantize", "--help").stdout
 
 
+ANSWERED = {
+    "--api-keys": (["sk-1", "sk-2"], "--api-key-file"),
+    "--chat-template": (["internlm2"], "chat_template.jinja"),
+    "--quant-policy": (["4"], "8"),
+}
+
+
+@pytest.mark.parametrize("flag", ANSWERED)
+def test_flags_of_lmdeploy_that_are_answered_with_what_to_use(flag: str) -> None:
+    values, word = ANSWERED[flag]
+    refused = invoke("serve", "/m", flag, *values)
+    assert refused.exit_code == 2 and word in refused.output and flag in refused.output
+
+
+def test_flags_of_lmdeploy_that_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def stop_here(source: Any, config: Any) -> Any:
+        seen.append(config)
+        raise InputError("stop here")
+
+    monkeypatch.setattr("serve.local.open_model", stop_here)
+    flags = [
+        "--backend",
+        "turbomind",
+        "--model-format",
+        "awq",
+        "--max-batch-size",
+        "16",
+        "--log-level",
+        "INFO",
+    ]
+    done = invoke("serve", "/m", "--port", "0", "--host", "127.0.0.1", *flags)
+    assert done.exit_code == 3 and "stop here" in done.output
+    assert "--backend turbomind changes nothing" in done.output and "--model-format awq" in done.output
+    assert seen[0].max_batch == 16
+
+
 LMDEPLOY_FLAGS = ["--server-name", "127.0.0.1", "--server-port", "23334", "--instance-num", "32", "--session-len", "1024",
                   "--cache-max-entry-count", "0.5", "--quant-policy", "8", "--tp", "1"]  # fmt: skip
 

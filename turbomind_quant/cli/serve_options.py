@@ -65,6 +65,7 @@ _engine_flags = (
 )
 _sequences_flag = click.option(
     "--instance-num",
+    "--max-batch-size",
     default=EngineConfig.max_batch,
     show_default=True,
     type=click.IntRange(1),

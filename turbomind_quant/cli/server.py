@@ -25,6 +25,7 @@ from turbomind_quant.cli.serve_options import (
     server_keys,
     source_options,
 )
+from turbomind_quant.cli.server_options import LOG_LEVELS, limit_options, lmdeploy_options
 
 if TYPE_CHECKING:
     from serve.chat.backends import Backend
@@ -33,10 +34,15 @@ if TYPE_CHECKING:
 @click.command(short_help="Serve a model: OpenAI-compatible API, health, metrics.", context_settings=SETTINGS)
 @click.argument("path")
 @click.option(
-    "--server-name", default=ServeConfig.server_name, show_default=True, help="Address to listen on."
+    "--server-name",
+    "--host",
+    default=ServeConfig.server_name,
+    show_default=True,
+    help="Address to listen on.",
 )
 @click.option(
     "--server-port",
+    "--port",
     default=ServeConfig.server_port,
     show_default=True,
     type=click.IntRange(0, 65535),
@@ -50,20 +56,7 @@ if TYPE_CHECKING:
     multiple=True,
     help="Web site that may call the API (CORS); repeatable.",
 )
-@click.option(
-    "--max-pending",
-    default=Limits.pending,
-    show_default=True,
-    type=click.IntRange(1),
-    help="Sequences running or waiting; beyond it 429.",
-)
-@click.option(
-    "--request-timeout",
-    default=Limits.request_s,
-    show_default=True,
-    type=click.FloatRange(0, min_open=True),
-    help="Seconds for one request.",
-)
+@limit_options
 @click.option(
     "--drain-timeout",
     default=ServeConfig.drain_s,
@@ -72,8 +65,12 @@ if TYPE_CHECKING:
     help="Seconds for running requests after SIGTERM.",
 )
 @click.option(
-    "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"])
+    "--log-level",
+    default="info",
+    show_default=True,
+    type=click.Choice(LOG_LEVELS, case_sensitive=False),
 )
+@lmdeploy_options
 @together(server_engine_options, source_options, debug_option)
 def serve(
     path: str,
@@ -82,8 +79,7 @@ def serve(
     model_name: str,
     api_key_file: Path | None,
     allow_origins: tuple[str, ...],
-    max_pending: int,
-    request_timeout: float,
+    limits: Limits,
     drain_timeout: float,
     log_level: str,
     engine: EngineConfig,
@@ -104,7 +100,6 @@ def serve(
     from serve.local import open_model
 
     keys = server_keys(api_key_file)
-    limits = Limits(pending=max_pending, pending_per_client=max_pending, request_s=request_timeout)
     try:
         config = ServeConfig(server_name, server_port, model_name, keys, allow_origins, drain_timeout, limits)
     except ValueError as e:

@@ -5,14 +5,13 @@ import time
 from collections import Counter
 
 from serve.http.errors import ApiError
-from serve.http.limits import Limits
 
 
 class Admission:
-    """Counts sequences from admission to the end of their request. Not for several threads: the event loop owns it."""
+    """Counts sequences from admission until the engine has finished them. Not for several threads: the event loop owns it."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self, most: int, most_per_client: int) -> None:
+        self._most, self._most_per_client = most, most_per_client
         self._clients: Counter[str] = Counter()
         self._last_release = time.monotonic()
         self._release_gap_s = 1.0  # moving mean of the time between two releases
@@ -21,13 +20,11 @@ class Admission:
 
     def admit(self, sequences: int, client: str) -> None:
         """Count `sequences` in, or raise 429. `release` must follow each success."""
-        if self.pending + sequences > self._limits.pending:
+        if self.pending + sequences > self._most:
+            raise self._refusal(f"The queue is full: {self.pending} of {self._most} sequences are pending.")
+        if self._clients[client] + sequences > self._most_per_client:
             raise self._refusal(
-                f"The queue is full: {self.pending} of {self._limits.pending} sequences are pending."
-            )
-        if self._clients[client] + sequences > self._limits.pending_per_client:
-            raise self._refusal(
-                f"Too many requests at once: {self._clients[client]} of the {self._limits.pending_per_client} "
+                f"Too many requests at once: {self._clients[client]} of the {self._most_per_client} "
                 "sequences that one client may have pending."
             )
         self.pending += sequences

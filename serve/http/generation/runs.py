@@ -19,18 +19,27 @@ from serve.http.metrics import Metrics
 log = logging.getLogger("tmq.serve")
 
 
+def _weight(event: Event) -> int:
+    """What an event takes while it waits, in tokens and alternatives to them."""
+    scored = (*event.logprobs, *event.prompt_logprobs)
+    return len(event.token_ids) + len(scored) + sum(len(p.top) for p in scored)
+
+
 class Run:
     """Some sequences in flight. Iterate for (index, event) in the order of arrival; raises ApiError where one fails."""
 
     def __init__(self, owner: "Runs", ids: list[str], client: str) -> None:
         self._owner, self._ids, self._client = owner, ids, client
         self._open = set(range(len(ids)))
+        self._closed = False
         self._news: asyncio.Queue[tuple[int, Event] | ApiError] = asyncio.Queue()
+        self._held = len(ids)  # places in the queue that this run still has
+        self.unread = 0  # tokens and alternatives that nobody has taken yet
+        self.given_up = asyncio.Event()  # its client reads too slowly: whoever sends to it should stop
         self._started = time.monotonic()
         self._last_event = [0.0] * len(ids)
         for index, id in enumerate(ids):
             owner.keep(asyncio.create_task(self._pump(index, id)))
-        self._closed = False
         self.prompt_tokens = 0
         self.completion_tokens = 0
 
@@ -42,12 +51,17 @@ class Run:
     async def _pump(self, index: int, request_id: str) -> None:
         try:
             async for event in self._owner.engine.events(request_id):
-                self._news.put_nowait((index, event))
+                self._owner.make_room(self)
+                if not self._closed:
+                    self._count(_weight(event))
+                    self._news.put_nowait((index, event))
         except EngineDied:
             self.fail(unavailable("The engine has stopped. The server is ending."))
         except Exception:
             log.exception("The events of request %s broke off.", request_id)
             self.fail(ApiError(500, "The engine could not finish this request.", code="engine_error"))
+        finally:
+            self._give_back(1)  # the engine is done with it, whether its client has read it or not
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
         while self._open:
@@ -55,6 +69,7 @@ class Run:
             if isinstance(news, ApiError):
                 raise news
             index, event = news
+            self._count(-_weight(event))
             self._note(index, event)
             if event.finish_reason == "error":
                 raise ApiError(
@@ -84,6 +99,23 @@ class Run:
             self.completion_tokens += event.completion_tokens
             metrics.finished.labels(event.finish_reason).inc()
 
+    def _count(self, weight: int) -> None:
+        self.unread += weight
+        self._owner.unread += weight
+
+    def _give_back(self, sequences: int) -> None:
+        """Free places in the queue."""
+        sequences = min(sequences, self._held)
+        self._held -= sequences
+        if sequences:
+            self._owner.release(sequences, self._client)
+
+    def give_up(self) -> None:
+        """End the run because its client does not read: it loses what is left of the answer."""
+        log.warning("A client reads too slowly: its answer is given up with %d tokens unread.", self.unread)
+        self.given_up.set()
+        self.close()
+
     def stop(self) -> None:
         """Ask the engine to end all sequences; their last events still come."""
         for index in sorted(self._open):
@@ -102,7 +134,9 @@ class Run:
             self._owner.metrics.finished.labels("abandoned").inc(len(self._open))
             self.stop()
         # The pumps in Runs go on to the last event, so that the engine's own books close, too.
-        self._owner.discard(self, len(self._ids), self._client)
+        self._count(-self.unread)
+        self._give_back(self._held)
+        self._owner.discard(self)
 
 
 class Runs:
@@ -114,6 +148,7 @@ class Runs:
         self._open: set[Run] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: ApiError | None = None
+        self.unread = 0  # of all runs
         self.last_token = 0.0  # time.monotonic() of the newest token of any run
 
     @property
@@ -137,7 +172,7 @@ class Runs:
                     seed = SEED_MIN + (sampling.seed + index % n - SEED_MIN) % (SEED_MAX - SEED_MIN + 1)
                     chosen = replace(sampling, seed=seed)
                 prompt = tuple(prompts[index // n])
-                request = Request(f"{request_id}-{index}", prompt, chosen, self.limits.request_s)
+                request = Request(f"{request_id}-{index}", prompt, chosen, self.limits.request_s, client)
                 ids.append(self.engine.submit(request))
         except EngineDied as e:
             self._undo(ids, sequences, client)
@@ -163,9 +198,18 @@ class Runs:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def discard(self, run: Run, sequences: int, client: str) -> None:
+    def discard(self, run: Run) -> None:
         self._open.discard(run)
+
+    def release(self, sequences: int, client: str) -> None:
         self._admission.release(sequences, client)
+
+    def make_room(self, run: Run) -> None:
+        """Before an event of `run` is kept: give up the runs whose clients leave too much unread."""
+        if run.unread > self.limits.unread:
+            run.give_up()
+        while self.unread > self.limits.unread_in_all:
+            max(self._open, key=lambda r: r.unread).give_up()
 
     def refuse(self, reason: ApiError) -> None:
         """Answer every further start with `reason`."""

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serve.http.disconnect import ClientGone, while_connected
+from serve.http.disconnect import ClientGone, abort_connection, while_connected
 from serve.http.errors import ApiError
 from serve.http.generation.runs import Run
 
@@ -34,9 +34,9 @@ class RunStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await while_connected(receive, self._send(send), self._timeout_s)
+            await while_connected(receive, self._send(send), self._timeout_s, self._run.given_up)
         except (ClientGone, asyncio.TimeoutError):
-            pass  # nobody reads any more
+            abort_connection(scope)  # nobody reads any more
         finally:
             self._run.close()
 

@@ -111,7 +111,7 @@ def interactive_routes(service: Service) -> APIRouter:
     @router.post(
         "/v1/chat/interactive",
         response_model=None,
-        responses={200: {"model": Turn}, **errors(400, 409, 429, 500, 503, 504)},
+        responses={200: {"model": Turn}, **errors(400, 404, 409, 429, 500, 503, 504)},
     )
     async def chat_interactive(body: InteractiveRequest, request: Request) -> Response:
         """A turn of a conversation kept under `session_id` while `interactive_mode` is true.

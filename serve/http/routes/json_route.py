@@ -36,7 +36,7 @@ _ERRORS = {
     400: "The request is at fault; the message names the field.",
     401: "A key is needed.",
     403: "Host or Origin refused.",
-    404: "No such model.",
+    404: "No such model, or a session that was forgotten.",
     408: "The body came too slowly.",
     409: "The session is busy.",
     413: "The body is too large.",

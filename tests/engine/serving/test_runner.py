@@ -1,6 +1,7 @@
 """The runner and the paged cache on tiny random models: batching against one request alone, int8 KV, chunks, preemption."""
 
 import gc
+import math
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -273,6 +274,20 @@ def test_the_cache_leaves_that_room_on_a_gpu(monkeypatch):
     config = EngineConfig(device="cuda", max_step_tokens=2048, max_batch=8)
     short, long = (loading._free_bytes(model, config, length) for length in (2048, 32768))
     assert 0 < long < short and short - long == gathered_bytes(shape, 32768 - 2048, torch.float16)
+
+
+@pytest.mark.parametrize(("asked", "gib"), [(None, 1), (131072, 14 / 0.9), (4096, 1), (1 << 20, 32)])
+def test_the_cache_on_a_cpu_is_bounded_unless_a_context_is_asked_for(monkeypatch, caplog, asked, gib):
+    """A model that states 131,072 tokens of context, 112 KiB each, on a machine with 64 GiB free."""
+    monkeypatch.setattr(loading, "_available_memory", lambda: 64 * 2**30)
+    shape = replace(
+        SHAPES["tiny"], num_layers=28, num_kv_heads=4, head_dim=128, max_position=131072, vocab_size=300
+    )
+    model = SimpleNamespace(device=CPU, config=shape, dtype=torch.float32)
+    config = EngineConfig(device="cpu", context_length=asked)
+    context = asked or 131072
+    assert loading._free_bytes(model, config, context) == math.ceil(gib * 2**30)
+    assert ("longer requests are refused" in caplog.text) is (asked not in (4096, 131072))
 
 
 def test_a_captured_step_whose_sampling_fails_gets_its_inputs_back(monkeypatch):

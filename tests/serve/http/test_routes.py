@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from typing import Any
 
 import pytest
@@ -95,19 +94,29 @@ def test_a_failed_turn_leaves_the_session_as_it_was(api: TestClient, engine: Fak
     assert turn(api, "two", session_id=1, interactive_mode=True)["history_tokens"] == history + 3
 
 
+def gone(api: TestClient, session: int) -> bool:
+    reply = api.post(
+        "/v1/chat/interactive", json={"prompt": "x", "session_id": session, "interactive_mode": True}
+    )
+    return reply.status_code == 404 and reply.json()["error"]["code"] == "session_gone"
+
+
 def test_sessions_are_bounded_and_forgotten(engine: FakeEngine) -> None:
     config = ServeConfig(limits=Limits(sessions=20, session_idle_s=0.5))
     with TestClient(create_app(engine, FakeTokenizer(), config), base_url="http://127.0.0.1:23333") as api:
         for session in range(30):
             turn(api, "x", session_id=session, interactive_mode=True, request_output_len=1)
-        assert len(api.app.state.service.sessions) == 20
-        assert (
-            turn(api, "x", session_id=0, interactive_mode=True)["history_tokens"] == 0
-        )  # the oldest gave way
+        sessions = api.app.state.service.sessions
+        assert len(sessions) == 20
+        assert gone(api, 0)  # the oldest gave way
+        assert gone(api, 0)  # and is not taken for a new one when asked again
         assert turn(api, "x", session_id=29, interactive_mode=True)["history_tokens"] > 0
-        time.sleep(0.6)
+        for session in sessions._sessions.values():
+            session.last_used -= 1.0
+        assert gone(api, 29) and gone(api, 28)
+        assert len(sessions) == 0
+        assert turn(api, "", session_id=29, request_output_len=0)["tokens"] == 0  # ended: the id is free
         assert turn(api, "x", session_id=29)["history_tokens"] == 0
-        assert len(api.app.state.service.sessions) == 0
 
 
 def test_tokenize(api: TestClient) -> None:
