@@ -1,7 +1,8 @@
 """`table` and `report`: what every method costs on one model, and results on one page."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from os import fspath
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from quant.estimate import refuse_ragged
 from quant.evaluation.page import write_page
 from quant.evaluation.peers import check_peers
 from quant.evaluation.perplexity import (
+    EvalText,
     Judgement,
     load_eval_text,
     tokens_of,
@@ -24,11 +26,11 @@ from quant.progress import Listener, Progress
 from quant.recipe_file import find_recipe
 from quant.recipes import Recipe, usual_methods
 from quant.recipes import methods as known_methods
-from quant.session import Session, fit_seqlen, open_session
+from quant.session import Session, fit_seqlen
 from quant.text.calibration import vocabulary_of
 from turbomind_quant.api.choices import Dtype, StrPath, chosen
 from turbomind_quant.api.perplexity import check_windows
-from turbomind_quant.api.preparation import TextChoice, written_text
+from turbomind_quant.api.preparation import ModelChoice, TextChoice, written_text
 
 CACHES = ("16", "8", "4", "8:dynamic", "8:static", "4:dynamic", "4:static")
 
@@ -75,11 +77,10 @@ def table(
     """The perplexity table of the float `model`: each method quantizes it in memory and is judged on the same windows.
 
     Args:
-        methods: rows: "fp16", presets, a preset with "+distill", files of recipes, or recipes; None: all but the slow ones. bits, group_size: every method has a row for each.
-        kv_bits: caches for every row, of "16", "8", "4", "8:static" and "4:static".
+        methods: rows: "fp16", presets, a preset with "+distill", files of recipes, or recipes; None: all but the slow ones.
+        bits, group_size: every method has a row for each. kv_bits: caches for every row, of "16", "8", "4", "8:static" and "4:static".
         kl_windows: windows for KL divergence and top-1 agreement with the float model; 0: none.
-        pad: zero-pad the model exactly, so that the group fits every linear.
-        peers: other quantizers, where installed, on the same blocks.
+        pad: zero-pad the model exactly, so that the group fits every linear. peers: other quantizers, where installed, on the same text.
         output: also write the rows to this JSON file, for `report`.
         dataset, text, windows: as in `perplexity`. eval_seqlen: tokens of a window of that text.
         The calibration text (`calib_data` to `trust_remote_code`), device, dtype, family and progress: as in `quantize`.
@@ -89,47 +90,40 @@ def table(
     check_windows(windows, kl_windows)
     choice = TextChoice(calib_data, text_column, samples, seqlen, seed, allow_fewer, trust_remote_code)
     groups = chosen(group_size, "--group-size", GROUP_SIZES)
-    rows = _methods(usual_methods() if methods is None else methods)
-    widths, caches = chosen(bits, "--bits", BITS), chosen(kv_bits, "--kv-bits", CACHES)
-    words = load_eval_text(dataset, None if text is None else str(text))
+    wanted = TableRequest(
+        base=choice.config(),
+        methods=_methods(usual_methods() if methods is None else methods),
+        bits=chosen(bits, "--bits", BITS),
+        group_sizes=groups,
+        kv=tuple(_cache(name) for name in chosen(kv_bits, "--kv-bits", CACHES)),
+        how=Judgement(eval_seqlen, windows, kl_windows),
+    )
+    words = load_eval_text(dataset, None if text is None else fspath(text))
     with Progress("evaluate table", progress) as run:
-        session = open_session(
-            model,
-            device=device,
-            dtype=dtype,
-            family=family,
-            pad_to=max(groups) if pad else None,
-            progress=run,
-        )
-        request = TableRequest(
-            base=fit_seqlen(choice.config(), session.config, seqlen is not None),
-            methods=rows,
-            bits=widths,
-            group_sizes=groups,
-            kv=tuple(_cache(name) for name in caches),
-            peers=_usable_peers(peers, pad, session),
-            how=Judgement(eval_seqlen, windows, kl_windows),
-        )
-        for arm in request.arms():
-            if arm is not None:
-                refuse_ragged(session.config, arm)
-        tokenizer = choice.tokenizer(session)
-        tokens = tokens_of(words, tokenizer, session.checkpoint)
-        blocks = _calibration_text(request, choice, session, tokenizer)
-        made = evaluate_table(
-            session.checkpoint,
-            Path(model).name,
-            request,
-            blocks,
-            tokens,
-            session.device,
-            session.dtype,
-            run.say,
-        )
-    result = TableReport(tuple(made), None if blocks is None else blocks.provenance)
+        session = ModelChoice(model, device, dtype, family).open(run, pad_to=max(groups) if pad else None)
+        request = replace(wanted, peers=_usable_peers(peers, pad, session))
+        result = _filled_table(session, Path(model).name, request, choice, words)
     if output is not None:
         write_json(Path(output), {"kind": "table", **result.to_json()})
     return result
+
+
+def _filled_table(
+    session: Session, name: str, request: TableRequest, choice: TextChoice, words: EvalText
+) -> TableReport:
+    """Every row, made and judged. `name`: of the model in the rows."""
+    base = fit_seqlen(request.base, session.config, choice.seqlen is not None)
+    request = replace(request, base=base)
+    for arm in request.arms():
+        if arm is not None:
+            refuse_ragged(session.config, arm)
+    tokenizer = choice.tokenizer(session)
+    tokens = tokens_of(words, tokenizer, session.checkpoint)
+    text = _calibration_text(request, choice, session, tokenizer)
+    rows = evaluate_table(
+        session.checkpoint, name, request, text, tokens, session.device, session.dtype, session.progress.say
+    )
+    return TableReport(tuple(rows), None if text is None else text.provenance)
 
 
 def _methods(values: Sequence[str | Recipe]) -> tuple[str | Recipe, ...]:

@@ -16,11 +16,34 @@ from convert.folder.output import Layout, OutputFolder
 from convert.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from quant.config import QuantConfig
 from quant.estimate import Plan, plan_calibration, plan_quantization, refuse_ragged
+from quant.progress import Progress
 from quant.recipe_file import find_recipe
 from quant.recipes import Recipe
-from quant.session import Session, fit_seqlen
+from quant.session import Session, fit_seqlen, open_session
 from quant.state.fingerprint import run_fingerprint
 from quant.text.calibration import read_text, write_text
+from turbomind_quant.api.choices import Dtype, StrPath
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which float model a caller asks for, and how it is run."""
+
+    model: StrPath
+    device: str
+    dtype: Dtype
+    family: str | None
+
+    def open(self, progress: Progress, pad_to: int | None = None) -> Session:
+        """The model opened, zero-padded to a multiple of `pad_to` where given. Raises what `open_session` raises."""
+        return open_session(
+            self.model,
+            device=self.device,
+            dtype=self.dtype,
+            family=self.family,
+            pad_to=pad_to,
+            progress=progress,
+        )
 
 
 @dataclass(frozen=True)

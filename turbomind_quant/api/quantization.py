@@ -15,12 +15,12 @@ from quant.preflight import announce, notes_of
 from quant.progress import Listener, Progress
 from quant.recipes import Recipe
 from quant.run import check_statistics_use, quantize_model
-from quant.session import open_session
 from quant.state.fingerprint import run_fingerprint
 from quant.statistics.calibrate import StatisticsFolder, open_statistics
 from quant.statistics.calibrate import calibrate as write_statistics
 from turbomind_quant.api.choices import Dtype, StrPath
 from turbomind_quant.api.preparation import (
+    ModelChoice,
     Prepared,
     TextChoice,
     idle_text_options,
@@ -66,7 +66,7 @@ def calibrate(
     text = TextChoice(calib_data, text_column, samples, seqlen, seed, allow_fewer, trust_remote_code)
     folder = Path(out)
     with Progress("calibrate", progress) as run:
-        session = open_session(model, device=device, dtype=dtype, family=family, progress=run)
+        session = ModelChoice(model, device, dtype, family).open(run)
         prepared = prepare_calibration(session, text)
         announce(session, prepared.plan, folder)
         with output_with_text(prepared, text, "calibrate", folder, "root", restart) as (place, blocks):
@@ -115,13 +115,11 @@ def quantize(
         bits: of a code: 4 to serve, 3 and 2 to evaluate. group_size: weights along K that share a scale: 32, 64 or 128.
         stats: folder of `calibrate`, in place of text (preset "fast" alone).
         pad: zero-pad the model exactly, so that the group fits every linear. keep_ragged: leave those that it does not fit in float16.
-        kv_bits: 8 also writes parameters for an int8 KV cache.
-        distill: an end-to-end pass over scales and norms at the end; the model must fit whole, in float32.
+        kv_bits: 8 also writes parameters for an int8 KV cache. distill: an end-to-end pass at the end, for models that fit whole.
         calib_data: txt, jsonl or parquet file, folder, "wikitext2", "c4", "pileval" or a hub dataset; None: the model writes its own.
-        text_column: column of jsonl, parquet and hub datasets.
+        text_column: of jsonl, parquet and hub datasets. allow_fewer: go on where the text holds fewer samples than asked for.
         samples, seqlen: samples of text and tokens of each; `seqlen` None: 2048, or the model's context where that is shorter.
-        seed: same seed, same bytes. allow_fewer: go on where the text holds fewer samples than asked for.
-        trust_remote_code: run a tokenizer that exists only as code in `model`.
+        seed: same seed, same bytes. trust_remote_code: run a tokenizer that exists only as code in `model`.
         device: "auto", "cpu", "cuda" or "cuda:N". dtype: of the forward passes: "auto", "float16", "bfloat16" or "float32".
         family: read the model as this family, whatever its config.json says.
         restart: discard an unfinished `out` first. progress: called with every ProgressEvent; None: silent.
@@ -133,16 +131,27 @@ def quantize(
     quant = text.config(preset, bits, group_size, kv_bits, distill, keep_ragged)
     folder = Path(out)
     with Progress(f"awq {quant.recipe.name}", progress) as run:
-        prepared = _checked(model, quant, text, stats, pad, device, dtype, family, run)
+        prepared = _checked(ModelChoice(model, device, dtype, family), quant, text, stats, pad, run)
         announce(prepared.session, prepared.plan, folder)
-        with _source(prepared, folder, stats, restart) as (place, source):
-            if not place.finished:
-                session = prepared.session
-                done = quantize_model(
-                    session.checkpoint, prepared.quant, source, place, session.device, session.dtype, run
-                )
-                return quantize_result(folder, done.seconds, done.first_layer)
-    return quantize_result(folder, 0.0, prepared.session.config.num_layers)
+        return _quantized(prepared, folder, stats, restart)
+
+
+def _quantized(prepared: Prepared, out: Path, stats: StrPath | None, restart: bool) -> QuantizeResult:
+    """Do the work, or what an earlier run left of it."""
+    session = prepared.session
+    with _source(prepared, out, stats, restart) as (place, source):
+        if place.finished:
+            return quantize_result(out, 0.0, session.config.num_layers)
+        done = quantize_model(
+            session.checkpoint,
+            prepared.quant,
+            source,
+            place,
+            session.device,
+            session.dtype,
+            session.progress,
+        )
+    return quantize_result(out, done.seconds, done.first_layer)
 
 
 def estimate(
@@ -180,13 +189,13 @@ def estimate(
     Raises what that call would raise before its work begins, but for a lack of memory or disk.
     """
     text = TextChoice(calib_data, text_column, samples, seqlen, seed, allow_fewer, trust_remote_code)
+    choice = ModelChoice(model, device, dtype, family)
     with Progress(command, progress) as run:
         if command == "calibrate":
-            session = open_session(model, device=device, dtype=dtype, family=family, progress=run)
-            prepared = prepare_calibration(session, text)
+            prepared = prepare_calibration(choice.open(run), text)
         else:
             quant = text.config(preset, bits, group_size, kv_bits, distill, keep_ragged)
-            prepared = _checked(model, quant, text, stats, pad, device, dtype, family, run)
+            prepared = _checked(choice, quant, text, stats, pad, run)
         for note in notes_of(prepared.session):
             run.say(note)
     if out is None:
@@ -196,14 +205,11 @@ def estimate(
 
 
 def _checked(
-    model: StrPath,
+    model: ModelChoice,
     quant: QuantConfig,
     text: TextChoice,
     stats: StrPath | None,
     pad: bool,
-    device: str,
-    dtype: Dtype,
-    family: str | None,
     run: Progress,
 ) -> Prepared:
     """The model opened, and every choice checked against it and against the others."""
@@ -215,14 +221,7 @@ def _checked(
         )
     has_text = reads_text(quant, stats is not None)
     idle = "" if has_text or stats is not None else idle_text_options(quant.recipe.name, text)
-    session = open_session(
-        model,
-        device=device,
-        dtype=dtype,
-        family=family,
-        pad_to=quant.group_size if pad else None,
-        progress=run,
-    )
+    session = model.open(run, pad_to=quant.group_size if pad else None)
     if not has_text:  # else it is loaded for the text
         check_tokenizer(session.checkpoint.tokenizer_dir)
     if idle:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from os import fspath
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +13,7 @@ from convert.errors import ResourceError, UsageError
 from convert.folder.files import write_json
 from engine.config import GIB, EngineConfig
 from engine.loading import use_device
-from engine.measure.comparison import Workload
+from engine.measure.comparison import Comparison, Workload
 from engine.measure.comparison import compare as measure_all
 from engine.measure.throughput import Contender
 from engine.measure.throughput_rows import ThroughputRow
@@ -100,13 +102,66 @@ def throughput(
 
     Raises UsageError for choices that contradict each other or the models' context, InputError for a path that cannot be used.
     """
-    check_one(kv_mode, "--kv-mode", get_args(KvMode))
+    load = _workload(batch, input_len, output_len, trace, requests, rate, seed)
+    place = use_device(device)
+    if memory_cap is not None and place.type != "cuda":
+        raise UsageError(f"--memory-cap limits what is allocated on a GPU; this run is on {place}.")
+    engine = _Engine(device, dtype, kv_mode, context_len, max_batch, memory_cap, tp)
+    contenders = [
+        (name + (", KV int8" if bits == 8 else ""), Contender(source, engine.config(load, bits)))
+        for name, source in _sources(paths, family, random_weights, weights, group_size)
+        for bits in chosen(kv_bits, "--kv-bits", (16, 8))
+    ]
+    with Progress("evaluate throughput", progress) as run:
+        found = measure_all(contenders, load, partial(_tell, run))
+    result = _report(found, load, place, None if trace is None else fspath(trace), memory_cap)
+    if output is not None:
+        write_json(Path(output), result.to_json())
+    return result
+
+
+def _tell(run: Progress, name: str, news: ThroughputRow | ResourceError) -> None:
+    """One sentence for a row, or for what did not fit."""
+    if isinstance(news, ResourceError):
+        run.warn(f"{name}: {news}")
+    else:
+        run.say(f"{name}: {news.mode}, batch {news.batch}, {news.tok_per_s:,.1f} tokens/s")
+
+
+def _report(
+    found: Comparison, load: Workload, place: torch.device, trace: str | None, memory_cap: float | None
+) -> ThroughputReport:
+    """What was measured, with what is needed to repeat it."""
+    is_gpu = place.type == "cuda"
+    return ThroughputReport(
+        rows=tuple(found.rows),
+        failures=tuple(found.failures),
+        device=torch.cuda.get_device_name(place) if is_gpu else "cpu",
+        threads=None if is_gpu else torch.get_num_threads(),
+        torch_version=torch.__version__,
+        seed=load.seed,
+        trace=trace or ("generated" if load.trace else None),
+        requests=len(load.trace),
+        rate=load.rate if load.trace else None,
+        memory_cap_gib=memory_cap,
+        copy_bandwidth_gb_per_s=None if found.bandwidth is None else found.bandwidth / 1e9,
+    )
+
+
+def _workload(
+    batch: Sequence[int] | None,
+    input_len: int,
+    output_len: int,
+    trace: StrPath | None,
+    requests: int | None,
+    rate: float | None,
+    seed: int,
+) -> Workload:
+    """Static where there are batches, dynamic where `trace`, `rate` or `requests` is given. Raises UsageError where there is neither."""
     check_positive(input_len, "--input-len", 1)
     check_positive(output_len, "--output-len", 2)
     check_positive(requests, "--requests", 1)
-    for value, flag in ((rate, "--rate"), (memory_cap, "--memory-cap")):
-        check_positive(value, flag)
-    place = use_device(device)
+    check_positive(rate, "--rate")
     is_dynamic = trace is not None or rate is not None or requests is not None
     batches = counts((() if is_dynamic else BATCHES) if batch is None else batch, "--batch")
     entries = _trace(trace, requests, seed) if is_dynamic else []
@@ -114,43 +169,7 @@ def throughput(
         raise UsageError(
             "--batch none leaves nothing to measure: give --trace FILE, --rate or --requests too."
         )
-    workload = Workload(batches, input_len, output_len, tuple(entries), 1.0 if rate is None else rate, seed)
-    sources = _sources(paths, family, random_weights, weights, group_size)
-    if memory_cap is not None and place.type != "cuda":
-        raise UsageError(f"--memory-cap limits what is allocated on a GPU; this run is on {place}.")
-    contenders = [
-        (name + (", KV int8" if bits == 8 else ""), Contender(source, config))
-        for name, source in sources
-        for bits in chosen(kv_bits, "--kv-bits", (16, 8))
-        for config in [
-            _config(workload, max_batch, bits, kv_mode, context_len, memory_cap, tp, device, dtype)
-        ]
-    ]
-    with Progress("evaluate throughput", progress) as run:
-
-        def tell(name: str, news: ThroughputRow | ResourceError) -> None:
-            if isinstance(news, ResourceError):
-                run.warn(f"{name}: {news}")
-            else:
-                run.say(f"{name}: {news.mode}, batch {news.batch}, {news.tok_per_s:,.1f} tokens/s")
-
-        found = measure_all(contenders, workload, tell)
-    result = ThroughputReport(
-        rows=tuple(found.rows),
-        failures=tuple(found.failures),
-        device=torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu",
-        threads=None if place.type == "cuda" else torch.get_num_threads(),
-        torch_version=torch.__version__,
-        seed=seed,
-        trace=str(trace) if trace is not None else ("generated" if entries else None),
-        requests=len(entries),
-        rate=workload.rate if entries else None,
-        memory_cap_gib=memory_cap,
-        copy_bandwidth_gb_per_s=None if found.bandwidth is None else found.bandwidth / 1e9,
-    )
-    if output is not None:
-        write_json(Path(output), result.to_json())
-    return result
+    return Workload(batches, input_len, output_len, tuple(entries), 1.0 if rate is None else rate, seed)
 
 
 def _trace(file: StrPath | None, requests: int | None, seed: int) -> list[TraceEntry]:
@@ -179,32 +198,36 @@ def _sources(
     return sources
 
 
-def _config(
-    workload: Workload,
-    max_batch: int,
-    bits: int,
-    kv_mode: KvMode,
-    context_len: int | None,
-    memory_cap: float | None,
-    tp: int,
-    device: str,
-    dtype: Dtype,
-) -> EngineConfig:
-    """An engine that holds the largest batch of the workload. Raises UsageError for a value that is none of the choices."""
-    batch = max([*workload.batches, max_batch if workload.trace else 1])
-    try:
-        return EngineConfig(
-            device=device,
-            dtype=dtype,
-            kv_bits=8 if bits == 8 else 16,
-            kv_mode=kv_mode,
-            context_length=context_len,
-            max_batch=batch,
-            max_step_tokens=max(EngineConfig.max_step_tokens, batch),
-            graph_batches=tuple(sorted({*EngineConfig.graph_batches, *workload.batches})),
-            warm_up=bool(workload.trace),
-            memory_cap_bytes=None if memory_cap is None else int(memory_cap * GIB),
-            tp=tp,
-        )
-    except ValueError as error:
-        raise UsageError(f"{error}") from error
+@dataclass(frozen=True)
+class _Engine:
+    """What the engines of all contenders have in common. `memory_cap` in GiB."""
+
+    device: str
+    dtype: Dtype
+    kv_mode: KvMode
+    context_len: int | None
+    max_batch: int
+    memory_cap: float | None
+    tp: int
+
+    def config(self, load: Workload, kv_bits: int) -> EngineConfig:
+        """An engine that holds the largest batch of the workload. Raises UsageError for a value that is none of the choices."""
+        check_one(self.kv_mode, "--kv-mode", get_args(KvMode))
+        check_positive(self.memory_cap, "--memory-cap")
+        batch = max([*load.batches, self.max_batch if load.trace else 1])
+        try:
+            return EngineConfig(
+                device=self.device,
+                dtype=self.dtype,
+                kv_bits=8 if kv_bits == 8 else 16,
+                kv_mode=self.kv_mode,
+                context_length=self.context_len,
+                max_batch=batch,
+                max_step_tokens=max(EngineConfig.max_step_tokens, batch),
+                graph_batches=tuple(sorted({*EngineConfig.graph_batches, *load.batches})),
+                warm_up=bool(load.trace),
+                memory_cap_bytes=None if self.memory_cap is None else int(self.memory_cap * GIB),
+                tp=self.tp,
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from error

@@ -5,15 +5,16 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from convert.errors import InterruptedRunError, TmqError
 
+F = TypeVar("F", bound=Callable[..., Any])
 BUG = 70
 INTERRUPTED = 5
 _DEVICE_ERRORS = {  # (package, class): known by name, so that this module does not import torch
@@ -55,7 +56,7 @@ class Commands(click.Group):
         """Also names the commands that are near a mistyped one, those of other packages included."""
         name = args[0]
         if not name.startswith("-") and not ctx.resilient_parsing and self.get_command(ctx, name) is None:
-            near = difflib.get_close_matches(name, self.list_commands(ctx))
+            near = [repr(known) for known in difflib.get_close_matches(name, self.list_commands(ctx))]
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
             raise click.UsageError(f"No such command {name!r}.{hint}", ctx)
         return super().resolve_command(ctx, args)
@@ -138,4 +139,8 @@ def resumable(title: str) -> Iterator[None]:
 
 HELP = {"help_option_names": ["-h", "--help"]}
 debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
-version_option = click.version_option(package_name="turbomind-quant")
+
+
+def version_option(group: F) -> F:
+    """`--version`, with the name of the command that was called. click keeps that name, so each group has an option of its own."""
+    return click.version_option(package_name="turbomind-quant")(group)

@@ -112,6 +112,13 @@ def writable_file(context: click.Context, parameter: click.Parameter, value: str
     return value
 
 
+rows_option = click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    callback=writable_file,
+    help="Also write the rows to this JSON file, for `evaluate report`.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 dry_run_option = click.option(
     "--dry-run", is_flag=True, help="Say what it would take (memory, disk, sizes), and stop."
