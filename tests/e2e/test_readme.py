@@ -1,6 +1,7 @@
-"""Every command of the README, run as written beside the demo's output: it must end well, or serve until it is stopped.
+"""Every command and every Python block of the README, run as written: it must end well, or serve until it is stopped.
 
-`my-model` is a tiny model with the demo's tokenizer, so that commands with full default settings end in seconds.
+`my-model` is a tiny model, so that full default settings end in seconds: with the demo's tokenizer beside the demo's output for the
+commands, with a tokenizer of bytes for the Python blocks.
 """
 
 import json
@@ -10,26 +11,32 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import write_runnable
 
 from convert.readers import open_checkpoint
 
-pytestmark = pytest.mark.e2e
 ROOT = Path(__file__).resolve().parents[2]
 # Run by scripts/test.sh itself, and around these tests.
 ELSEWHERE = ("bash scripts/demo.sh", "bash scripts/test.sh")
 SERVERS = ("tmq serve", "tmq web")
 
 
+def readme_blocks(language: str) -> list[str]:
+    """The README's blocks in a language, in order."""
+    page = (ROOT / "README.md").read_text(encoding="utf8")
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.M | re.S)
+
+
 def readme_commands() -> list[str]:
     """The lines of the README's bash blocks, in order; a line that ends in a backslash goes on."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf8"), re.M | re.S)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    lines = "".join(readme_blocks("bash")).replace("\\\n", " ").splitlines()
     return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -75,6 +82,7 @@ def wait_until_up(port: int, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError(f"nothing answers on port {port}")
 
 
+@pytest.mark.e2e
 def test_every_command(workplace: Path) -> None:
     commands = readme_commands()
     assert len(commands) > 10
@@ -110,9 +118,35 @@ def stop(server: subprocess.Popen[bytes] | None) -> None:
         server.wait(60)
 
 
+@pytest.mark.e2e
 def test_demo_table_of_the_readme_is_the_recorded_one() -> None:
     """Each perplexity of benchmarks/demo.json stands in the README's table."""
     recorded = json.loads((ROOT / "benchmarks" / "demo.json").read_text(encoding="utf8"))
     readme = (ROOT / "README.md").read_text(encoding="utf8")
     for row in recorded["perplexity"]:
         assert f"{row['ppl']:.2f}" in readme, row
+
+
+def test_every_python_block(tmp_path: Path) -> None:
+    """One after the other in one folder, as a reader would run them."""
+    tokenizer = write_runnable(tmp_path / "tokenizer")
+    (tmp_path / "my-model").mkdir()
+    tiny_model(tmp_path / "my-model", tokenizer)
+    blocks = readme_blocks("python")
+    assert blocks[0].startswith(
+        'import turbomind_quant as tmq\n\ntmq.quantize("my-model", "my-model-4bit")\n'
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMQ_CACHE": str(tmp_path / "cache")}
+    for block in blocks:
+        done = subprocess.run(
+            [sys.executable, "-c", block],
+            cwd=tmp_path,
+            env=environment | {"HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, f"{block}\n{done.stderr[-4000:]}"
+        names = [line.split()[0] for line in done.stdout.splitlines()[:2]]
+        assert names == ["my-model", "my-model-4bit"]
+    assert (tmp_path / "my-model-4bit" / "tmq" / "manifest.json").is_file()

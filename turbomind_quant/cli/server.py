@@ -1,6 +1,5 @@
 """The commands that listen: `tmq serve` and `tmq web`. Flags in, calls out; heavy imports wait inside."""
 
-import asyncio
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -145,6 +144,8 @@ def web(
     Example:  tmq web ./my-model ./my-model-4bit
               tmq web http://127.0.0.1:23333
     """
+    import asyncio
+
     need("web", "gradio")
     need("serve", "fastapi", "uvicorn", "httpx")
     from serve.chat.backends import EngineBackend

@@ -3,7 +3,6 @@
 `serve` and `web` are in `turbomind_quant.cli.server`. Heavy imports wait inside.
 """
 
-import asyncio
 import importlib
 import sys
 from contextlib import ExitStack
@@ -104,6 +103,8 @@ def chat(
               echo "Write a 300-character story" | tmq chat ./my-model-4bit --max-tokens 200
     Next:     tmq serve ./my-model-4bit
     """
+    import asyncio
+
     need("serve", "prompt_toolkit")
     from serve.chat.backends import EngineBackend
     from serve.chat.loop import chat as talk
@@ -130,6 +131,8 @@ def client(
     \b
     Example:  tmq client http://127.0.0.1:23333
     """
+    import asyncio
+
     need("serve", "httpx", "prompt_toolkit")
     from serve.chat.client import HttpBackend
     from serve.chat.loop import chat as talk
