@@ -54,11 +54,13 @@ class LinearWeights:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """One decoder block. Roles of linears and norms are those of `convert.families.table`."""
+    """One decoder block. Roles are those of `convert.families.family`; norms are what the normed states are multiplied with."""
 
     index: int
     linears: Mapping[str, LinearWeights]
     norms: Mapping[str, Tensor]
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)  # what is neither, as the source holds it
+    norm_offset: float = 0.0  # files hold norms less this
 
 
 @dataclass
@@ -93,6 +95,22 @@ class Checkpoint(ABC):
     def norms(self, index: int) -> dict[str, Tensor]:
         """The norms of block `index` by role."""
         return dict(self.block(index).norms)
+
+    def vectors(self, index: int) -> dict[str, Tensor]:
+        """What block `index` holds beside linears and norms, by role."""
+        return dict(self.block(index).vectors)
+
+    def carried(self) -> list[str]:
+        """Tensors that are not the language model's, by their names in the source; outputs hold them as they are."""
+        return []
+
+    def read_carried(self, name: str) -> Tensor:
+        """One of `carried`, in the source's dtype."""
+        raise KeyError(name)
+
+    def dropped(self) -> dict[str, str]:
+        """Tensors of the source that no output holds, each with the reason."""
+        return {}
 
     @abstractmethod
     def embedding(self) -> Tensor:

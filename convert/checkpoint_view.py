@@ -50,6 +50,15 @@ class CheckpointView(Checkpoint):
     def check_unchanged(self) -> None:
         self.inner.check_unchanged()
 
+    def carried(self) -> list[str]:
+        return self.inner.carried()
+
+    def read_carried(self, name: str) -> Tensor:
+        return self.inner.read_carried(name)
+
+    def dropped(self) -> dict[str, str]:
+        return self.inner.dropped()
+
     def digest(self) -> str:
         return self.inner.digest()
 

@@ -84,10 +84,11 @@ def inspect_path(path: Path, family: str | None = None) -> InspectReport:
 
 def count_parameters(config: ModelConfig) -> int:
     """Weights of linears, norms, embedding and head (once where tied); biases are left out."""
-    block = sum(rows * cols for rows, cols in linear_shapes(config).values())
-    block += sum(extent for (extent,) in norm_shapes(config).values())
+    layers = [config.of_layer(index) for index in range(config.num_layers)]
+    linears = sum(rows * cols for layer in layers for rows, cols in linear_shapes(layer).values())
+    norms = config.num_layers * sum(extent for (extent,) in norm_shapes(config).values())
     outer = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2) + config.hidden_size
-    return config.num_layers * block + outer
+    return linears + norms + outer
 
 
 def _list_tensors(path: Path) -> InspectReport:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from convert.checkpoint import BlockWeights, LinearWeights
 from convert.errors import InputError
+from convert.families.norms import storable_norm
 from kernels.int4 import Quantized
 
 
@@ -43,18 +44,22 @@ class FloatBlock(BlockWeights):
                     f"Block {block.index}, {role} is quantized already: start from the float checkpoint."
                 )
             linears[role] = FloatLinear(part.weight, part.bias)
-        return FloatBlock(block.index, linears, block.norms)
+        return FloatBlock(block.index, linears, block.norms, block.vectors, block.norm_offset)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "FloatBlock":
-        """On the device and, where one is given, in the dtype; norms too."""
+        """On the device and, where one is given, in the dtype; norms too. Other vectors keep their dtype."""
         linears = {role: part.to(device, dtype) for role, part in self.linears.items()}
         norms = {role: norm.to(device=device, dtype=dtype) for role, norm in self.norms.items()}
-        return FloatBlock(self.index, linears, norms)
+        vectors = {role: vector.to(device) for role, vector in self.vectors.items()}
+        return FloatBlock(self.index, linears, norms, vectors, self.norm_offset)
 
 
 @dataclass(frozen=True)
 class QuantizedBlock(BlockWeights):
-    """A block as the packed checkpoint holds it: some linears Quantized, all else float16."""
+    """A block as the packed checkpoint holds it: some linears Quantized, all else float16.
+
+    Norms that files hold less an offset are float32 here, each the value that such a file gives back.
+    """
 
     @staticmethod
     def of(block: BlockWeights) -> "QuantizedBlock":
@@ -66,7 +71,8 @@ class QuantizedBlock(BlockWeights):
             )
             for role, part in block.linears.items()
         }
-        return QuantizedBlock(block.index, linears, {role: norm.half() for role, norm in block.norms.items()})
+        norms = {role: storable_norm(norm, block.norm_offset) for role, norm in block.norms.items()}
+        return QuantizedBlock(block.index, linears, norms, block.vectors, block.norm_offset)
 
     @property
     def quantized(self) -> dict[str, Quantized]:
@@ -88,6 +94,6 @@ class QuantizedBlock(BlockWeights):
         }
         for role, weight in self.floats.items():
             linears[role] = replace(linears[role], weight=weight.to(device))
-        return replace(
-            self, linears=linears, norms={role: norm.to(device) for role, norm in self.norms.items()}
-        )
+        norms = {role: norm.to(device) for role, norm in self.norms.items()}
+        vectors = {role: vector.to(device) for role, vector in self.vectors.items()}
+        return replace(self, linears=linears, norms=norms, vectors=vectors)

@@ -12,6 +12,7 @@ from torch import Tensor
 from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
 from convert.errors import InputError
+from convert.families.table import stays_float
 from engine.model.block import Tap
 from quant import recipes
 from quant.block_states import FloatBlock
@@ -21,7 +22,7 @@ from quant.learn.rounding import learn_rounding
 from quant.search.block_search import BlockSearch
 from quant.search.from_statistics import search_on_statistics
 from quant.search.sequential import search_on_streams
-from quant.selection import ROUTER, config_of_block, is_quantized, is_skipped
+from quant.selection import config_of_block, is_quantized, is_skipped
 
 
 def quantize_block(
@@ -94,7 +95,7 @@ def check_block(block: BlockWeights, config: ModelConfig, quant: QuantConfig) ->
             raise InputError(
                 f"Block {block.index}, {role}: {bad} weights are NaN or infinite. The checkpoint is damaged."
             )
-        if quant.keep_ragged or role == ROUTER or is_quantized(config, quant, block.index, role):
+        if quant.keep_ragged or stays_float(role) or is_quantized(config, quant, block.index, role):
             continue
         if not is_skipped(config, quant, block.index, role):
             raise InputError(

@@ -4,19 +4,18 @@ A linear is known by (index of its block, role). Names of modules are those of t
 `model.layers.0.self_attn.q_proj`. K in features.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from convert.config import ModelConfig
 from convert.errors import InputError
-from convert.families.table import BY_NAME, linear_modules, linear_shapes
+from convert.families.table import linear_modules, linear_shapes, names_of, stays_float
 from quant.config import QuantConfig
 from quant.recipes import ModulePattern, Overrides, Recipe
 
-ROUTER = "router"
 SHOWN = 4  # names in a message
 
 Linear = tuple[int, str]
@@ -42,7 +41,7 @@ def selection(recipe: Recipe, config: ModelConfig) -> Selection:
 
 def is_quantized(config: ModelConfig, quant: QuantConfig, index: int, role: str) -> bool:
     """Whether this linear becomes integers: no router, K a multiple of the group, not skipped by the recipe."""
-    if role == ROUTER or linear_shapes(config)[role][1] % quant.group_size:
+    if stays_float(role) or linear_shapes(config.of_layer(index))[role][1] % quant.group_size:
         return False
     return not is_skipped(config, quant, index, role)
 
@@ -54,13 +53,13 @@ def is_skipped(config: ModelConfig, quant: QuantConfig, index: int, role: str) -
 
 def ragged_roles(config: ModelConfig, quant: QuantConfig) -> list[str]:
     """Roles whose K is no multiple of the group, in at least one block where the recipe does not skip them."""
-    return [
-        role
-        for role, (_, cols) in linear_shapes(config).items()
-        if role != ROUTER
-        and cols % quant.group_size
-        and not all(is_skipped(config, quant, index, role) for index in range(config.num_layers))
-    ]
+    found = {
+        role: None
+        for index in range(config.num_layers)
+        for role, (_, cols) in linear_shapes(config.of_layer(index)).items()
+        if not stays_float(role) and cols % quant.group_size and not is_skipped(config, quant, index, role)
+    }
+    return list(found)
 
 
 def skipped_modules(config: ModelConfig, quant: QuantConfig) -> list[str]:
@@ -96,14 +95,15 @@ def config_of_block(quant: QuantConfig, config: ModelConfig, index: int) -> Quan
 
 
 def module_names(config: ModelConfig) -> dict[Linear, str]:
-    """The full name of every linear of the blocks; q, k and v of a fused family share one."""
-    family = BY_NAME[config.family]
-    modules = linear_modules(family, config)
+    """The full name of every linear of the blocks; those of a fused tensor share one."""
+    family = names_of(config)
+    fused = {role: tensor.module for tensor in family.fused for role in tensor.roles}
     names = {}
     for index in range(config.num_layers):
-        prefix = family.block.format(i=index)
-        for role in linear_shapes(config):
-            names[index, role] = prefix + (modules.get(role) or str(family.fused))
+        prefix, layer = family.block.format(i=index), config.of_layer(index)
+        modules = linear_modules(family, layer)
+        for role in linear_shapes(layer):
+            names[index, role] = prefix + (modules.get(role) or fused[role])
     return names
 
 
@@ -116,20 +116,21 @@ def _selection(recipe: Recipe, config: ModelConfig) -> Selection:
     skipped: dict[Linear, ModulePattern] = {}
     for pattern in recipe.skip:
         skipped |= dict.fromkeys(_matched(pattern, names, recipe, config, may_name_float=True), pattern)
-    _refuse_parts(skipped, _fused(config), names, recipe, "engines fuse it with {rest}: skip all or none")
+    _refuse_parts(
+        skipped, partial(_fused, config), names, recipe, "engines fuse it with {rest}: skip all or none"
+    )
     steps: dict[Linear, dict[str, Any]] = {}
     learning: dict[int, dict[str, Any] | None] = {}
     for rule in recipe.layers:
         found = dict.fromkeys(_matched(rule.match, names, recipe, config), rule.match)
         if rule.steps:
             reason = "it is solved together with {rest}: give all of them the same steps"
-            _refuse_parts(found, _stacks(config), names, recipe, reason)
+            _refuse_parts(found, partial(_stacks, config), names, recipe, reason)
             for linear in found:
                 steps.setdefault(linear, {}).update(rule.steps)
         if rule.learning or not rule.learns:
-            block = [{role for role in linear_shapes(config) if role != ROUTER}]
             reason = "rounding is learned block by block: match {rest} too"
-            _refuse_parts(found, block, names, recipe, reason)
+            _refuse_parts(found, partial(_searched, config), names, recipe, reason)
             for index in {index for index, _ in found}:
                 before = learning.get(index) or {}
                 learning[index] = before | dict(rule.learning) if rule.learns else None
@@ -150,8 +151,8 @@ def _matched(
 ) -> list[Linear]:
     """The linears that the pattern names, routers left out; InputError where it names none."""
     named = [linear for linear, name in names.items() if fnmatchcase(name, pattern.glob)]
-    found = [linear for linear in named if linear[1] != ROUTER]
-    family = BY_NAME[config.family]
+    found = [linear for linear in named if not stays_float(linear[1])]
+    family = names_of(config)
     outside = (family.lm_head, family.embedding)
     is_float = bool(named) or any(fnmatchcase(name, pattern.glob) for name in outside)
     if not found and not (may_name_float and is_float):
@@ -165,14 +166,14 @@ def _matched(
 
 def _refuse_parts(
     found: Mapping[Linear, ModulePattern],
-    groups: Iterable[set[str]],
+    groups_of: Callable[[int], list[set[str]]],
     names: Mapping[Linear, str],
     recipe: Recipe,
     reason: str,
 ) -> None:
     """InputError where some linears of a group of one block are found and others are not."""
     for index in sorted({index for index, _ in found}):
-        for group in groups:
+        for group in groups_of(index):
             inside = [(index, role) for role in sorted(group) if (index, role) in found]
             rest = sorted({names[index, role] for role in group if (index, role) not in found})
             if inside and rest:
@@ -188,16 +189,24 @@ def _place(pattern: ModulePattern, recipe: Recipe) -> str:
     return pattern.where or f"the recipe {recipe.name}"
 
 
-def _fused(config: ModelConfig) -> list[set[str]]:
+def _searched(config: ModelConfig, index: int) -> list[set[str]]:
+    """All roles of a block but those that are never quantized."""
+    return [{role for role in linear_shapes(config.of_layer(index)) if not stays_float(role)}]
+
+
+def _fused(config: ModelConfig, index: int) -> list[set[str]]:
     """Roles that engines hold in one matrix."""
+    config = config.of_layer(index)
     if not config.num_experts:
         return [{"q", "k", "v"}, {"gate", "up"}]
     experts = {role for role in linear_shapes(config) if role.startswith("experts.")}
-    return [{"q", "k", "v"}, experts]
+    shared = [{"shared.gate", "shared.up"}] if config.shared_intermediate_size else []
+    return [{"q", "k", "v"}, experts, *shared]
 
 
-def _stacks(config: ModelConfig) -> list[set[str]]:
+def _stacks(config: ModelConfig, index: int) -> list[set[str]]:
     """Roles that are solved together; experts share the scale of their norm."""
+    config = config.of_layer(index)
     if not config.num_experts:
         return [{"q", "k", "v"}, {"gate", "up"}]
     readers = {role for role in linear_shapes(config) if role.endswith((".gate", ".up"))}

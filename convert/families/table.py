@@ -1,197 +1,17 @@
-"""Model families as rows of data: names of tensors and config keys, defaults, biases. Adding a family is adding a row.
+"""Model families looked up by name or config.json, and what a model's configuration makes of a family's row: modules and shapes.
 
-Knows no files. Roles of a decoder block's linears: q, k, v, o, gate, up, down; Mixtral: router, experts.{e}.gate|up|down.
-Roles of its norms: attn_norm, mlp_norm, q_norm, k_norm.
+Knows no files. `rows.py` has the rows, `family.py` says what a row and a role are.
 """
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from convert.config import ModelConfig
 from convert.errors import InputError
-
-# How a fused tensor's rows hold q, k, v. "thirds": all q, all k, all v. "grouped": for each KV head its q heads, k, v.
-FusedLayout = Literal["thirds", "grouped"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row of the table. Tensor names are relative to `block` (with {i}), modules without ".weight"."""
-
-    name: str
-    architecture: str
-    model_types: tuple[str, ...]
-    linears: Mapping[str, str]  # role -> module; "{e}" stands for the number of an expert
-    norms: Mapping[str, str]
-    block: str = "model.layers.{i}."
-    embedding: str = "model.embed_tokens"
-    final_norm: str = "model.norm"
-    lm_head: str = "lm_head"
-    fused: str | None = None  # module whose rows hold q, k and v together
-    fused_layout: FusedLayout = "thirds"
-    keys: Mapping[str, str] = field(default_factory=dict)  # our field -> key of config.json, where it differs
-    defaults: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # key absent from config.json -> value, as transformers
-    qkv_bias: bool | str = False  # a string: the boolean key of config.json that decides
-    o_bias: bool | str = False
-    mlp_bias: bool | str = False
-    qk_norm: bool = False
-    intermediate_halved: bool = False  # Qwen-1 states gate and up together
-    window: Literal["none", "all", "layers"] = "none"  # how sliding_window applies
-
-
-_LLAMA_LINEARS = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-_LLAMA_NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-_QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
-
-FAMILIES: tuple[Family, ...] = (
-    Family(
-        name="llama",
-        architecture="LlamaForCausalLM",
-        model_types=("llama",),
-        linears=_LLAMA_LINEARS,
-        norms=_LLAMA_NORMS,
-        defaults={"max_position": 2048, "bos_token_id": 1, "eos_token_id": 2},
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        mlp_bias="mlp_bias",
-    ),
-    Family(
-        name="mistral",
-        architecture="MistralForCausalLM",
-        model_types=("mistral",),
-        linears=_LLAMA_LINEARS,
-        norms=_LLAMA_NORMS,
-        defaults={
-            "num_kv_heads": 8,
-            "max_position": 131072,
-            "sliding_window": 4096,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-        window="all",
-    ),
-    Family(
-        name="qwen2",
-        architecture="Qwen2ForCausalLM",
-        model_types=("qwen2",),
-        linears=_LLAMA_LINEARS,
-        norms=_LLAMA_NORMS,
-        defaults={
-            "num_kv_heads": 32,
-            "max_position": 32768,
-            "sliding_window": 4096,
-            "max_window_layers": 28,
-        },
-        qkv_bias=True,
-        window="layers",
-    ),
-    Family(
-        name="qwen3",
-        architecture="Qwen3ForCausalLM",
-        model_types=("qwen3",),
-        linears=_LLAMA_LINEARS,
-        norms={**_LLAMA_NORMS, **_QK_NORMS},
-        defaults={
-            "num_kv_heads": 32,
-            "head_dim": 128,
-            "max_position": 32768,
-            "sliding_window": 4096,
-            "max_window_layers": 28,
-        },
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        qk_norm=True,
-        window="layers",
-    ),
-    Family(
-        name="internlm",
-        architecture="InternLMForCausalLM",
-        model_types=("internlm",),
-        linears=_LLAMA_LINEARS,
-        norms=_LLAMA_NORMS,
-        defaults={"max_position": 2048, "bias": True, "bos_token_id": 1, "eos_token_id": 2},
-        qkv_bias="bias",
-        o_bias="bias",
-    ),
-    Family(
-        name="internlm2",
-        architecture="InternLM2ForCausalLM",
-        model_types=("internlm2",),
-        linears={
-            "o": "attention.wo",
-            "gate": "feed_forward.w1",
-            "up": "feed_forward.w3",
-            "down": "feed_forward.w2",
-        },
-        norms={"attn_norm": "attention_norm", "mlp_norm": "ffn_norm"},
-        embedding="model.tok_embeddings",
-        lm_head="output",
-        fused="attention.wqkv",
-        fused_layout="grouped",
-        defaults={"max_position": 2048, "bias": False, "bos_token_id": 1, "eos_token_id": 2},
-        qkv_bias="bias",
-        o_bias="bias",
-    ),
-    Family(
-        name="qwen",
-        architecture="QWenLMHeadModel",
-        model_types=("qwen",),
-        linears={"o": "attn.c_proj", "gate": "mlp.w2", "up": "mlp.w1", "down": "mlp.c_proj"},
-        norms={"attn_norm": "ln_1", "mlp_norm": "ln_2"},
-        block="transformer.h.{i}.",
-        embedding="transformer.wte",
-        final_norm="transformer.ln_f",
-        fused="attn.c_attn",
-        keys={
-            "head_dim": "kv_channels",
-            "norm_eps": "layer_norm_epsilon",
-            "rope_theta": "rotary_emb_base",
-            # beyond seq_length Qwen-1 changes its RoPE base by a rule of its own (use_dynamic_ntk); without that rule
-            # its context ends there
-            "max_position": "seq_length",
-        },
-        # generation ends on the end of text and on the end of a chat turn; config.json names neither
-        defaults={"max_position": 2048, "eos_token_id": [151643, 151645]},
-        qkv_bias=True,
-        intermediate_halved=True,
-    ),
-    Family(
-        name="mixtral",
-        architecture="MixtralForCausalLM",
-        model_types=("mixtral",),
-        linears={
-            **{role: _LLAMA_LINEARS[role] for role in ("q", "k", "v", "o")},
-            "router": "block_sparse_moe.gate",
-            "experts.{e}.gate": "block_sparse_moe.experts.{e}.w1",
-            "experts.{e}.up": "block_sparse_moe.experts.{e}.w3",
-            "experts.{e}.down": "block_sparse_moe.experts.{e}.w2",
-        },
-        norms=_LLAMA_NORMS,
-        defaults={
-            "num_kv_heads": 8,
-            "max_position": 131072,
-            "norm_eps": 1e-5,
-            "rope_theta": 1e6,
-            "num_experts": 8,
-            "experts_per_token": 2,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-        window="all",
-    ),
-)
+from convert.families.family import Family
+from convert.families.rows import FAMILIES
 
 BY_NAME = {family.name: family for family in FAMILIES}
 
@@ -239,41 +59,79 @@ def family_of(raw: Mapping[str, Any], override: str | None = None) -> Family:
     )
 
 
+def names_of(config: ModelConfig) -> Family:
+    """The row of a model's family, with the names of the tree in which its checkpoint holds the language model."""
+    family, tree = BY_NAME[config.family], config.tree
+    if tree is None:
+        return family
+    return replace(
+        family,
+        block=tree.block,
+        embedding=tree.embedding,
+        final_norm=tree.final_norm,
+        lm_head=tree.lm_head,
+    )
+
+
+def stays_float(role: str) -> bool:
+    """Whether a linear is never quantized: routers and the gate of a shared expert."""
+    return role.rsplit(".", 1)[-1] == "router"
+
+
 def linear_modules(family: Family, config: ModelConfig) -> dict[str, str]:
-    """Role -> module name inside the block, in a fixed order. q, k, v of a fused family are not listed."""
+    """Role -> module name inside the block, in a fixed order, for one layer's configuration. Linears of fused tensors are not listed."""
     modules: dict[str, str] = {}
-    for role, module in family.linears.items():
-        if "{e}" in role:
-            continue
-        modules[role] = module
-    for expert in range(config.num_experts):
-        for role, module in family.linears.items():
-            if "{e}" in role:
-                modules[role.format(e=expert)] = module.format(e=expert)
+    for role in linear_shapes(config):
+        parts = role.split(".")
+        pattern = ".".join(("experts", "{e}", parts[2])) if parts[0] == "experts" else role
+        if pattern in family.linears:
+            modules[role] = family.linears[pattern].format(e=parts[1] if len(parts) > 2 else "")
     return modules
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Role -> (N, K) of every linear of a block, q first."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+    """Role -> (N, K) of every linear of a layer with this configuration (`ModelConfig.of_layer`), q first."""
+    hidden = config.hidden_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
     if not config.num_experts:
-        return shapes | {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        return shapes | _mlp_shapes("", config.intermediate_size, hidden)
     shapes["router"] = (config.num_experts, hidden)
     for expert in range(config.num_experts):
-        shapes[f"experts.{expert}.gate"] = (inner, hidden)
-        shapes[f"experts.{expert}.up"] = (inner, hidden)
-        shapes[f"experts.{expert}.down"] = (hidden, inner)
+        shapes |= _mlp_shapes(f"experts.{expert}.", config.expert_size, hidden)
+    if config.shared_intermediate_size:
+        shapes |= _mlp_shapes("shared.", config.shared_intermediate_size, hidden)
+        if config.shared_gated:
+            shapes["shared.router"] = (1, hidden)
     return shapes
+
+
+def _mlp_shapes(prefix: str, inner: int, hidden: int) -> dict[str, tuple[int, int]]:
+    return {
+        prefix + "gate": (inner, hidden),
+        prefix + "up": (inner, hidden),
+        prefix + "down": (hidden, inner),
+    }
 
 
 def norm_shapes(config: ModelConfig) -> dict[str, tuple[int]]:
     """Role -> shape of every norm weight of a block."""
-    shapes: dict[str, tuple[int]] = {"attn_norm": (config.hidden_size,), "mlp_norm": (config.hidden_size,)}
+    roles = {
+        "before": ("attn_norm", "mlp_norm"),
+        "around": ("attn_norm", "attn_out_norm", "mlp_norm", "mlp_out_norm"),
+        "after": ("attn_out_norm", "mlp_out_norm"),
+    }[config.norm_placement]
+    shapes: dict[str, tuple[int]] = {role: (config.hidden_size,) for role in roles}
     if config.qk_norm:
-        shapes |= {"q_norm": (config.head_dim,), "k_norm": (config.head_dim,)}
+        whole = config.qk_norm_width == "all"
+        shapes["q_norm"] = (config.head_dim * (config.num_heads if whole else 1),)
+        shapes["k_norm"] = (config.head_dim * (config.num_kv_heads if whole else 1),)
     return shapes
+
+
+def vector_shapes(config: ModelConfig) -> dict[str, tuple[int]]:
+    """Role -> shape of what a layer holds beside linears and norms."""
+    return {"router_bias": (config.num_experts,)} if config.num_experts and config.router.corrected else {}
 
 
 def bias_roles(config: ModelConfig) -> set[str]:
@@ -288,23 +146,28 @@ def bias_roles(config: ModelConfig) -> set[str]:
     return roles
 
 
+def expert_roles(config: ModelConfig, *parts: str) -> tuple[str, ...]:
+    """Roles of these parts ("gate", "up", "down") of every expert, the shared one last."""
+    names = [f"experts.{e}." for e in range(config.num_experts)]
+    names += ["shared."] if config.shared_intermediate_size else []
+    return tuple(name + part for name in names for part in parts)
+
+
 def scale_groups(config: ModelConfig) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Pairs (previous operation, linears that read it) into which per-channel scales fold, as AWQ publishes them.
 
-    v -> o has one scale per KV channel, shared by its query heads. The router reads the same norm as the experts.
+    v -> o has one scale per KV channel, shared by its query heads. Routers read the same norm as the experts. Where a half
+    reads the residual stream itself (norms after it alone), nothing before takes a scale over.
     """
+    groups: list[tuple[str, tuple[str, ...]]] = [("v", ("o",))]
     if not config.num_experts:
-        return (
-            ("attn_norm", ("q", "k", "v")),
-            ("v", ("o",)),
-            ("mlp_norm", ("gate", "up")),
-            ("up", ("down",)),
-        )
-    experts = range(config.num_experts)
-    readers = tuple(f"experts.{e}.{part}" for e in experts for part in ("gate", "up"))
-    return (
-        ("attn_norm", ("q", "k", "v")),
-        ("v", ("o",)),
-        ("mlp_norm", ("router", *readers)),
-        *((f"experts.{e}.up", (f"experts.{e}.down",)) for e in experts),
-    )
+        groups += [("mlp_norm", ("gate", "up")), ("up", ("down",))]
+    else:
+        readers = ("router", *expert_roles(config, "gate", "up"))
+        readers += ("shared.router",) if config.shared_gated and config.shared_intermediate_size else ()
+        groups.append(("mlp_norm", readers))
+        groups += [(role.removesuffix("down") + "up", (role,)) for role in expert_roles(config, "down")]
+    groups.insert(0, ("attn_norm", ("q", "k", "v")))
+    if config.norm_placement == "after":
+        groups = [(before, readers) for before, readers in groups if not before.endswith("_norm")]
+    return tuple(groups)

@@ -5,14 +5,18 @@ Reads both spellings of RoPE (`rope_theta` + `rope_scaling`, and `rope_parameter
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from convert.config import ModelConfig, RopeScaling
 from convert.errors import InputError
-from convert.families.table import Family, family_named, family_of
+from convert.families.containers import container_of, language_part
+from convert.families.family import Family
+from convert.families.table import family_named, family_of
 from convert.folder.json_files import show
 from convert.hf.config_reader import FIELDS, LARGEST, ConfigReader
-from convert.hf.rope import parse_rope
+from convert.hf.mixture import parse_mixture
+from convert.hf.rope import parse_local_theta, parse_rope, parse_rotary_dim
 from convert.linear_layouts.table import parse_quantization
 
 
@@ -27,6 +31,9 @@ def parse_config(
 
     Raises InputError naming the key, what it holds and what was expected.
     """
+    container = container_of(raw)
+    if container is not None and family_name is None:
+        raw, family_name = language_part(raw, container)
     family = family_of(raw, family_name)
     read = ConfigReader(raw, family)
     notes: list[str] = []
@@ -63,11 +70,6 @@ def parse_config(
             max_position = max(max_position, int(min(longest, LARGEST["max_position"])))
     window, window_layers = _window(read, layers)
     _refuse_other_maths(raw, family)
-    experts = read.integer("num_experts") if "experts.{e}.gate" in family.linears else 0
-    per_token = read.integer("experts_per_token") if experts else 0
-    if per_token > experts:
-        raise InputError(f"config.json: num_experts_per_tok {per_token} is more than the {experts} experts.")
-
     vocab = read.integer("vocab_size")
     bos, eos = _special_ids(read, vocab)
     config = ModelConfig(
@@ -90,16 +92,49 @@ def parse_config(
         qkv_bias=read.flag(family.qkv_bias),
         o_bias=read.flag(family.o_bias),
         mlp_bias=read.flag(family.mlp_bias),
-        qk_norm=family.qk_norm,
+        qk_norm=read.flag(family.qk_norm),
+        qk_norm_width=family.qk_norm_width,
+        norm_placement=family.norm_placement,
+        norm_offset=family.norm_offset,
+        activation=family.activation,
+        rotary_dim=parse_rotary_dim(read, head_dim),
+        rotary_interleaved=family.rotary_interleaved,
+        local_rope_theta=parse_local_theta(read),
+        attention_scale=_attention_scale(read),
+        attention_softcap=read.optional_number(family.attention_softcap),
+        logit_softcap=read.optional_number(family.logit_softcap),
+        **_multipliers(read, hidden),
         logn_attention=family.name == "qwen" and read.boolean("use_logn_attn"),
-        num_experts=experts,
-        experts_per_token=per_token,
+        **parse_mixture(read, layers),
         bos_token_id=bos,
         eos_token_ids=eos,
         dtype=_dtype(raw),
         quantization=parse_quantization(raw, true_bits),
     )
     return config, family, notes
+
+
+def _attention_scale(read: ConfigReader) -> float | None:
+    """Factor on the attention scores, where it is not head_dim ** -0.5."""
+    key = read.family.attention_scale
+    if key is None:
+        return None
+    if key.startswith("="):
+        return read.number(read.raw, key[1:], read.family.defaults.get(key[1:]))
+    return float(read.number(read.raw, key, read.family.defaults.get(key)) ** -0.5)
+
+
+def _multipliers(read: ConfigReader, hidden: int) -> dict[str, Any]:
+    """Factors on embedding, residual stream and logits, by field of `ModelConfig`."""
+    if read.family.embedding_by_width:
+        return {"embedding_scale": float(hidden**0.5)}
+    if not read.family.multipliers:
+        return {}
+    return {
+        "embedding_scale": read.number(read.raw, "embedding_multiplier", 1.0),
+        "residual_scale": read.number(read.raw, "residual_multiplier", 1.0),
+        "logit_scale": 1.0 / read.number(read.raw, "logits_scaling", 1.0),
+    }
 
 
 def _kv_heads(read: ConfigReader, heads: int) -> int:
@@ -111,7 +146,9 @@ def _kv_heads(read: ConfigReader, heads: int) -> int:
 
 def _window(read: ConfigReader, layers: int) -> tuple[int | None, tuple[int, ...] | None]:
     rule, raw = read.family.window, read.raw
-    if rule == "none" or (rule == "layers" and not read.boolean("use_sliding_window")):
+    if rule == "none" or (
+        rule in ("switched", "layers", "listed") and not read.boolean("use_sliding_window")
+    ):
         return None, None
     window = raw["sliding_window"] if "sliding_window" in raw else read.family.defaults.get("sliding_window")
     if window is None:
@@ -120,7 +157,7 @@ def _window(read: ConfigReader, layers: int) -> tuple[int | None, tuple[int, ...
         raise InputError(
             f"config.json: sliding_window is {show(repr(window))}, expected a whole number above 0."
         )
-    if rule == "all":
+    if rule in ("all", "switched"):
         return window, None
     types = raw.get("layer_types")
     if types is not None:
@@ -130,6 +167,17 @@ def _window(read: ConfigReader, layers: int) -> tuple[int | None, tuple[int, ...
                 f"config.json: layer_types must list one of {known} for each of the {layers} layers."
             )
         return window, tuple(i for i, t in enumerate(types) if t == "sliding_attention")
+    if rule == "listed":
+        raise InputError(
+            "config.json: use_sliding_window is true, but layer_types does not say for which layers."
+        )
+    if rule == "pattern":
+        every = raw.get("sliding_window_pattern", read.family.defaults.get("sliding_window_pattern"))
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise InputError(
+                f"config.json: sliding_window_pattern is {show(repr(every))}, expected a whole number above 0."
+            )
+        return window, tuple(i for i in range(layers) if (i + 1) % every)
     first = raw.get("max_window_layers", read.family.defaults.get("max_window_layers"))
     if isinstance(first, bool) or not isinstance(first, int) or first < 0:
         raise InputError(f"config.json: max_window_layers is {show(repr(first))}, expected a whole number.")
@@ -138,11 +186,15 @@ def _window(read: ConfigReader, layers: int) -> tuple[int | None, tuple[int, ...
 
 def _refuse_other_maths(raw: Mapping[str, Any], family: Family) -> None:
     """Keys that would change what the family computes, with the only values that our forward pass has."""
-    activation = raw.get("hidden_act")
-    if activation is not None and activation not in ("silu", "swish"):
+    key = family.keys.get("activation", "hidden_act")
+    activation = raw.get(key, family.defaults.get("activation"))
+    names = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_tanh")}[family.activation]
+    if activation is not None and activation not in names:
         raise InputError(
-            f"config.json: hidden_act {show(repr(activation))}: a {family.name} model here has silu."
+            f"config.json: {key} {show(repr(activation))}: a {family.name} model here has {names[0]}."
         )
+    if raw.get("use_bidirectional_attention"):
+        raise InputError("config.json: use_bidirectional_attention: only causal models are supported.")
     if family.name == "qwen":
         if raw.get("no_bias") not in (None, True):
             raise InputError("config.json: no_bias false: Qwen models with further biases are not supported.")
@@ -183,6 +235,10 @@ def updated_config(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any
     """A copy of config.json whose sizes are those of `config`, which padding may have changed."""
     family = family_named(config.family)
     document = dict(raw)
+    if config.tree is not None and config.tree.config_key is not None:
+        key = config.tree.config_key
+        inner = updated_config(raw[key], replace(config, tree=None))
+        return document | {key: inner}
     sizes: dict[str, int | float] = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size * (2 if family.intermediate_halved else 1),
@@ -191,6 +247,11 @@ def updated_config(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any
         "norm_eps": config.norm_eps,
         "head_dim": config.head_dim,
     }
+    mixture = family.mixture
+    if mixture is not None and mixture.size is not None:
+        document[mixture.size] = config.expert_intermediate_size
+        if mixture.shared_size is not None:
+            document[mixture.shared_size] = config.shared_intermediate_size
     for field, value in sizes.items():
         key = family.keys.get(field, FIELDS[field])
         implied = {"num_kv_heads": config.num_heads, "head_dim": config.hidden_size // config.num_heads}

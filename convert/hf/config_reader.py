@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert.errors import InputError
-from convert.families.table import Family
+from convert.families.family import Family
 from convert.folder.json_files import show
 
 FIELDS = {  # our field -> key of config.json; a family's `keys` override
@@ -45,8 +45,9 @@ class ConfigReader:
     def key(self, field: str) -> str:
         return self.family.keys.get(field, FIELDS.get(field, field))
 
-    def integer(self, field: str, fallback: int | None = None) -> int:
-        key = self.key(field)
+    def integer(self, field: str, fallback: int | None = None, key: str | None = None) -> int:
+        """The whole number of a field, from 1 to its limit; `key` in place of the family's own."""
+        key = self.key(field) if key is None else key
         value = self.raw.get(key)
         if value is None:
             value = self.family.defaults.get(field, fallback)
@@ -75,6 +76,13 @@ class ConfigReader:
         if not (abs(value) <= 1e30 and math.isfinite(value) and value > 0):
             raise InputError(f"config.json: {name} is {show(str(value))}, expected a finite number above 0.")
         return float(value)
+
+    def optional_number(self, key: str | None) -> float | None:
+        """A number above 0 that may be null or absent; None too where the family has no such key."""
+        if key is None:
+            return None
+        value = self.raw[key] if key in self.raw else self.family.defaults.get(key)
+        return None if value is None else self.number({key: value}, key, None)
 
     def boolean(self, key: str, fallback: bool = False) -> bool:
         value = self.raw.get(key)

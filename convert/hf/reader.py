@@ -15,12 +15,22 @@ from torch import Tensor
 from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights, Stored
 from convert.config import ModelConfig
 from convert.errors import InputError
-from convert.families.fused_qkv import fused_rows, split_stored
-from convert.families.table import Family, bias_roles, linear_modules, linear_shapes, norm_shapes
+from convert.families.containers import container_of, find_tree
+from convert.families.family import Family
+from convert.families.fused import fused_rows, norms_to_rotary_pairs, split_stored, to_rotary_pairs
+from convert.families.table import (
+    bias_roles,
+    linear_modules,
+    linear_shapes,
+    names_of,
+    norm_shapes,
+    vector_shapes,
+)
 from convert.folder.json_files import show
 from convert.folder.source_files import SourceFiles
 from convert.folder.state import FolderState, folder_state, read_manifest, refuse_statistics
 from convert.hf.config import parse_config
+from convert.hf.expert_tensors import split_experts
 from convert.hf.safetensors_files import TensorInfo
 from convert.hf.tensor_folder import TensorFolder
 from convert.linear_layouts.base import GROUP_SIZES, Expected
@@ -91,8 +101,23 @@ class HfCheckpoint(Checkpoint):
         notes: list[str],
         beside: SourceFiles,
     ) -> None:
-        self.family, self.raw_config = family, raw_config
+        self.raw_config = raw_config
         self.files = TensorFolder(folder)
+        container = container_of(raw_config)
+        if container is not None:
+            tree = find_tree(container, raw_config, self.files.tensors)
+            tied = config.tie_embeddings
+            if not any(
+                "tie_word_embeddings" in part for part in (raw_config, raw_config.get(container.key) or {})
+            ):
+                tied = (
+                    tied if container.tied is not None else tree.lm_head + ".weight" not in self.files.tensors
+                )
+            config = dataclasses.replace(config, tree=tree, tie_embeddings=tied)
+        self.family = family = names_of(config)
+        self.fused_sources = split_experts(self.files.tensors, family, config)
+        self._carried: list[str] = []
+        self._dropped: dict[str, str] = {}
         embedding = self.files.tensors.get(family.embedding + ".weight")
         if embedding is not None and embedding.dtype in NAMES:
             config = dataclasses.replace(config, dtype=NAMES[embedding.dtype])
@@ -118,7 +143,7 @@ class HfCheckpoint(Checkpoint):
         )
 
     def final_norm(self) -> Tensor:
-        return self._float(self.family.final_norm + ".weight", (self.config.hidden_size,))
+        return self._norm(self.family.final_norm, (self.config.hidden_size,))
 
     def lm_head(self) -> Tensor:
         if self.config.tie_embeddings:
@@ -126,35 +151,53 @@ class HfCheckpoint(Checkpoint):
         return self._float(self.family.lm_head + ".weight", (self.config.vocab_size, self.config.hidden_size))
 
     def block(self, index: int) -> BlockWeights:
-        roles = linear_shapes(self.config)
+        roles = linear_shapes(self.config.of_layer(index))
         quantization = self.config.quantization
         group, bits = (quantization.group_size, quantization.bits) if quantization else (0, 4)
         linears = {}
         for role, parts in self.stored_linears(index, roles).items():
             linears[role] = LinearWeights.from_stored(parts, group, bits)
             parts.clear()  # so that no more than one linear is held in both forms
-        return BlockWeights(index, linears, self.norms(index))
+        return BlockWeights(index, linears, self.norms(index), self.vectors(index), self.config.norm_offset)
 
     def norms(self, index: int) -> dict[str, Tensor]:
         prefix = self._prefix(index)
-        return {
-            role: self._float(f"{prefix}{self.family.norms[role]}.weight", shape)
+        norms = {
+            role: self._norm(prefix + self.family.norms[role], shape)
             for role, shape in norm_shapes(self.config).items()
+        }
+        return norms_to_rotary_pairs(norms, self.config)
+
+    def vectors(self, index: int) -> dict[str, Tensor]:
+        prefix = self._prefix(index)
+        return {
+            role: self._float(prefix + self.family.vectors[role], shape)
+            for role, shape in vector_shapes(self.config.of_layer(index)).items()
         }
 
     def stored_linears(self, index: int, roles: Iterable[str]) -> dict[str, Stored]:
-        prefix, wanted = self._prefix(index), list(roles)
-        shapes, biases = linear_shapes(self.config), bias_roles(self.config)
-        modules = linear_modules(self.family, self.config)
+        prefix, wanted, config = self._prefix(index), list(roles), self.config.of_layer(index)
+        shapes, biases = linear_shapes(config), bias_roles(config)
+        modules = linear_modules(self.family, config)
         found: dict[str, Stored] = {}
-        if self.family.fused is not None and not {"q", "k", "v"}.isdisjoint(wanted):
-            shape = (fused_rows(self.config), self.config.hidden_size)
-            fused = self._linear(prefix + self.family.fused, shape, "q" in biases)
-            found |= split_stored(fused, self.family.fused_layout, self.config)
+        for fused in self.family.fused:
+            if not set(fused.roles).isdisjoint(wanted):
+                shape = (fused_rows(fused, config), config.hidden_size)
+                linear = self._linear(prefix + fused.module, shape, fused.roles[0] in biases)
+                found |= split_stored(linear, fused, config)
         for role in wanted:
             if role not in found:
                 found[role] = self._linear(prefix + modules[role], shapes[role], role in biases)
-        return {role: found[role] for role in wanted}
+        return to_rotary_pairs({role: found[role] for role in wanted}, config)
+
+    def carried(self) -> list[str]:
+        return list(self._carried)
+
+    def read_carried(self, name: str) -> Tensor:
+        return self.files.read(name, finite=False)
+
+    def dropped(self) -> dict[str, str]:
+        return dict(self._dropped)
 
     def _prefix(self, index: int) -> str:
         if not 0 <= index < self.config.num_layers:
@@ -165,6 +208,11 @@ class HfCheckpoint(Checkpoint):
         tensor = self.files.read(name)
         _check_shape(self.files.tensors[name], shape)
         return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+    def _norm(self, module: str, shape: tuple[int, ...]) -> Tensor:
+        """The weight that a norm multiplies with; float32 where files hold it minus an offset."""
+        weight = self._float(module + ".weight", shape)
+        return weight if not self.config.norm_offset else weight.float() + self.config.norm_offset
 
     def _linear(self, module: str, shape: tuple[int, int], biased: bool) -> Stored:
         bias = {"bias": self._float(module + ".bias", shape[:1])} if biased else {}
@@ -191,17 +239,13 @@ class HfCheckpoint(Checkpoint):
         }
         if not config.tie_embeddings:
             table[family.lm_head + ".weight"] = (FLOATS, (config.vocab_size, config.hidden_size))
-        shapes, biases = linear_shapes(config), bias_roles(config)
-        modules: dict[str, tuple[tuple[int, int], bool]] = {
-            m: (shapes[role], role in biases) for role, m in linear_modules(family, config).items()
-        }
-        if family.fused is not None:
-            modules[family.fused] = ((fused_rows(config), config.hidden_size), "q" in biases)
         for index in range(config.num_layers):
-            prefix = family.block.format(i=index)
-            for role, extent in norm_shapes(config).items():
+            prefix, layer = family.block.format(i=index), config.of_layer(index)
+            for role, extent in norm_shapes(layer).items():
                 table[f"{prefix}{family.norms[role]}.weight"] = (FLOATS, extent)
-            for module, (shape, biased) in modules.items():
+            for role, extent in vector_shapes(layer).items():
+                table[prefix + family.vectors[role]] = (FLOATS, extent)
+            for module, (shape, biased) in self._modules(layer).items():
                 name = prefix + module
                 if biased:
                     table[name + ".bias"] = (FLOATS, shape[:1])
@@ -211,6 +255,20 @@ class HfCheckpoint(Checkpoint):
                 else:
                     table[name + ".weight"] = (FLOATS, shape)
         return table
+
+    def _modules(self, config: ModelConfig) -> dict[str, tuple[tuple[int, int], bool]]:
+        """Module as files hold it -> (N, K) and whether it has a bias, for one layer's configuration."""
+        shapes, biases = linear_shapes(config), bias_roles(config)
+        modules = {
+            module: (shapes[role], role in biases)
+            for role, module in linear_modules(self.family, config).items()
+        }
+        for fused in self.family.fused:
+            modules[fused.module] = (
+                (fused_rows(fused, config), config.hidden_size),
+                fused.roles[0] in biases,
+            )
+        return modules
 
     def _check_tensors(self) -> None:
         present, expected = self.files.tensors, self._expected()
@@ -231,26 +289,40 @@ class HfCheckpoint(Checkpoint):
         for name, (_, shape) in expected.items():
             _check_shape(present[name], shape)
         self._check_dtypes(expected)
-        extra = [n for n in present if n not in expected and not n.endswith(COMPUTED)]
-        if self.config.tie_embeddings and self.family.lm_head + ".weight" in extra:
-            extra.remove(self.family.lm_head + ".weight")
-            self.notes.append(f"{self.family.lm_head}.weight is present but tied: the embedding is used")
-        biases = [name for name in extra if name.endswith(".bias")]
+        self._sort_others([name for name in present if name not in expected])
+
+    def _sort_others(self, extra: list[str]) -> None:
+        """What the language model does not need: carried through, or dropped with the reason."""
+        head = self.family.lm_head + ".weight"
+        for name in extra:
+            if name.endswith(COMPUTED):
+                self._dropped[name] = "computed, not learned"
+            elif name == head and self.config.tie_embeddings:
+                self._dropped[name] = "tied: the embedding is used"
+                self.notes.append(f"{head} is present but tied: the embedding is used")
+            else:
+                self._carried.append(name)
+        blocks = [self.family.block.format(i=i) for i in range(self.config.num_layers)]
+        biases = [name for name in self._carried if name.endswith(".bias") and name.startswith(tuple(blocks))]
         if biases:
             raise InputError(
                 f"{show(biases[0])} is present, but config.json says that this {self.config.family} model has no such bias "
                 f"({len(biases)} in all). Leaving them out would change the model: correct config.json."
             )
-        if extra:
-            self.notes.append(f"{len(extra)} tensors are not used, the first is {show(extra[0])!r}")
+        if self._carried:
+            self.notes.append(
+                f"{len(self._carried)} tensors are not the language model's and are carried through as they are, the first is "
+                f"{show(self._carried[0])!r}"
+            )
 
     def _check_group_size(self) -> None:
         """The scales of the first packed linear show the true group size."""
         layout, fmt = self._layout, self.config.quantization
         if layout is None or fmt is None:
             return
-        tensors, shapes = self.files.tensors, linear_shapes(self.config)
-        for role, module in linear_modules(self.family, self.config).items():
+        config = self.config.of_layer(0)
+        tensors, shapes = self.files.tensors, linear_shapes(config)
+        for role, module in linear_modules(self.family, config).items():
             name = self._prefix(0) + module
             if not self._is_packed(name):
                 continue

@@ -106,12 +106,13 @@ class TensorFolder:
                     )
                 home[name] = path
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, finite. Raises InputError when its file changed since the folder was opened."""
+    def read(self, name: str, *, finite: bool = True) -> Tensor:
+        """One tensor, finite where that is asked for. Raises InputError when its file changed since the folder was opened."""
         info = self.tensors[name]
         self.check_unchanged([info.path])
         tensor = read_tensor(info)
-        check_finite(name, tensor)
+        if finite:
+            check_finite(name, tensor)
         return tensor
 
     def check_unchanged(self, paths: Iterable[Path] | None = None) -> None:

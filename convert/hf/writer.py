@@ -14,8 +14,10 @@ from torch import Tensor
 from convert.checkpoint import BlockWeights, Checkpoint, Stored
 from convert.config import ModelConfig, QuantFormat
 from convert.errors import InputError
-from convert.families.fused_qkv import join_stored
-from convert.families.table import BY_NAME, Family, linear_modules, linear_shapes
+from convert.families.family import Family
+from convert.families.fused import from_rotary_pairs, join_stored, norms_from_rotary_pairs
+from convert.families.norms import norm_for_file
+from convert.families.table import BY_NAME, linear_modules, linear_shapes, names_of, stays_float
 from convert.folder.json_files import show
 from convert.folder.output import OutputFolder
 from convert.folder.source_files import PATTERNS
@@ -40,6 +42,9 @@ NOT_COPIED = {
 JOINED_ELSEWHERE = {("q", "k", "v"): "qkv_proj", ("gate", "up"): "gate_up_proj"}  # by engines, as they load
 
 
+CARRIED_BYTES = 4 * 2**30  # of a shard of tensors that are carried through
+
+
 class CheckpointWriter:
     """Writes the checkpoint into `out`, whose lock and journal it uses.
 
@@ -51,7 +56,7 @@ class CheckpointWriter:
         self.layout: LinearLayout | None = None if fmt is None else LAYOUTS[fmt.method]
         self.config: ModelConfig = source.config
         self.float_dtype = "float16"
-        self.family: Family = BY_NAME[self.config.family]
+        self.family: Family = names_of(self.config)
 
     def shard_name(self, index: int) -> str:
         """Block `index` -> its file; `num_layers` -> the file of embedding, final norm and head."""
@@ -74,11 +79,11 @@ class CheckpointWriter:
 
     def write_stored(self, index: int) -> None:
         """Store one block of the source as it holds it: the codes of its linears are moved, never chosen again."""
-        linears = self.source.stored_linears(index, linear_shapes(self.config))
+        source = self.source
+        linears = source.stored_linears(index, linear_shapes(self.config.of_layer(index)))
         linears["o"] = without_zero_bias(linears["o"], index, self.config)
-        self.out.save_tensors(
-            self.shard_name(index), self.named_tensors(index, linears, self.source.norms(index))
-        )
+        tensors = self.named_tensors(index, linears, source.norms(index), source.vectors(index))
+        self.out.save_tensors(self.shard_name(index), tensors)
 
     def block_tensors(self, index: int, block: BlockWeights) -> dict[str, Tensor]:
         """The tensors of a block under the names of the family, fused ones joined again."""
@@ -90,22 +95,29 @@ class CheckpointWriter:
                     "is needed. Use --pad."
                 )
             linears[role] = linear.stored()
-        return self.named_tensors(index, linears, block.norms)
+        return self.named_tensors(index, linears, block.norms, block.vectors)
 
     def named_tensors(
-        self, index: int, linears: Mapping[str, Stored], norms: Mapping[str, Tensor]
+        self,
+        index: int,
+        linears: Mapping[str, Stored],
+        norms: Mapping[str, Tensor],
+        vectors: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """`block_tensors` of linears in stored form."""
-        prefix, modules = self.family.block.format(i=index), linear_modules(self.family, self.config)
+        config, family = self.config.of_layer(index), self.family
+        linears = from_rotary_pairs(linears, config)
         tensors: dict[str, Tensor] = {}
-        if self.family.fused is not None:
-            fused = join_stored(linears, self.family.fused_layout, self.config)
-            tensors |= self._linear_tensors(prefix + self.family.fused, fused)
-        for role, module in modules.items():
-            tensors |= self._linear_tensors(prefix + module, linears[role])
-        for role, norm in norms.items():
-            tensors[f"{prefix}{self.family.norms[role]}.weight"] = norm
-        return self.store_floats(tensors)
+        for fused in family.fused:
+            joined = join_stored(linears, fused, config)
+            tensors |= self._linear_tensors(self._full(index, fused.module), joined)
+        for role, module in linear_modules(family, config).items():
+            tensors |= self._linear_tensors(self._full(index, module), linears[role])
+        for role, norm in norms_from_rotary_pairs(norms, config).items():
+            name = self._full(index, family.norms[role]) + ".weight"
+            tensors[name] = norm_for_file(norm, config.norm_offset)
+        named = {self._full(index, family.vectors[role]): vector for role, vector in vectors.items()}
+        return self.store_floats(tensors) | named
 
     def store_floats(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Floats as they are stored: float16."""
@@ -115,7 +127,9 @@ class CheckpointWriter:
         """What lies outside the blocks, as it is stored. Raises InputError for values that are not finite in float16."""
         rest = {
             self.family.embedding + ".weight": self.source.embedding(),
-            self.family.final_norm + ".weight": self.source.final_norm(),
+            self.family.final_norm + ".weight": norm_for_file(
+                self.source.final_norm(), self.config.norm_offset
+            ),
         }
         if not self.config.tie_embeddings:
             rest[self.family.lm_head + ".weight"] = self.source.lm_head()
@@ -124,6 +138,7 @@ class CheckpointWriter:
     def finish_files(self) -> None:
         """Write the last shard, index, config.json, and copy tokenizer, template, generation config and code (never run)."""
         self.out.save_tensors(self.shard_name(self.config.num_layers), self.rest())
+        self._write_carried()
         self._write_index()
         self.out.write_json("config.json", self.config_document())
         self._copy_others()
@@ -145,22 +160,44 @@ class CheckpointWriter:
             return {}
         return self.layout.document(self.fmt, self._skipped_modules())
 
+    def _write_carried(self) -> None:
+        """The tensors that are not the language model's, bit for bit, in shards of at most CARRIED_BYTES."""
+        pending: dict[str, Tensor] = {}
+        size, count = 0, 0
+        for name in self.source.carried():
+            tensor = self.source.read_carried(name)
+            if pending and size + tensor.nbytes > CARRIED_BYTES:
+                self._save_carried(count, pending)
+                pending, size, count = {}, 0, count + 1
+            pending[name] = tensor
+            size += tensor.nbytes
+        if pending:
+            self._save_carried(count, pending)
+
+    def _save_carried(self, count: int, tensors: dict[str, Tensor]) -> None:
+        name = f"carried-{count + 1:05d}.safetensors"
+        if not self.out.has(name):
+            self.out.save_tensors(name, tensors)
+
     def _skipped_modules(self) -> list[str]:
         """Names by which loaders recognise the linears that were written as float, and what engines join some of them into.
 
-        The end of the name where a linear is float in every block. Else, and for the router, the full names: some loaders look
+        The end of the name where a linear is float in every block. Else, and for routers, the full names: some loaders look
         for a name inside another, and "mlp.gate" lies in "mlp.gate_proj".
         """
         layers = self.config.num_layers
         floats = self._float_modules()
-        modules = linear_modules(self.family, self.config)
+        modules: dict[str, str] = {}
+        for index in range(layers):
+            modules |= linear_modules(self.family, self.config.of_layer(index))
         places = {
             role: {i for i in range(layers) if self._full(i, module) in floats}
             for role, module in modules.items()
         }
-        if self.family.fused is not None:
-            modules = modules | {"qkv": self.family.fused}
-            places["qkv"] = {i for i in range(layers) if self._full(i, self.family.fused) in floats}
+        for fused in self.family.fused:
+            name = fused.module
+            modules = modules | {name: name}
+            places[name] = {i for i in range(layers) if self._full(i, name) in floats}
         for parts, joined in JOINED_ELSEWHERE.items():
             if all(places.get(part) for part in parts):
                 first = parts[0]
@@ -168,11 +205,11 @@ class CheckpointWriter:
                 places[joined] = set.intersection(*(places[part] for part in parts))
         names = [self.family.lm_head]
         for role, found in places.items():
-            if len(found) == layers and role != "router":
+            if len(found) == layers and not stays_float(role):
                 names.append(modules[role])
             else:
                 names += [self._full(i, modules[role]) for i in sorted(found)]
-        return list(dict.fromkeys(names))
+        return list(dict.fromkeys([*names, *carried_modules(self.source.carried(), self.family)]))
 
     def _full(self, index: int, module: str) -> str:
         return self.family.block.format(i=index) + module
@@ -220,6 +257,26 @@ class CheckpointWriter:
                 self.out.write_chunks(name, beside.contents(name))
 
 
+def carried_modules(names: list[str], family: Family) -> list[str]:
+    """Modules that hold the carried tensors: full names, and their last parts, by which other trees' loaders know them.
+
+    Tensors of blocks after the last one (for drafting) are named by their block.
+    """
+    found: list[str] = []
+    stem = family.block.partition("{i}")[0]
+    for name in names:
+        parts = name.split(".")
+        if name.startswith(stem) and (number := name[len(stem) :].split(".")[0]).isdigit():
+            module = stem + number
+        elif parts[0] in ("model", "language_model") and len(parts) > 2:
+            found.append(parts[1])
+            module = ".".join(parts[:2])
+        else:
+            module = parts[0]
+        found.append(module)
+    return list(dict.fromkeys(found))
+
+
 def _tensor_bytes(dtype: str, shape: list[int]) -> int:
     size = getattr(torch, dtype).itemsize
     for extent in shape:
@@ -258,7 +315,8 @@ def _half(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def required_bytes(config: ModelConfig, source_dir: Path, fmt: QuantFormat | None) -> int:
     """Bytes that the folder takes at most: packed linears at up to 5 bits a weight, the rest at 16."""
-    linears = sum(rows * cols for rows, cols in linear_shapes(config).values()) * config.num_layers
+    layers = (config.of_layer(index) for index in range(config.num_layers))
+    linears = sum(rows * cols for layer in layers for rows, cols in linear_shapes(layer).values())
     rest = config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2)
     others = sum(p.stat().st_size for pattern in PATTERNS for p in source_dir.glob(pattern) if p.is_file())
     return linears * (16 if fmt is None else 5) // 8 + rest * 2 + others + 2**20

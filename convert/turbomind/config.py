@@ -11,7 +11,7 @@ import yaml
 
 from convert.config import ModelConfig, RopeScaling
 from convert.errors import InputError
-from convert.families.table import FAMILIES
+from convert.families.rows import FAMILIES
 
 # The chat formats built into LMDeploy 0.6.5; it refuses to load a workspace that names another one.
 CHAT_TEMPLATES = (

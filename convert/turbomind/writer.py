@@ -170,7 +170,7 @@ def skipped_linears(config: ModelConfig, not_converted: tuple[str, ...]) -> list
     """Those of `modules_to_not_convert` that name a linear of a block: head, embedding and router are float anyway."""
     family = BY_NAME[config.family]
     modules = [module for role, module in linear_modules(family, config).items() if role != "router"]
-    modules += [family.fused] if family.fused else []
+    modules += [fused.module for fused in family.fused]
     paths = [family.block.format(i=0) + module for module in modules]
     return [entry for entry in not_converted if any(entry in path for path in paths)]
 

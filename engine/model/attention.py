@@ -54,6 +54,12 @@ def window_mask(length: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, cap: float) -> Tensor:
+    """Attention whose scores s become cap * tanh(s / cap) (Gemma 2): (B, heads, L, D) each, mask (L, L) bool -> (B, heads, L, D)."""
+    scores = torch.tanh(q @ k.transpose(-1, -2) * (scale / cap)) * cap
+    return scores.masked_fill(~mask, -torch.inf).float().softmax(-1).to(q.dtype) @ v
+
+
 def causal_attend(
     batch: int,
     length: int,
@@ -83,9 +89,21 @@ def causal_attend(
         )  # elsewhere torch leaves its flash path for that
         if group > 1 and not shares_heads:
             k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shares_heads
-        )
+        if config.attention_softcap is not None:
+            mask = window_mask(length, length, q.device) if mask is None else mask
+            if shares_heads:
+                k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+            out = capped_attention(q, k, v, mask, config.softmax_scale, config.attention_softcap)
+        else:
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=config.attention_scale,
+                enable_gqa=shares_heads,
+            )
         return out.transpose(1, 2).reshape(tokens, heads * size)
 
     return attend
@@ -120,8 +138,10 @@ def cached_attend(
             slots = (torch.arange(batch, device=device)[:, None] * (pages * BLOCK_SIZE) + place).flatten()
             store_kv(cache, k, v, slots)
             lengths = [length] * batch
-            scale, window = config.head_dim**-0.5, window_of(config, layer)
-            return prefill_attention(q, cache, tables, lengths, lengths, scale, window).flatten(1)
+            scale, window = config.softmax_scale, window_of(config, layer)
+            return prefill_attention(
+                q, cache, tables, lengths, lengths, scale, window, softcap=config.attention_softcap
+            ).flatten(1)
 
         return attend
 

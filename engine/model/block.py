@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
-from engine.model.attention import Attend, HeadNorms
+from engine.model.attention import Attend, HeadNorms, window_of
+from engine.model.experts import route, weighted_sum
 from engine.model.layers import (
     DenseLinear,
     Layer,
@@ -24,11 +24,11 @@ from engine.model.layers import (
     make_gated,
     make_linear,
 )
-from engine.model.ops import TORCH_OPS, Ops
+from engine.model.ops import TORCH_OPS, Ops, activate
 from engine.model.rope import Rotary, apply_rope, rotary
 
 # "attn_in" (T, H), "o_in" (T, Hq * D), "mlp_in" (T, H), "down_in" (T, I); "k", "v" (T, Hkv, D) as they are cached;
-# with experts "experts.{e}.in" and "experts.{e}.down_in" of the tokens that reach expert e
+# with experts "experts.{e}.in" and "experts.{e}.down_in" of the tokens that reach expert e, and "shared.down_in"
 Tap = Callable[[str, Tensor], None]
 Reduce = Callable[[Tensor], Tensor]  # sum of the partial results of all ranks
 
@@ -39,20 +39,23 @@ class _Parts:
 
     config: ModelConfig
     index: int
-    linears: Mapping[
-        str, Linear
-    ]  # "qkv" may stand for q, k, v; "gate_up", which is silu(gate) * up, for gate and up
+    # "qkv" may stand for q, k, v; "gate_up", which is act(gate) * up, for gate and up
+    linears: Mapping[str, Linear]
     norms: Mapping[str, Tensor]
+    vectors: Mapping[str, Tensor]
     ops: Ops
     reduce: Reduce | None
 
 
 def _attention(parts: _Parts, h: Tensor, angles: Rotary, attend: Attend, tap: Tap | None) -> Tensor:
     """Attention of normed hidden states h (T, H), output product included: (T, H)."""
-    config, linears, ops = parts.config, parts.linears, parts.ops
+    config, linears = parts.config, parts.linears
+    angles = angles.of_layer(window_of(config, parts.index) is not None)
     if tap is not None:
         tap("attn_in", h)
     fused = getattr(attend, "attend_qkv", None) if tap is None else None
+    if config.qk_norm and config.qk_norm_width == "all":
+        fused = None  # the kernel norms head by head
     if fused is not None and "qkv" in linears:
         norms = None
         if config.qk_norm:
@@ -61,8 +64,7 @@ def _attention(parts: _Parts, h: Tensor, angles: Rotary, attend: Attend, tap: Ta
     else:
         q, k, v = _qkv(parts, h)
         if config.qk_norm:
-            q = ops.rms_norm(q, parts.norms["q_norm"], config.norm_eps)
-            k = ops.rms_norm(k, parts.norms["k_norm"], config.norm_eps)
+            q, k = _qk_norm(parts, q, "q_norm"), _qk_norm(parts, k, "k_norm")
         q, k = apply_rope(q, angles), apply_rope(k, angles)
         if angles.q_scale is not None:
             q = q * angles.q_scale.to(q.dtype)[:, None, None]
@@ -88,8 +90,16 @@ def _qkv(parts: _Parts, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def _qk_norm(parts: _Parts, x: Tensor, role: str) -> Tensor:
+    """q or k (T, heads, D) normed head by head, or over all heads together."""
+    norm, eps = parts.norms[role], parts.config.norm_eps
+    if parts.config.qk_norm_width == "head":
+        return parts.ops.rms_norm(x, norm, eps)
+    return parts.ops.rms_norm(x.flatten(1), norm, eps).view(x.shape)
+
+
 def _mlp(parts: _Parts, h: Tensor, tap: Tap | None) -> Tensor:
-    """The MLP or the experts on normed hidden states h (T, H): (T, H)."""
+    """The MLP or the experts on hidden states h (T, H), normed where the family norms them first: (T, H)."""
     if tap is not None:
         tap("mlp_in", h)
     if parts.config.num_experts:
@@ -100,54 +110,93 @@ def _mlp(parts: _Parts, h: Tensor, tap: Tap | None) -> Tensor:
 
 
 def _gated(parts: _Parts, h: Tensor, prefix: str, tap: Tap | None) -> Tensor:
-    """down(silu(gate(h)) * up(h)) of the MLP or of the expert with this prefix."""
+    """down(act(gate(h)) * up(h)) of the MLP or of the expert with this prefix."""
     linears = parts.linears
     if prefix + "gate_up" in linears:
         inner = linears[prefix + "gate_up"](h)
     else:
-        inner = F.silu(linears[prefix + "gate"](h)) * linears[prefix + "up"](h)
+        inner = activate(parts.config.activation, linears[prefix + "gate"](h)) * linears[prefix + "up"](h)
     if tap is not None:
         tap(prefix + "down_in", inner)
     return linears[prefix + "down"](inner)
 
 
 def _experts(parts: _Parts, h: Tensor, tap: Tap | None) -> Tensor:
-    """Each token goes through its likeliest experts, weighted by their renormalised softmax in float32 (Mixtral)."""
-    scores = torch.softmax(parts.linears["router"](h).float(), dim=-1)  # (T, E)
-    top, chosen = torch.topk(scores, parts.config.experts_per_token, dim=-1)
-    top = top / top.sum(dim=-1, keepdim=True)
-    out = torch.zeros_like(h)
-    for expert in range(parts.config.num_experts):
-        tokens, place = torch.where(chosen == expert)
-        if not len(tokens):
-            continue
-        inputs = h[tokens]
+    """The experts that the router chooses for each token, and the one that every token goes through."""
+    config = parts.config
+    weights, chosen = route(_router_logits(parts, h), config, parts.vectors.get("router_bias"))
+
+    def run(expert: int, inputs: Tensor) -> Tensor:
         if tap is not None:
             tap(f"experts.{expert}.in", inputs)
-        result = _gated(parts, inputs, f"experts.{expert}.", tap)
-        out = out.index_add(0, tokens, (result * top[tokens, place, None]).to(out.dtype))
-    return out
+        return _gated(parts, inputs, f"experts.{expert}.", tap)
+
+    out = weighted_sum(h, weights, chosen, config.num_experts, run)
+    if not config.shared_intermediate_size:
+        return out
+    shared = _gated(parts, h, "shared.", tap)
+    if config.shared_gated:
+        shared = shared * torch.sigmoid(parts.linears["shared.router"](h))
+    return out + shared
+
+
+def _router_logits(parts: _Parts, h: Tensor) -> Tensor:
+    return parts.linears["router"](h.to(_dtype_of("router", parts.config, h.dtype)))  # (T, E)
+
+
+def _dtype_of(role: str, config: ModelConfig, dtype: torch.dtype) -> torch.dtype:
+    """In which dtype a linear computes. Sigmoid scores lie close together, so their router computes in float32 (GLM-4)."""
+    return torch.float32 if role == "router" and config.router.scores == "sigmoid" else dtype
+
+
+def _normed(parts: _Parts, x: Tensor, delta: Tensor | None, role: str) -> tuple[Tensor, Tensor]:
+    """The residual stream x + delta, and what a half of the block reads of it: normed where the family has this norm."""
+    norm, eps = parts.norms.get(role), parts.config.norm_eps
+    if norm is None:
+        x = x if delta is None else x + delta
+        return x, x
+    if delta is None:
+        return x, parts.ops.rms_norm(x, norm, eps)
+    return parts.ops.add_rms_norm(x, delta, norm, eps)
+
+
+def half_output(
+    out: Tensor, norm: Tensor | None, config: ModelConfig, rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+) -> Tensor:
+    """What a half of the block adds to the residual stream: its last product `out`, normed and scaled where the family does so."""
+    if norm is not None:
+        out = rms_norm(out, norm, config.norm_eps)
+    return out if config.residual_scale == 1.0 else out * config.residual_scale
 
 
 def _advance(
     parts: _Parts, x: Tensor, delta: Tensor | None, angles: Rotary, attend: Attend, tap: Tap | None
 ) -> tuple[Tensor, Tensor]:
     """The block on the residual stream x + delta; returns the same pair, so that a sum and the next norm are one kernel."""
-    ops, eps = parts.ops, parts.config.norm_eps
-    if delta is None:
-        h = ops.rms_norm(x, parts.norms["attn_norm"], eps)
-    else:
-        x, h = ops.add_rms_norm(x, delta, parts.norms["attn_norm"], eps)
-    x, h = ops.add_rms_norm(x, _attention(parts, h, angles, attend, tap), parts.norms["mlp_norm"], eps)
-    return x, _mlp(parts, h, tap)
+    config, norms, rms_norm = parts.config, parts.norms, parts.ops.rms_norm
+    x, h = _normed(parts, x, delta, "attn_norm")
+    out = _attention(parts, h, angles, attend, tap)
+    x, h = _normed(parts, x, half_output(out, norms.get("attn_out_norm"), config, rms_norm), "mlp_norm")
+    return x, half_output(_mlp(parts, h, tap), norms.get("mlp_out_norm"), config, rms_norm)
+
+
+def _norm_weights(
+    weights: BlockWeights, config: ModelConfig, dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Tensor]:
+    """Norms in the compute dtype; in float32 where files hold them minus an offset, as those families compute."""
+    wide = torch.float32 if config.norm_offset else dtype
+    return {role: norm.to(device=device, dtype=wide) for role, norm in weights.norms.items()}
 
 
 def _functional(weights: BlockWeights, config: ModelConfig, like: Tensor) -> _Parts:
+    config = config.of_layer(weights.index)
     linears = {
-        role: functional_linear(part, like.dtype, like.device) for role, part in weights.linears.items()
+        role: functional_linear(part, _dtype_of(role, config, like.dtype), like.device)
+        for role, part in weights.linears.items()
     }
-    norms = {role: norm.to(device=like.device, dtype=like.dtype) for role, norm in weights.norms.items()}
-    return _Parts(config, weights.index, linears, norms, TORCH_OPS, None)
+    norms = _norm_weights(weights, config, like.dtype, like.device)
+    vectors = {role: vector.to(like.device) for role, vector in weights.vectors.items()}
+    return _Parts(config, weights.index, linears, norms, vectors, TORCH_OPS, None)
 
 
 def block_forward(
@@ -191,7 +240,7 @@ def mlp_forward(h: Tensor, weights: BlockWeights, config: ModelConfig, tap: Tap 
 
 
 def _inference_layers(
-    weights: BlockWeights, dtype: torch.dtype, device: torch.device | str, ops: Ops
+    weights: BlockWeights, config: ModelConfig, dtype: torch.dtype, device: torch.device | str, ops: Ops
 ) -> dict[str, Layer]:
     """q/k/v joined to one layer, each gate/up pair to another, where their formats allow it."""
     left = dict(weights.linears)
@@ -199,13 +248,16 @@ def _inference_layers(
     qkv = fuse_linears([left[role] for role in ("q", "k", "v")])
     if qkv is not None:
         left = {role: part for role, part in left.items() if role not in ("q", "k", "v")} | {"qkv": qkv}
-    for gate in [role for role in left if role.endswith("gate")]:
+    act = config.activation
+    for gate in [role for role in left if role.rsplit(".", 1)[-1] == "gate"]:
         prefix = gate.removesuffix("gate")
-        gated = make_gated(left[gate], left[prefix + "up"], dtype, device, ops.silu_mul)
+        gated = make_gated(left[gate], left[prefix + "up"], dtype, device, ops.gated_mul(act), act)
         if gated is not None:
             layers[prefix + "gate_up"] = gated
             del left[gate], left[prefix + "up"]
-    return layers | {role: make_linear(part, dtype, device) for role, part in left.items()}
+    return layers | {
+        role: make_linear(part, _dtype_of(role, config, dtype), device) for role, part in left.items()
+    }
 
 
 class Block:
@@ -220,9 +272,11 @@ class Block:
         ops: Ops = TORCH_OPS,
         reduce: Reduce | None = None,
     ) -> None:
-        self.linears = _inference_layers(weights, dtype, device, ops)
-        self.norms = {role: norm.to(device=device, dtype=dtype) for role, norm in weights.norms.items()}
-        self._parts = _Parts(config, weights.index, self.linears, self.norms, ops, reduce)
+        config = config.of_layer(weights.index)
+        self.linears = _inference_layers(weights, config, dtype, device, ops)
+        self.norms = _norm_weights(weights, config, dtype, device)
+        vectors = {role: vector.to(device) for role, vector in weights.vectors.items()}
+        self._parts = _Parts(config, weights.index, self.linears, self.norms, vectors, ops, reduce)
         self.config, self.index = config, weights.index
 
     def forward(

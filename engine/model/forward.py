@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from convert.checkpoint import Checkpoint
@@ -16,6 +15,7 @@ from convert.config import ModelConfig
 from convert.errors import UsageError
 from engine.model.attention import Attend, causal_attend
 from engine.model.block import Block, Tap, attention_forward, block_forward, mlp_forward
+from engine.model.ends import embed, finish_logits
 from engine.model.layers import dense_product, why_unpacked
 from engine.model.ops import TORCH_OPS, Ops, ops_for
 from engine.model.parallel import TensorParallel, gather_logits, shard_block, shard_config, shard_head
@@ -151,7 +151,8 @@ class Model:
             notes.append(f"int4 weights become {str(dtype).removeprefix('torch.')} {when} ({why}).")
         embedding = ckpt.embedding().to(device=device, dtype=dtype)
         lm_head = embedding if config.tie_embeddings else ckpt.lm_head().to(device=device, dtype=dtype)
-        final_norm = ckpt.final_norm().to(device=device, dtype=dtype)
+        wide = torch.float32 if config.norm_offset else dtype
+        final_norm = ckpt.final_norm().to(device=device, dtype=wide)
         blocks: Sequence[Block] = StreamedBlocks(ckpt, device, dtype, ops, parallel)
         if parallel is not None:
             config = _rank_config(config, parallel)
@@ -167,8 +168,8 @@ class Model:
 
     @property
     def can_capture(self) -> bool:
-        """True where a step may be captured in a CUDA graph: experts are chosen on the host, and may not."""
-        return not self.config.num_experts
+        """True where a step may be captured in a CUDA graph: experts are chosen on the host, and capped scores attended to there."""
+        return not self.config.num_experts and self.config.attention_softcap is None
 
     @property
     def device(self) -> torch.device:
@@ -180,7 +181,7 @@ class Model:
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids (T,) int64 -> (T, H)."""
-        return F.embedding(ids, self.embedding)
+        return embed(ids, self.embedding, self.config)
 
     def rotary(self, positions: Tensor, prompt_lengths: Tensor | None = None) -> Rotary:
         """Angles of these positions (T,), the same for every block; see `engine.model.rope.rotary`."""
@@ -219,9 +220,9 @@ class Model:
         """Normed hidden states (T, H) -> logits (T, V) float32."""
         weight = self.lm_head if self._packed_head is None else self._packed_head
         logits = dense_product(x, weight, out_dtype=torch.float32)
-        if self.parallel is None or self.lm_head.shape[0] == self.vocab_size:
-            return logits
-        return gather_logits(self.parallel.all_gather(logits))
+        if self.parallel is not None and self.lm_head.shape[0] != self.vocab_size:
+            logits = gather_logits(self.parallel.all_gather(logits))
+        return finish_logits(logits, self.config)
 
     def hidden(
         self,

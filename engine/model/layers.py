@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from convert.checkpoint import LinearWeights
+from convert.config import Activation
 from kernels.int4 import Quantized
 from kernels.products import linear, prepacked
 
@@ -52,16 +53,18 @@ class DenseLinear:
 
 
 class DenseGated(DenseLinear):
-    """silu(gate) * up of one product with gate's rows first: (M, K) -> (M, I)."""
+    """act(gate) * up of one product with gate's rows first: (M, K) -> (M, I)."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, silu_mul: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, gated_mul: Callable[[Tensor], Tensor], name: Activation
+    ) -> None:
         super().__init__(weight, bias)
-        self._silu_mul = silu_mul
+        self._gated_mul, self._is_silu = gated_mul, name == "silu"
 
     def __call__(self, x: Tensor) -> Tensor:
-        if _takes_gemv(x, self.weight):
+        if self._is_silu and _takes_gemv(x, self.weight):
             return _gemv()(x, self.weight, self.bias, gated=True)
-        return self._silu_mul(linear(x, self.weight, self.bias))
+        return self._gated_mul(linear(x, self.weight, self.bias))
 
 
 def dense_product(
@@ -109,6 +112,22 @@ class Int4Linear:
         return self.weight.size_bytes + (0 if self.weight.bias is None else self.weight.bias.nbytes)
 
 
+class Int4Gated:
+    """act(gate) * up of one int4 product with gate's rows first, for activations that the kernel does not have."""
+
+    def __init__(
+        self, weights: LinearWeights, gated_mul: Callable[[Tensor], Tensor], device: torch.device | str
+    ) -> None:
+        self._product, self._gated_mul = Int4Linear(weights, None, device), gated_mul
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._gated_mul(self._product(x))
+
+    @property
+    def size_bytes(self) -> int:
+        return self._product.size_bytes
+
+
 def dense_weight(weight: Tensor | Quantized, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """The weight (N, K) as floats of `dtype`; differentiable where it is a tensor already."""
     if isinstance(weight, Quantized):
@@ -154,16 +173,17 @@ def make_gated(
     up: LinearWeights,
     dtype: torch.dtype,
     device: torch.device | str,
-    silu_mul: Callable[[Tensor], Tensor],
+    gated_mul: Callable[[Tensor], Tensor],
+    name: Activation,
 ) -> Layer | None:
-    """silu(gate(x)) * up(x) as one layer, (M, K) -> (M, I); None where the two differ in format."""
+    """act(gate(x)) * up(x) as one layer, (M, K) -> (M, I); None where the two differ in format."""
     fused = fuse_linears((gate, up))
     if fused is None:
         return None
     if _runs_packed(gate, dtype, device):
-        return Int4Linear(gate, up, device)
+        return Int4Linear(gate, up, device) if name == "silu" else Int4Gated(fused, gated_mul, device)
     bias = None if fused.bias is None else fused.bias.to(device=device, dtype=dtype)
-    return DenseGated(dense_weight(fused.weight, dtype, device), bias, silu_mul)
+    return DenseGated(dense_weight(fused.weight, dtype, device), bias, gated_mul, name)
 
 
 def fuse_linears(parts: Sequence[LinearWeights]) -> LinearWeights | None:

@@ -12,12 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convert.config import Activation
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis; statistics float32, result in the dtype of x."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; statistics float32, result in the dtype of x.
+
+    A float32 weight multiplies in float32.
+    """
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
+    return (normed.to(x.dtype) * weight).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -32,6 +37,17 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
+    """gelu(gate) * up, with the tanh form of gelu (Hendrycks and Gimpel, 2016), for gate_up (T, 2 I), gate first: (T, I)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def activate(name: Activation, gate: Tensor) -> Tensor:
+    """The activation of a gate."""
+    return F.silu(gate) if name == "silu" else F.gelu(gate, approximate="tanh")
+
+
 @dataclass(frozen=True)
 class Ops:
     """What a block calls between its products."""
@@ -40,6 +56,10 @@ class Ops:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     silu_mul: Callable[[Tensor], Tensor]
+
+    def gated_mul(self, name: Activation) -> Callable[[Tensor], Tensor]:
+        """The activation of a gate times up, both in one tensor (T, 2 I)."""
+        return self.silu_mul if name == "silu" else gelu_tanh_mul
 
 
 TORCH_OPS = Ops("torch", rms_norm, add_rms_norm, silu_mul)

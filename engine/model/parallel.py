@@ -8,6 +8,7 @@ rows of the vocabulary. A slice of int4 weights takes whole groups of scales: no
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from torch import Tensor
 from convert.checkpoint import BlockWeights, LinearWeights
 from convert.config import ModelConfig
 from convert.errors import InputError
+from convert.families.table import stays_float
 from kernels.int4 import Quantized
 
 
@@ -55,27 +57,33 @@ def shard_config(config: ModelConfig, rank: int, tp: int, group_size: int | None
             f"{config.num_heads} query heads and {config.num_kv_heads} KV heads cannot be split over {tp} ranks: "
             "choose a --tp that divides both."
         )
-    start, stop = inner_range(config, rank, tp, group_size or 1)
+    if config.qk_norm and config.qk_norm_width == "all" and tp > 1:
+        raise InputError(
+            f"A {config.family} model norms all heads of q and k together, so its heads cannot be split over {tp} ranks: use --tp 1."
+        )
+    names = ("intermediate_size", "expert_intermediate_size", "shared_intermediate_size")
+    sizes: dict[str, Any] = {}
+    for name in names:
+        if size := getattr(config, name):
+            start, stop = inner_range(size, rank, tp, group_size or 1)
+            sizes[name] = stop - start
     return replace(
         config,
         num_heads=config.num_heads // tp,
         num_kv_heads=max(1, config.num_kv_heads // tp),
-        intermediate_size=stop - start,
+        **sizes,
     )
 
 
-def inner_range(config: ModelConfig, rank: int, tp: int, unit: int) -> tuple[int, int]:
+def inner_range(size: int, rank: int, tp: int, unit: int) -> tuple[int, int]:
     """Rows of gate and up (columns of down) of this rank: whole units, the first ranks one more where they do not divide."""
-    units = math.ceil(config.intermediate_size / unit)
+    units = math.ceil(size / unit)
     if units < tp:
         raise InputError(
-            f"An intermediate size of {config.intermediate_size} has {units} groups of {unit}, too few for {tp} ranks: "
+            f"An intermediate size of {size} has {units} groups of {unit}, too few for {tp} ranks: "
             "choose a smaller --tp."
         )
-    bounds = [
-        min((r * (units // tp) + min(r, units % tp)) * unit, config.intermediate_size)
-        for r in (rank, rank + 1)
-    ]
+    bounds = [min((r * (units // tp) + min(r, units % tp)) * unit, size) for r in (rank, rank + 1)]
     return bounds[0], bounds[1]
 
 
@@ -99,15 +107,17 @@ def shard_block(weights: BlockWeights, config: ModelConfig, rank: int, tp: int) 
             linears[role] = take_rows(part, *keys)
         elif kind == "o":
             linears[role] = take_columns(part, *queries, role, rank)
-        elif kind == "router":
+        elif stays_float(role):
             linears[role] = part
         else:
             down = weights.linears[role.removesuffix(kind) + "down"].weight
-            inner = inner_range(config, rank, tp, down.group_size if isinstance(down, Quantized) else 1)
+            inner = inner_range(
+                down.shape[1], rank, tp, down.group_size if isinstance(down, Quantized) else 1
+            )
             linears[role] = (
                 take_columns(part, *inner, role, rank) if kind == "down" else take_rows(part, *inner)
             )
-    return BlockWeights(weights.index, linears, weights.norms)
+    return replace(weights, linears=linears)
 
 
 def take_rows(part: LinearWeights, start: int, stop: int) -> LinearWeights:

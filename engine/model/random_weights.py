@@ -12,7 +12,7 @@ from torch import Tensor
 from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights
 from convert.config import ModelConfig, QuantFormat
 from convert.errors import UsageError
-from convert.families.table import bias_roles, linear_shapes, norm_shapes
+from convert.families.table import bias_roles, linear_shapes, norm_shapes, stays_float, vector_shapes
 from convert.folder.json_files import read_object
 from convert.hf.config import parse_config
 from kernels.int4 import Quantized
@@ -70,12 +70,12 @@ class RandomCheckpoint(Checkpoint):
 
     def block(self, index: int) -> BlockWeights:
         generator = self._generator(index + 1)
-        config = self.config
+        config = self.config.of_layer(index)
         biased = bias_roles(config)
         linears = {}
         for role, (rows, cols) in linear_shapes(config).items():
             bias = self._normal(generator, 0.02, rows) if role.rsplit(".", 1)[-1] in biased else None
-            if config.quantization is None or role == "router":
+            if config.quantization is None or stays_float(role):
                 linears[role] = LinearWeights(self._normal(generator, cols**-0.5, rows, cols), bias)
             else:
                 group = config.quantization.group_size
@@ -84,7 +84,11 @@ class RandomCheckpoint(Checkpoint):
             role: torch.ones(shape, dtype=self.dtype, device=self.device)
             for role, shape in norm_shapes(config).items()
         }
-        return BlockWeights(index, linears, norms)
+        vectors = {
+            role: torch.zeros(shape, dtype=torch.float32, device=self.device)
+            for role, shape in vector_shapes(config).items()
+        }
+        return BlockWeights(index, linears, norms, vectors, config.norm_offset)
 
     def embedding(self) -> Tensor:
         return self._normal(self._generator(0), 1.0, self.config.vocab_size, self.config.hidden_size)
@@ -143,7 +147,15 @@ def random_checkpoint(
     if weights not in ("fp16", "int4"):
         raise UsageError(f"weights {weights!r}: random models are made in fp16 or int4.")
     if weights == "int4":
-        ragged = [role for role, (_, cols) in linear_shapes(config).items() if cols % group_size]
+        layers = (config.of_layer(index) for index in range(config.num_layers))
+        ragged = sorted(
+            {
+                role
+                for layer in layers
+                for role, (_, cols) in linear_shapes(layer).items()
+                if cols % group_size
+            }
+        )
         if ragged:
             raise UsageError(
                 f"group size {group_size} does not divide the input of {', '.join(ragged)} in shape {name}: choose a divisor."

@@ -1,37 +1,52 @@
 """Rotary position embedding: frequencies of every scaling, angles of tokens, rotation of heads. Knows no weights.
 
 T tokens, D head size. Frequencies and angles are float32. The formulas are those of transformers 5 (`default`, `linear`,
-`dynamic`, `yarn` [Peng et al. 2023], `llama3`) and of Qwen-1's published code (`qwen_ntk`, log-n attention).
-Two scalings depend on the length of the sequence, which a flat batch of tokens does not show: they take
+`dynamic`, `yarn` [Peng et al. 2023], `llama3`, `longrope`) and of Qwen-1's published code (`qwen_ntk`, log-n attention).
+Three scalings depend on the length of the sequence, which a flat batch of tokens does not show: they take
 `prompt_lengths`, and each token keeps the frequencies it got when it was first computed, whoever shares its batch.
 """
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from convert.config import ModelConfig, RopeScaling
 
 
 class Rotary(NamedTuple):
-    """Angles of T tokens: cos and sin (T, D / 2) float32, and what q is multiplied with, (T,) float32 (log-n attention)."""
+    """Angles of T tokens: cos and sin (T, D / 2) float32, and what q is multiplied with, (T,) float32 (log-n attention).
+
+    `local`: those of the layers with a window, where they have a RoPE base of their own (Gemma 3).
+    """
 
     cos: Tensor
     sin: Tensor
     q_scale: Tensor | None = None
+    local: "Rotary | None" = None
 
     def take(self, where: Tensor | slice) -> "Rotary":
         """The angles at these places (T',); in a table of all positions, -1 (a row that is no token) takes the last entry."""
         q_scale = None if self.q_scale is None else self.q_scale[where]
-        return Rotary(self.cos[where], self.sin[where], q_scale)
+        local = None if self.local is None else self.local.take(where)
+        return Rotary(self.cos[where], self.sin[where], q_scale, local)
+
+    def of_layer(self, has_window: bool) -> "Rotary":
+        """The angles of a layer with or without a window."""
+        return self.local if has_window and self.local is not None else self
 
 
 def depends_on_length(config: ModelConfig) -> bool:
     """True where the frequencies change with the length of the sequence, so that `rotary` needs `prompt_lengths`."""
-    return config.rope_scaling is not None and config.rope_scaling.kind in ("dynamic", "qwen_ntk")
+    return config.rope_scaling is not None and config.rope_scaling.kind in (
+        "dynamic",
+        "longrope",
+        "qwen_ntk",
+    )
 
 
 def rotary(config: ModelConfig, positions: Tensor, prompt_lengths: Tensor | None = None) -> Rotary:
@@ -46,18 +61,32 @@ def rotary(config: ModelConfig, positions: Tensor, prompt_lengths: Tensor | None
     if scaling is not None and depends_on_length(config):
         if prompt_lengths is None:
             lengths = (positions.max() + 1).expand_as(positions)
-        elif scaling.kind == "dynamic":
-            lengths = torch.maximum(prompt_lengths, positions + 1)
-        else:
+        elif scaling.kind == "qwen_ntk":
             lengths = prompt_lengths
-        base = _length_base(config, scaling, lengths)
-        frequencies = 1.0 / base[:, None] ** _exponents(config, positions.device)  # (T, D / 2)
+        else:
+            lengths = torch.maximum(prompt_lengths, positions + 1)
+        frequencies = _length_frequencies(config, scaling, lengths)
     angles = positions[:, None].float() * frequencies
     q_scale = _logn(config, positions) if config.logn_attention else None
     cos, sin = angles.cos(), angles.sin()
     if attention_factor != 1.0:
         cos, sin = cos * attention_factor, sin * attention_factor
-    return Rotary(cos, sin, q_scale)
+    local = None
+    if config.local_rope_theta is not None:
+        plain = replace(config, rope_theta=config.local_rope_theta, rope_scaling=None, local_rope_theta=None)
+        local = rotary(plain, positions)
+    return Rotary(_with_still(cos, 1.0, config), _with_still(sin, 0.0, config), q_scale, local)
+
+
+def _with_still(values: Tensor, value: float, config: ModelConfig) -> Tensor:
+    """cos or sin (T, R / 2) of the rotated pairs -> of all pairs (T, D / 2): those that are not rotated come last."""
+    still = (config.head_dim - rotated_channels(config)) // 2
+    return F.pad(values, (0, still), value=value) if still else values
+
+
+def rotated_channels(config: ModelConfig) -> int:
+    """R: channels of a head that are rotated; D but for models that leave some as they are."""
+    return config.head_dim if config.rotary_dim is None else config.rotary_dim
 
 
 def apply_rope(x: Tensor, angles: Rotary) -> Tensor:
@@ -73,14 +102,13 @@ def training_length(config: ModelConfig) -> int:
 
 
 def _exponents(config: ModelConfig, device: torch.device) -> Tensor:
-    return (
-        torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    )  # (D / 2,)
+    size = rotated_channels(config)
+    return torch.arange(0, size, 2, dtype=torch.float32, device=device) / size  # (R / 2,)
 
 
 @lru_cache(maxsize=16)
 def _frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, float]:
-    """Frequencies (D / 2,) in radians a token, and the factor on cos and sin."""
+    """Frequencies (R / 2,) in radians a token, and the factor on cos and sin."""
     frequencies = 1.0 / config.rope_theta ** _exponents(config, device)
     scaling = config.rope_scaling
     if scaling is None:
@@ -91,7 +119,7 @@ def _frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, flo
         return _llama3(frequencies, scaling), 1.0
     if scaling.kind == "yarn":
         return _yarn(config, scaling, device)
-    return frequencies, 1.0
+    return frequencies, scaling.attention_factor or 1.0  # those of the other kinds depend on the length
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
@@ -106,7 +134,7 @@ def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def _yarn(config: ModelConfig, scaling: RopeScaling, device: torch.device) -> tuple[Tensor, float]:
-    dim, theta = config.head_dim, config.rope_theta
+    dim, theta = rotated_channels(config), config.rope_theta
 
     def dimension_of(rotations: float) -> float:
         """The dimension whose wave turns this often within the original context."""
@@ -126,9 +154,23 @@ def _yarn(config: ModelConfig, scaling: RopeScaling, device: torch.device) -> tu
     return frequencies, attention_factor
 
 
+def _length_frequencies(config: ModelConfig, scaling: RopeScaling, lengths: Tensor) -> Tensor:
+    """Frequencies (T, R / 2) of tokens in sequences with these lengths (T,)."""
+    exponents = _exponents(config, lengths.device)
+    if scaling.kind != "longrope":
+        return 1.0 / _length_base(config, scaling, lengths)[:, None] ** exponents
+    short, long = (
+        torch.tensor(factors, dtype=torch.float32, device=lengths.device)
+        for factors in (scaling.short_factors, scaling.long_factors)
+    )
+    factors = torch.where((lengths > scaling.original_max_position)[:, None], long, short)
+    return 1.0 / (factors * config.rope_theta**exponents)
+
+
 def _length_base(config: ModelConfig, scaling: RopeScaling, lengths: Tensor) -> Tensor:
     """RoPE base (T,) float32 of sequences with these lengths (T,)."""
-    power = config.head_dim / (config.head_dim - 2)
+    size = rotated_channels(config)
+    power = size / (size - 2)
     if scaling.kind == "dynamic":
         longest = config.max_position
         stretch = scaling.factor * lengths.clamp(min=longest) / longest - (scaling.factor - 1)

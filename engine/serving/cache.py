@@ -75,7 +75,7 @@ class PagedCache:
             )
             for layer in range(config.num_layers)
         ]
-        self.scale = config.head_dim**-0.5
+        self.scale, self.softcap = config.softmax_scale, config.attention_softcap
         self.windows = [window_of(config, layer) for layer in range(config.num_layers)]
         self.workspace = allocate_workspace(
             engine.max_batch, config.num_heads, config.num_kv_heads, config.head_dim, device
@@ -124,7 +124,7 @@ class PagedAttend:
         cache, batch, count = self._cache, self._batch, self._batch.decodes
         pages, scale, window = cache.layers[layer], cache.scale, cache.windows[layer]
         q_norm, k_norm, eps = (None, None, 0.0) if norms is None else (norms.q, norms.k, norms.eps)
-        if not (qkv.is_cuda and count):
+        if not (qkv.is_cuda and count) or cache.softcap is not None:
             q = rope_store(
                 qkv, angles.cos, angles.sin, pages, batch.slots,
                 q_norm=q_norm, k_norm=k_norm, eps=eps, q_scale=angles.q_scale,
@@ -170,6 +170,7 @@ class PagedAttend:
             batch.context_lens,
             cache.scale,
             cache.windows[layer],
+            softcap=cache.softcap,
         )
 
     def _decode(self, layer: int, q: Tensor, out: Tensor | None) -> Tensor:
@@ -177,13 +178,13 @@ class PagedAttend:
         cache, batch, count = self._cache, self._batch, len(q)
         pages, window = cache.layers[layer], cache.windows[layer]
         tables, lengths = batch.tables[:count], batch.lengths[:count]
-        if q.is_cuda:
+        if q.is_cuda and cache.softcap is None:
             return decode_attention(
                 q, pages, tables, lengths, cache.scale, window, workspace=cache.workspace, out=out
             )
         if window not in self._decodes:
             self._decodes[window] = PagedDecode(tables, lengths, cache.block_size, window)
-        result = self._decodes[window](q, pages, cache.scale)
+        result = self._decodes[window](q, pages, cache.scale, cache.softcap)
         return result if out is None else out.copy_(result)
 
 

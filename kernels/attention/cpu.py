@@ -1,4 +1,4 @@
-"""Decode attention on the CPU for a whole batch at once, page by page, in float32.
+"""Decode attention in torch for a whole batch at once, page by page, in float32: on the CPU, and for what kernels do not have.
 
 B sequences, N pages that they read in all, Hq query and Hkv key/value heads, G = Hq / Hkv, D head_dim, P tokens of a page.
 Formula: the softmax of `kernels/attention/paged.py`, as a sum over pages of exp(scale * q K^T - peak) V, divided by the sum of the exponentials.
@@ -22,29 +22,33 @@ class PagedDecode:
         """block_tables (B, W) int32, context_lens (B,) int32, all at least 1."""
         lengths = context_lens.long()
         counts = (lengths + block_size - 1) // block_size  # (B,) pages of each sequence
-        columns = torch.arange(block_tables.shape[1])
+        device = block_tables.device
+        columns = torch.arange(block_tables.shape[1], device=device)
         kept = columns < counts[:, None]
         if window is not None:
             kept &= (columns + 1) * block_size > (lengths - window)[:, None]
         self.owner, column = kept.nonzero(as_tuple=True)  # (N,) each, by sequence and then by page
         pages = block_tables[kept].long()  # (N,)
         first = int(pages[0])
-        is_run = torch.equal(pages, torch.arange(first, first + len(pages)))
+        is_run = torch.equal(pages, torch.arange(first, first + len(pages), device=device))
         # a run of pages is read in place, others are copied
         self.pages = slice(first, first + len(pages)) if is_run else pages
-        position = column[:, None] * block_size + torch.arange(block_size)  # (N, P)
+        position = column[:, None] * block_size + torch.arange(block_size, device=device)  # (N, P)
         ends = lengths[self.owner, None]
         seen = position < ends
         if window is not None:
             seen &= position >= ends - window
         self.hidden = ~seen[:, None, None]  # (N, 1, 1, P)
 
-    def __call__(self, q: Tensor, cache: KVCache, scale: float) -> Tensor:
-        """Attention of q (B, Hq, D), float32, over the pages: (B, Hq, D)."""
+    def __call__(self, q: Tensor, cache: KVCache, scale: float, softcap: float | None = None) -> Tensor:
+        """Attention of q (B, Hq, D) over the pages, float32 inside: (B, Hq, D). Scores s become softcap * tanh(s / softcap)."""
         batch, heads, size = q.shape
+        dtype, q = q.dtype, q.float()
         grouped = q.view(batch, cache.num_kv_heads, -1, size)  # (B, Hkv, G, D)
         k, v = (_read(cache, self.pages, index) for index in range(2))  # (N, Hkv, P, D)
         scores = grouped[self.owner] @ k.transpose(2, 3) * scale  # (N, Hkv, G, P)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         scores.masked_fill_(self.hidden, -torch.inf)
         peak = grouped.new_full(grouped.shape[:3], -torch.inf)
         peaks = scores.amax(-1)  # (N, Hkv, G)
@@ -52,7 +56,7 @@ class PagedDecode:
         weights = scores.sub_(peak[self.owner][..., None]).exp_()
         total = torch.zeros_like(peak).index_add_(0, self.owner, weights.sum(-1))
         out = torch.zeros_like(grouped).index_add_(0, self.owner, weights @ v)
-        return out.div_(total[..., None]).view(batch, heads, size)
+        return out.div_(total[..., None]).view(batch, heads, size).to(dtype)
 
 
 def _read(cache: KVCache, pages: Tensor | slice, index: int) -> Tensor:

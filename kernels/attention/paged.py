@@ -162,12 +162,16 @@ def decode_attention_reference(
     return out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None = None
+) -> Tensor:
     """The last T positions of one sequence: q (T, Hq, D), k, v (Hkv, L, D) -> (T, Hq, D), by matmul and softmax."""
     tokens, num_heads, _ = q.shape
     length = k.shape[1]
     k, v = (x.repeat_interleave(num_heads // x.shape[0], 0) for x in (k, v))
     scores = q.transpose(0, 1) @ k.transpose(1, 2) * scale  # (Hq, T, L)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~_visible(tokens, length, window, q.device), float("-inf"))
     return (scores.softmax(-1) @ v).transpose(0, 1)
 
@@ -188,6 +192,8 @@ def prefill_attention(
     context_lens: Sequence[int],
     scale: float,
     window: int | None = None,
+    *,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention of the last query_lens[b] tokens of each sequence over its whole context in the cache.
 
@@ -195,6 +201,7 @@ def prefill_attention(
         q: (T, Hq, D), T = sum(query_lens), the sequences one after another; their keys and values are in the cache already.
         block_tables: (B, max_blocks) int32 on q's device.
         query_lens, context_lens: host integers; context_lens[b] >= query_lens[b] counts the new tokens too.
+        softcap: scores s become softcap * tanh(s / softcap) before the softmax (Gemma 2); held whole then, (Hq, T, L).
 
     Returns (T, Hq, D) of q's dtype. Each sequence's pages are gathered (and dequantized) into contiguous keys and values of
     q's dtype, on which torch's fused attention runs. Raises ValueError where lengths, shapes or tables do not fit together.
@@ -222,12 +229,12 @@ def prefill_attention(
     for row, (tokens, length) in enumerate(zip(query_lens, context_lens, strict=True)):
         part = q[start : start + tokens]
         k, v = gather_kv(cache, block_tables[row], length, q.dtype)
-        if q.is_cuda:
+        if q.is_cuda and softcap is None:
             out[start : start + tokens] = _attend_fused(part, k, v, scale, window)
         else:
-            out[start : start + tokens] = _attend(part.float(), k.float(), v.float(), scale, window).to(
-                q.dtype
-            )
+            out[start : start + tokens] = _attend(
+                part.float(), k.float(), v.float(), scale, window, softcap
+            ).to(q.dtype)
         start += tokens
     return out
 

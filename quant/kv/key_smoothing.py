@@ -1,8 +1,9 @@
 """Keys whose channels are alike in size, so that one scale serves a whole head of the KV cache: factors moved from K into Q.
 
-Hq query and Hkv key heads of size D, H hidden size. RoPE rotates the pairs (j, j + D / 2) of a head (every family is read into
-this order, whole heads are rotated, and scalings of RoPE change angles or all of q and k alike), so one factor s for both members
-of a pair passes through it: (s q) . (k / s) = q . k. Where q and k are normed head by head before RoPE, the norms' weights take s.
+Hq query and Hkv key heads of size D, H hidden size. RoPE rotates the pairs (j, j + D / 2) of a head: every family is read into
+this order, channels that are not rotated are pairs of angle 0, and scalings of RoPE change angles or all of q and k alike. So one
+factor s for both members of a pair passes through it: (s q) . (k / s) = q . k. Where q and k are normed before RoPE, the norms'
+weights take s.
 """
 
 from dataclasses import replace
@@ -33,7 +34,7 @@ def key_channels(weights: BlockWeights, config: ModelConfig, stream: Tensor) -> 
     dense = parts.dense(replace(weights, linears={**roles, "o": empty}))
     seen = BlockStatistics(weights.index)
     for part in parts.slices():
-        parts.rotated_keys(parts.norm(stream[part], weights.norms["attn_norm"]), dense, seen.tap_ranges)
+        parts.rotated_keys(parts.read(stream[part], weights, "attn_norm"), dense, seen.tap_ranges)
     return seen.low["k"].cpu(), seen.high["k"].cpu()
 
 
@@ -50,7 +51,7 @@ def key_factors(weights: BlockWeights, config: ModelConfig, channels: Channels) 
     peak = torch.maximum(-low, high)
     pairs = peak.view(len(peak), 2, -1).amax(1)  # (Hkv, D / 2)
     pairs = torch.where(pairs.isfinite(), pairs.clamp(min=0), torch.zeros_like(pairs))
-    if config.qk_norm:
+    if config.qk_norm and config.qk_norm_width == "head":
         pairs = pairs.amax(0, keepdim=True)
     alive = pairs > DEAD * pairs.amax(1, keepdim=True)
     logs = torch.where(alive, EXPONENT * torch.where(alive, pairs, torch.ones_like(pairs)).log(), 0)
@@ -67,12 +68,15 @@ def key_factors(weights: BlockWeights, config: ModelConfig, channels: Channels) 
 def smooth_keys(weights: BlockWeights, config: ModelConfig, factors: Tensor) -> BlockWeights:
     """The same function of its input with K divided by `factors` (Hkv, D) and Q multiplied, float32 where they are.
 
-    All query heads of a KV head take its factors. With norms of q and k, the factors must be the same for every head.
+    All query heads of a KV head take its factors. With norms of q and k head by head, the factors must be the same for every head.
     """
     if bool((factors == 1).all()):
         return weights
     if config.qk_norm:
         scale = {"q_norm": factors[0], "k_norm": 1 / factors[0]}
+        if config.qk_norm_width == "all":
+            spread = factors[:, None].expand(-1, config.query_group, -1)
+            scale = {"q_norm": spread.flatten(), "k_norm": (1 / factors).flatten()}
         scaled = {
             role: norm.float() * scale[role].to(norm.device)
             for role, norm in weights.norms.items()

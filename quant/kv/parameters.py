@@ -80,4 +80,5 @@ def _rows_of_v(weights: BlockWeights) -> Tensor:
     """v with the norm before it: (Hkv * D, H) float64."""
     weight = weights.linears["v"].weight
     dense = weight.dequantize() if isinstance(weight, Quantized) else weight
-    return dense.double().cpu() * weights.norms["attn_norm"].double().cpu()
+    norm = weights.norms.get("attn_norm")
+    return dense.double().cpu() if norm is None else dense.double().cpu() * norm.double().cpu()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
+from convert.families.norms import storable_norm
 from quant.block_states import FloatBlock, QuantizedBlock
 from quant.config import QuantConfig
 from quant.learn.captured_steps import Steps
@@ -22,10 +23,10 @@ from quant.learn.training import (
     Adam,
     FlatLinears,
     ScaleCodes,
-    fp16_norm,
     fp16_scale,
     repeatable,
     rise,
+    stored_norm,
 )
 from quant.settings import Distillation
 from quant.statistics.gram import fast_products
@@ -92,7 +93,7 @@ def distill(
         done, norm = student.packed()
     span, history = max(1, settings.steps // 10), student.history
     report = DistillReport(settings.steps, float(history[:span].mean()), float(history[-span:].mean()))
-    return done, norm.half(), report
+    return done, storable_norm(norm, quantized[0].norm_offset), report
 
 
 class _Student:
@@ -111,7 +112,8 @@ class _Student:
             for position, block in enumerate(blocks)
             for role, norm in block.norms.items()
         }
-        self._norms[self._count, FINAL] = final_norm.to(device).half().float()
+        self._offset = blocks[0].norm_offset
+        self._norms[self._count, FINAL] = storable_norm(final_norm.to(device), self._offset).float()
         self._widths = [len(norm) for norm in self._norms.values()]
         self._scale_move = torch.zeros_like(self._flat.scales)
         self._norm_move = torch.zeros(sum(self._widths), device=device)
@@ -132,7 +134,7 @@ class _Student:
         moves = self._norm_move.split(self._widths)
         by_block: list[dict[str, Tensor]] = [{} for _ in range(self._count + 1)]
         for ((position, role), norm), move in zip(self._norms.items(), moves, strict=True):
-            by_block[position][role] = fp16_norm(norm * (1 + move))
+            by_block[position][role] = stored_norm(norm * (1 + move), self._offset)
         return by_block[: self._count], by_block[self._count][FINAL]
 
     def _moved_scales(self) -> Tensor:

@@ -14,6 +14,7 @@ from convert.checkpoint import BlockWeights, Checkpoint
 from convert.config import ModelConfig
 from engine.model.attention import causal_attend
 from engine.model.block import block_forward
+from engine.model.ends import embed, finish_logits
 from engine.model.ops import rms_norm
 from engine.model.rope import rotary
 from quant.learn.training import training_attend
@@ -54,7 +55,7 @@ class ModelForward:
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids (T,) int64 -> hidden states (T, H)."""
-        return F.embedding(ids, self._outer.embedding)
+        return embed(ids, self._outer.embedding, self._config)
 
     def states(self, x: Tensor, blocks: Iterable[BlockWeights]) -> Iterator[Tensor]:
         """The hidden states (T, H) after each block, for x before the first."""
@@ -71,4 +72,6 @@ class ModelForward:
     def logits(self, x: Tensor, final_norm: Tensor | None = None) -> Tensor:
         """Hidden states after the last block -> (T, V), through this final norm (None: the model's own)."""
         norm = self._outer.final_norm if final_norm is None else final_norm
-        return F.linear(rms_norm(x, norm, self._config.norm_eps), self._outer.head)
+        return finish_logits(
+            F.linear(rms_norm(x, norm, self._config.norm_eps), self._outer.head), self._config
+        )

@@ -21,10 +21,10 @@ from quant.learn.training import (
     FlatLinears,
     RoundToGrid,
     batches,
-    fp16_norm,
     fp16_scale,
     repeatable,
     rise,
+    stored_norm,
     training_attend,
 )
 from quant.settings import LearnedRounding
@@ -33,7 +33,7 @@ from quant.statistics.chunked_block import ChunkedBlock
 from quant.statistics.chunks import chunk_samples, chunks
 from quant.statistics.gram import fast_products
 
-NORMS = ("attn_norm", "mlp_norm")
+NORMS = ("attn_norm", "attn_out_norm", "mlp_norm", "mlp_out_norm")  # those that the family has
 _STEADY_STEPS = 100  # fewer steps than these are not made longer
 
 
@@ -205,7 +205,8 @@ class _TrainedWeights:
         # kept within half a step of the integers, so that nothing changes at first
         self._latent = torch.maximum(torch.minimum(wanted, start + 0.49), start - 0.49)
         self._scale_move = torch.zeros_like(self._flat.scales)
-        self._norms = {role: block.norms[role].to(device).float() for role in NORMS}
+        self._norms = {role: block.norms[role].to(device).float() for role in NORMS if role in block.norms}
+        self._norm_offset = block.norm_offset
         self._norm_moves = {role: torch.zeros_like(norm) for role, norm in self._norms.items()}
 
     @property
@@ -227,7 +228,10 @@ class _TrainedWeights:
         return [p.clone() for p in self.params]
 
     def _moved_norms(self) -> dict[str, Tensor]:
-        return {role: fp16_norm(norm * (1 + self._norm_moves[role])) for role, norm in self._norms.items()}
+        return {
+            role: stored_norm(norm * (1 + self._norm_moves[role]), self._norm_offset)
+            for role, norm in self._norms.items()
+        }
 
     def _moved_scales(self) -> Tensor:
         return fp16_scale(self._flat.scales * (1 + self._scale_move))

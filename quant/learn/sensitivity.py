@@ -26,7 +26,8 @@ _GPU_SHARE = 0.5
 
 def fits_whole(config: ModelConfig, device: torch.device) -> bool:
     """Whether the float32 weights leave room for gradients; by the size of the device alone, so that a run repeats."""
-    elements = config.num_layers * sum(rows * cols for rows, cols in linear_shapes(config).values())
+    layers = (config.of_layer(index) for index in range(config.num_layers))
+    elements = sum(rows * cols for layer in layers for rows, cols in linear_shapes(layer).values())
     elements += 2 * config.vocab_size * config.hidden_size
     if device.type != "cuda":
         return 4 * elements < _CPU_BYTES

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from convert.families.norms import storable_norm
 from engine.model.attention import Attend
 from kernels.int4 import Quantized, round_scale
 from quant.block_states import FloatBlock, FloatLinear, QuantizedBlock
@@ -137,9 +138,9 @@ def fp16_scale(scale: Tensor) -> Tensor:
     return straight_through(scale, round_scale)
 
 
-def fp16_norm(norm: Tensor) -> Tensor:
-    """Norm weights as they will be stored, differentiable."""
-    return straight_through(norm, lambda value: value.half().to(value.dtype))
+def stored_norm(norm: Tensor, offset: float) -> Tensor:
+    """Norm weights as files will give them back, which hold them less `offset`, differentiable."""
+    return straight_through(norm, lambda value: storable_norm(value, offset).to(value.dtype))
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,8 @@ class FlatLinears:
                     weight = pieces[position, role].view(part.weight.shape)
                 bias = None if part.bias is None else part.bias.to(device).float()
                 linears[role] = FloatLinear(weight.to(device), bias)
-            out.append(FloatBlock(block.index, linears, {**block.norms, **norms[position]}))
+            moved = {**block.norms, **norms[position]}
+            out.append(FloatBlock(block.index, linears, moved, block.vectors, block.norm_offset))
         return out
 
     def packed(
@@ -225,13 +227,13 @@ class FlatLinears:
             )
             linears[position][role] = replace(linears[position][role], weight=weight)
         return [
-            replace(block, linears=parts, norms={**block.norms, **_half(moved)})
+            replace(block, linears=parts, norms={**block.norms, **_storable(moved, block.norm_offset)})
             for block, parts, moved in zip(self.blocks, linears, norms, strict=True)
         ]
 
 
-def _half(norms: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {role: norm.detach().half() for role, norm in norms.items()}
+def _storable(norms: dict[str, Tensor], offset: float) -> dict[str, Tensor]:
+    return {role: storable_norm(norm.detach(), offset) for role, norm in norms.items()}
 
 
 @dataclass

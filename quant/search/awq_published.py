@@ -34,7 +34,7 @@ def quantize_published(task: BlockTask) -> BlockResult:
     assert isinstance(inputs, Streams)  # the recipe reads the text itself: `quantize_block` has checked it
     weights = BlockSearch(task).source  # float32 norms, all on the device
     search = _Search(weights, task.config, task.quant, inputs.quantized)
-    for before, readers in scale_groups(task.config):
+    for before, readers in scale_groups(search.config):
         search.scale(before, readers)
     done, reports = search.finish()
     chunked = search.chunked
@@ -51,16 +51,19 @@ class _Search:
     def __init__(self, weights: FloatBlock, config: ModelConfig, quant: QuantConfig, x: Tensor) -> None:
         self.source: FloatBlock = weights
         self.weights = weights
-        self.config, self.quant = config, quant
-        self.chunked = ChunkedBlock(config, x)
+        self.model, self.config, self.quant = config, config.of_layer(weights.index), quant
+        self.chunked = ChunkedBlock(self.config, x)
         self.device = x.device
         dense = self.chunked.dense(weights)
-        attn_in = self.chunked.map(lambda h: self.chunked.norm(h, weights.norms["attn_norm"]), x)
+        attn_in = self.chunked.map(lambda h: self.chunked.read(h, weights, "attn_norm"), x)
         self.inputs = {"q": attn_in, "o": self.chunked.map(lambda h: self.chunked.mixed(h, dense), attn_in)}
         mid = x + self.chunked.map(
-            lambda h: linear(h, weights.linears["o"], self.weight("o")), self.inputs["o"]
+            lambda h: self.chunked.added(
+                linear(h, weights.linears["o"], self.weight("o")), weights, "attn_out_norm"
+            ),
+            self.inputs["o"],
         )
-        mlp_in = self.chunked.map(lambda h: self.chunked.norm(h, weights.norms["mlp_norm"]), mid)
+        mlp_in = self.chunked.map(lambda h: self.chunked.read(h, weights, "mlp_norm"), mid)
         self.inputs["gate"] = mlp_in
         if not config.num_experts:
             self.inputs["down"] = self.chunked.map(lambda h: self.chunked.gated(h, dense), mlp_in)
@@ -69,7 +72,7 @@ class _Search:
         self.scales: dict[str, Tensor] = {}  # by role: what multiplies the columns
 
     def weight(self, role: str) -> Tensor:
-        return self.source.linears[role].weight.float()
+        return self.source.linears[role].weight.to(self.device).float()
 
     def key(self, role: str) -> str:
         """Whose input this linear reads; experts are judged together, on what the norm gives them."""
@@ -85,7 +88,7 @@ class _Search:
 
     def fold(self, before: str) -> Fold:
         if before in self.source.norms:
-            return norm_fold(self.source.norms[before])
+            return norm_fold(self.source.norms[before], self.config.norm_offset)
         return kv_fold(self.weight(before), self.config) if before == "v" else row_fold(self.weight(before))
 
     def scale(self, before: str, readers: tuple[str, ...]) -> None:
@@ -111,18 +114,19 @@ class _Search:
         linears = dict(self.weights.linears)
         for role in readers:
             part = linears[role]
-            linears[role] = replace(part, weight=part.weight.float() * fold.spread(scale))
+            weight = part.weight.to(self.device).float() * fold.spread(scale)
+            linears[role] = replace(part, weight=weight)
             self.scales[role] = fold.spread(scale)
             self.values[role] = values
         norms = dict(self.weights.norms)
         if before in norms:
-            norms[before] = fold_norm(norms[before], scale)
+            norms[before] = fold_norm(norms[before], scale, self.config.norm_offset)
         else:
             linears[before] = fold_rows(linears[before], scale)
         self.weights = replace(self.weights, linears=linears, norms=norms)
 
     def _fits(self, role: str) -> bool:
-        return is_quantized(self.config, self.quant, self.source.index, role)
+        return is_quantized(self.model, self.quant, self.source.index, role)
 
     def _losses(self, roles: tuple[str, ...], column_scales: Tensor) -> Tensor:
         """Mean squared error of the part's output for every candidate (C, K): (C,)."""
@@ -164,7 +168,7 @@ class _Search:
         for role, part in self.weights.linears.items():
             if not self._fits(role):
                 continue
-            scaled = part.weight.float()
+            scaled = part.weight.to(self.device).float()
             rounded[role] = quantize(scaled, self.quant.bits, self.quant.group_size)
             clipped[role] = rounded[role] if role in NOT_CLIPPED else self._clip(role, scaled)
         for roles in self._parts_of(tuple(rounded)):
@@ -175,7 +179,8 @@ class _Search:
         reports = [
             self._report(role, taken[role], taken_clip=taken[role] is clipped[role]) for role in rounded
         ]
-        done = BlockWeights(self.weights.index, linears, self.weights.norms)
+        block = self.weights
+        done = BlockWeights(block.index, linears, block.norms, block.vectors, block.norm_offset)
         return QuantizedBlock.of(done), reports
 
     def _parts_of(self, roles: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -29,11 +29,12 @@ class BlockSearch:
     def __init__(self, task: BlockTask) -> None:
         device = task.device
         with stage("move weights to the device"):
-            block = task.weights.to(device)
+            block = _on_device(task.weights, device)
         norms = {role: norm.float() for role, norm in block.norms.items()}
         self.source: FloatBlock = replace(block, norms=norms)
-        self.weights = BlockWeights(block.index, block.linears, norms)
-        self.config: ModelConfig = task.config
+        self.weights = BlockWeights(block.index, block.linears, norms, block.vectors, block.norm_offset)
+        self.model: ModelConfig = task.config  # of the whole model; `config` is that of this layer
+        self.config: ModelConfig = task.config.of_layer(block.index)
         self.quant: QuantConfig = task.quant
         self.device, self.dtype = device, task.dtype
         self.learning = task.quant.recipe.learning
@@ -43,7 +44,7 @@ class BlockSearch:
 
     def weight(self, role: str) -> Tensor:
         """The float weight (N, K) of the source, float32."""
-        return self.source.linears[role].weight.float()
+        return self.source.linears[role].weight.to(self.device).float()
 
     def stack(self, roles: tuple[str, ...]) -> Stack:
         parts = [self.weight(role) for role in roles]
@@ -63,7 +64,8 @@ class BlockSearch:
             if free is not None:
                 self.free_codes[role] = free[start : start + rows]
             quantized = solution.quantized(slice(start, start + rows), self.quant.group_size, self.quant.bits)
-            self.put(role, replace(self.weights.linears[role], weight=quantized))
+            home = self.source.linears[role].weight.device  # where the linear waits for its turn
+            self.put(role, replace(self.weights.linears[role], weight=quantized.to(home)))
             start += rows
         return solution
 
@@ -82,9 +84,18 @@ class BlockSearch:
 
     def fits(self, role: str) -> bool:
         """Whether this linear becomes integers."""
-        return is_quantized(self.config, self.quant, self.source.index, role)
+        return is_quantized(self.model, self.quant, self.source.index, role)
 
     def steps(self, roles: tuple[str, ...]) -> SolverSteps:
         """The steps of the linears that are solved together."""
-        found = config_of_stack(self.quant, self.config, self.source.index, roles).recipe.steps
+        found = config_of_stack(self.quant, self.model, self.source.index, roles).recipe.steps
         return SolverSteps() if found is None else found
+
+
+def _on_device(block: FloatBlock, device: torch.device) -> FloatBlock:
+    """The block on the device, but for the experts of a mixture: one of them at a time is there when it is searched."""
+    waiting = {role: part for role, part in block.linears.items() if role.startswith("experts.")}
+    moved = replace(
+        block, linears={role: part for role, part in block.linears.items() if role not in waiting}
+    ).to(device)
+    return replace(moved, linears={role: waiting.get(role) or moved.linears[role] for role in block.linears})

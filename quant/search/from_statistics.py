@@ -6,7 +6,7 @@ from quant.block_states import QuantizedBlock
 from quant.block_task import BlockResult
 from quant.search.block_search import BlockSearch
 from quant.search.experts import experts_from_statistics
-from quant.search.scales.folding import Fold, fold_norm, kv_fold, norm_fold, row_fold
+from quant.search.scales.folding import Fold, fold_norm, kv_fold, no_fold, norm_fold, row_fold
 from quant.statistics.gram import InputStatistics
 
 
@@ -22,9 +22,12 @@ def search_on_statistics(search: BlockSearch, saved: Mapping[str, InputStatistic
     ):
         if roles[0] not in search.source.linears or not search.fits(roles[0]):
             continue
-        norm = search.source.norms[norm_role]
-        solution = search.quantize(roles, stats(name), norm_fold(norm))
-        search.put_norm(norm_role, fold_norm(norm, solution.channel_scale))
+        norm, offset = search.source.norms.get(norm_role), search.config.norm_offset
+        if norm is None:
+            search.quantize(roles, stats(name), no_fold())
+            continue
+        solution = search.quantize(roles, stats(name), norm_fold(norm, offset))
+        search.put_norm(norm_role, fold_norm(norm, solution.channel_scale, offset))
     lasts: list[tuple[str, str, str, Fold]] = [("o", "v", "o_in", kv_fold(search.weight("v"), search.config))]
     if "down" in search.source.linears:
         lasts.append(("down", "up", "down_in", row_fold(search.weight("up"))))
@@ -33,5 +36,5 @@ def search_on_statistics(search: BlockSearch, saved: Mapping[str, InputStatistic
             solution = search.quantize((role,), stats(name), fold)
             search.fold_back(before, solution)
     if search.config.num_experts:
-        experts_from_statistics(search, stats)
+        experts_from_statistics(search, saved)
     return BlockResult(QuantizedBlock.of(search.weights), tuple(search.reports), None)

@@ -21,7 +21,9 @@ def round_block(task: BlockTask) -> BlockResult:
         linears[role] = LinearWeights(quantized, part.bias)
         loss = float((quantized.dequantize() - weight).double().pow(2).sum())  # inputs of unit covariance
         reports.append(LinearReport(role, quantized.shape, loss, loss, loss))
-    done = QuantizedBlock.of(BlockWeights(weights.index, linears, weights.norms))
+    done = QuantizedBlock.of(
+        BlockWeights(weights.index, linears, weights.norms, weights.vectors, weights.norm_offset)
+    )
     streams = None
     if isinstance(inputs, Streams):
         chunked = ChunkedBlock(task.config, inputs.quantized)

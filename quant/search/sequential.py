@@ -5,6 +5,7 @@ stream only hidden states are held, and what o or down reads where that is cheap
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from engine.model.block import Tap
 from quant.block_states import QuantizedBlock
 from quant.block_task import BlockResult, Streams
 from quant.search.block_search import BlockSearch
-from quant.search.experts import quantize_experts
+from quant.search.experts import quantize_experts, run_experts
 from quant.search.rounding.targets import CrossAccumulator, CrossSums
 from quant.search.scales.folding import Fold, fold_norm, kv_fold, no_fold, norm_fold, row_fold
 from quant.stage_clock import stage
@@ -21,6 +22,17 @@ from quant.statistics.chunked_block import ChunkedBlock, linear
 from quant.statistics.gram import GramAccumulator, InputStatistics
 
 Read = Callable[[slice], Tensor]  # samples -> what a linear reads of them
+
+
+ATTENTION = ("q", "k", "v", "o")
+
+
+@dataclass
+class _FloatStream:
+    """The float stream (S, L, H) after a half of the block; `product`, what its last linear gave, where a norm stands after it."""
+
+    state: Tensor
+    product: Tensor | None = None
 
 
 def search_on_streams(search: BlockSearch, inputs: Streams, tap: Tap | None) -> BlockResult:
@@ -32,65 +44,80 @@ def search_on_streams(search: BlockSearch, inputs: Streams, tap: Tap | None) -> 
     if search.config.num_experts:
         if fp is not None:
             _float_mlp_(search, chunked, fp)
-        out = quantize_experts(search, chunked, mid)
+        given = quantize_experts(search, chunked, mid)
+        out = _add(search, chunked, mid, "mlp_out_norm", lambda part: given[part])
     else:
         out = _mlp(search, chunked, mid, fp)
     done = QuantizedBlock.of(search.weights)
     if tap is not None:
-        dense = chunked.dense(done)
+        dense = chunked.dense(done, ATTENTION)
         for part in chunked.slices():
-            chunked.mixed(chunked.norm(x[part], done.norms["attn_norm"]), dense, tap)
-    return BlockResult(done, tuple(search.reports), Streams(out if fp is None else fp, out))
+            chunked.mixed(chunked.read(x[part], done, "attn_norm"), dense, tap)
+    return BlockResult(done, tuple(search.reports), Streams(out if fp is None else fp.state, out))
 
 
 @stage("float stream")
-def _float_attention(search: BlockSearch, chunked: ChunkedBlock, fp: Tensor) -> Tensor:
-    """The float stream after the attention part: (S, L, H), a new tensor."""
-    source, out = chunked.dense(search.source), torch.empty_like(fp)
+def _float_attention(search: BlockSearch, chunked: ChunkedBlock, fp: Tensor) -> _FloatStream:
+    """The float stream after the attention part: a new tensor."""
+    source = chunked.dense(search.source, ATTENTION)
+    found = _FloatStream(torch.empty_like(fp))
+    found.product = torch.empty_like(fp) if "attn_out_norm" in source.norms else None
     for part in chunked.slices():
-        h = chunked.norm(fp[part], source.norms["attn_norm"])
-        out[part] = fp[part] + chunked.attention(h, source)
-    return out
+        out = chunked.attention(chunked.read(fp[part], source, "attn_norm"), source)
+        found.state[part] = fp[part] + chunked.added(out, source, "attn_out_norm")
+        if found.product is not None:
+            found.product[part] = out
+    return found
 
 
 @stage("float stream")
-def _float_mlp_(search: BlockSearch, chunked: ChunkedBlock, fp: Tensor) -> None:
+def _float_mlp_(search: BlockSearch, chunked: ChunkedBlock, fp: _FloatStream) -> None:
     """The float stream after the attention part becomes the one after the block, in place."""
-    source = chunked.dense(search.source)
+    state, source = fp.state, search.source
+    if search.config.num_experts:
+        given = run_experts(
+            chunked, chunked.map(lambda part: chunked.read(part, source, "mlp_norm"), state), source
+        )
+        for part in chunked.slices():
+            state[part] += chunked.added(given[part], source, "mlp_out_norm")
+        return
+    dense = chunked.dense(source)
     for part in chunked.slices():
-        fp[part] += chunked.mlp(chunked.norm(fp[part], source.norms["mlp_norm"]), source)
+        out = chunked.mlp(chunked.read(state[part], source, "mlp_norm"), dense)
+        state[part] += chunked.added(out, source, "mlp_out_norm")
+        if fp.product is not None:
+            fp.product[part] = out
 
 
 @stage("quantized stream")
-def _attention(search: BlockSearch, chunked: ChunkedBlock, inputs: Streams, fp: Tensor | None) -> Tensor:
+def _attention(
+    search: BlockSearch, chunked: ChunkedBlock, inputs: Streams, fp: _FloatStream | None
+) -> Tensor:
     """q, k, v, then o; returns the stream after the attention part. fp: the float stream there."""
     x = inputs.quantized
     _search_after_norm(search, chunked, ("q", "k", "v"), "attn_norm", x, None if fp is None else inputs.fp)
-    norm, dense = search.weights.norms["attn_norm"], chunked.dense(search.weights)
+    weights, dense = search.weights, chunked.dense(search.weights, ATTENTION)
     fold = kv_fold(search.weight("v"), search.config)
-    return _search_last(
-        search, chunked, "o", "v", fold, lambda part: chunked.mixed(chunked.norm(x[part], norm), dense), x, fp
-    )
+
+    def read(part: slice) -> Tensor:
+        return chunked.mixed(chunked.read(x[part], weights, "attn_norm"), dense)
+
+    return _search_last(search, chunked, ("o", "v", "attn_out_norm"), fold, read, x, fp)
 
 
 @stage("quantized stream")
-def _mlp(search: BlockSearch, chunked: ChunkedBlock, mid: Tensor, fp: Tensor | None) -> Tensor:
+def _mlp(search: BlockSearch, chunked: ChunkedBlock, mid: Tensor, fp: _FloatStream | None) -> Tensor:
     """gate, up, then down; returns the stream after the block, to which fp, the float stream, moves on as well."""
-    _search_after_norm(search, chunked, ("gate", "up"), "mlp_norm", mid, fp)
+    _search_after_norm(search, chunked, ("gate", "up"), "mlp_norm", mid, None if fp is None else fp.state)
     if fp is not None:
         _float_mlp_(search, chunked, fp)
-    norm, dense = search.weights.norms["mlp_norm"], chunked.dense(search.weights)
+    weights, dense = search.weights, chunked.dense(search.weights)
     fold = row_fold(search.weight("up"))
-    return _search_last(
-        search,
-        chunked,
-        "down",
-        "up",
-        fold,
-        lambda part: chunked.gated(chunked.norm(mid[part], norm), dense),
-        mid,
-        fp,
-    )
+
+    def read(part: slice) -> Tensor:
+        return chunked.gated(chunked.read(mid[part], weights, "mlp_norm"), dense)
+
+    return _search_last(search, chunked, ("down", "up", "mlp_out_norm"), fold, read, mid, fp)
 
 
 def _search_after_norm(
@@ -101,41 +128,46 @@ def _search_after_norm(
     x: Tensor,
     fp: Tensor | None,
 ) -> None:
-    """Search the linears that read a norm of the stream x, and fold their scales into it."""
+    """Search the linears that read the stream x, and fold their scales into the norm before them, where there is one."""
     if not all(search.fits(role) for role in roles):
         return
-    norm = search.weights.norms[norm_role]
+    weights = search.weights
     sums, cross = GramAccumulator(x.shape[-1], x.device, hold_out=True), _cross(search, roles, fp)
     for part in chunked.slices():
-        h = chunked.norm(x[part], norm)
+        h = chunked.read(x[part], weights, norm_role)
         with stage("Gram matrices"):
             sums.add(h)
         if cross is not None and fp is not None:
             with stage("cross sums"):
-                cross.add(part.start, h, chunked.norm(fp[part], norm))
+                cross.add(part.start, h, chunked.read(fp[part], weights, norm_role))
     weight = None if cross is None else torch.cat([search.weight(role) for role in roles])
     stats, missing = _finished(search, ", ".join(roles), sums, cross, weight)
-    solution = search.quantize(roles, stats, norm_fold(norm), missing)
-    search.put_norm(norm_role, fold_norm(norm, solution.channel_scale))
+    norm, offset = weights.norms.get(norm_role), search.config.norm_offset
+    fold = no_fold() if norm is None else norm_fold(norm, offset)
+    solution = search.quantize(roles, stats, fold, missing)
+    if norm is not None:
+        search.put_norm(norm_role, fold_norm(norm, solution.channel_scale, offset))
 
 
 def _search_last(
     search: BlockSearch,
     chunked: ChunkedBlock,
-    role: str,
-    before: str,
+    roles: tuple[str, str, str],
     fold: Fold,
     read: Read,
     x: Tensor,
-    fp: Tensor | None,
+    fp: _FloatStream | None,
 ) -> Tensor:
-    """o or down: search it, fold its scales into the rows of `before`; returns x with its product added, (S, L, H).
+    """o or down: search it, fold its scales into the rows of the linear before it; returns x with its product added, (S, L, H).
 
-    x, fp: the quantized stream before this part of the block, the float stream after it.
+    roles: of the linear, of the one before it, and of the norm after it. x: the quantized stream before this part of the block.
+    fp: the float stream after it.
     """
+    role, before, norm_role = roles
     source = search.source.linears[role]
     if not search.fits(role):
-        return _added(chunked, x, lambda part: linear(read(part), source, search.weight(role)))
+        weight = search.weight(role)
+        return _add(search, chunked, x, norm_role, lambda part: linear(read(part), source, weight))
     sums = GramAccumulator(source.weight.shape[1], x.device, hold_out=True)
     cross = _cross(search, (role,), fp)
     dense = search.weight(role).to(x.dtype)
@@ -146,14 +178,26 @@ def _search_last(
             sums.add(inputs)
         if cross is not None and fp is not None:
             with stage("cross sums"):
-                cross.add(part.start, inputs, fp[part] - x[part], lambda now: linear(now, source, dense))
+                aim = _aim(search, fp, x, part)
+                cross.add(part.start, inputs, aim, lambda now: linear(now, source, dense))
     stats, missing = _finished(search, role, sums, cross, None)
     folds = search.fits(before)  # what stays float is left as it is
     solution = search.quantize((role,), stats, fold if folds else no_fold(), missing)
     if folds:
         search.fold_back(before, solution)
     dense = solution.weight().to(x.dtype)
-    return _added(chunked, x, lambda part: linear(read(part), source, dense))
+    return _add(search, chunked, x, norm_role, lambda part: linear(read(part), source, dense))
+
+
+def _aim(search: BlockSearch, fp: _FloatStream, x: Tensor, part: slice) -> Tensor:
+    """What the last linear of a half should give for these samples: what leads from x to the float stream after the half.
+
+    Through a norm no sum leads there: what the float model's linear gives.
+    """
+    if fp.product is not None:
+        return fp.product[part]
+    gap = fp.state[part] - x[part]
+    return gap if search.config.residual_scale == 1.0 else gap / search.config.residual_scale
 
 
 def _held(read: Read, x: Tensor, width: int) -> Read:
@@ -172,15 +216,15 @@ def _held(read: Read, x: Tensor, width: int) -> Read:
     return once
 
 
-def _added(chunked: ChunkedBlock, x: Tensor, product: Read) -> Tensor:
-    """x + product of every chunk, a new tensor."""
+def _add(search: BlockSearch, chunked: ChunkedBlock, x: Tensor, norm_role: str, product: Read) -> Tensor:
+    """x and what a half of the block adds to it for this product of every chunk, a new tensor."""
     out = torch.empty_like(x)
     for part in chunked.slices():
-        out[part] = x[part] + product(part)
+        out[part] = x[part] + chunked.added(product(part), search.weights, norm_role)
     return out
 
 
-def _cross(search: BlockSearch, roles: tuple[str, ...], fp: Tensor | None) -> CrossAccumulator | None:
+def _cross(search: BlockSearch, roles: tuple[str, ...], fp: object | None) -> CrossAccumulator | None:
     """Where the targets of these linears move toward the float stream: what to add it up in."""
     return CrossAccumulator() if fp is not None and search.steps(roles).toward_float else None
 

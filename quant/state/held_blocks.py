@@ -23,6 +23,7 @@ class HeldBlocks:
     def write_block(self, index: int, block: BlockWeights) -> None:
         """Save one block. Raises ResourceError on a full disk."""
         tensors: dict[str, Tensor] = {f"norm/{role}": norm for role, norm in block.norms.items()}
+        tensors |= {f"vector/{role}": vector for role, vector in block.vectors.items()}
         for role, part in block.linears.items():
             if part.bias is not None:
                 tensors[f"bias/{role}"] = part.bias
@@ -32,7 +33,7 @@ class HeldBlocks:
                 tensors[f"zeros/{role}"] = part.weight.zeros
             else:
                 tensors[f"weight/{role}"] = part.weight
-        save_tensors(self._path(index), tensors, roles=list(block.linears))
+        save_tensors(self._path(index), tensors, roles=list(block.linears), norm_offset=block.norm_offset)
 
     def read_block(self, index: int) -> BlockWeights:
         """The block as it was written. Raises InputError where it is absent or damaged."""
@@ -51,7 +52,10 @@ class HeldBlocks:
                 weight = Quantized(codes, scales, zeros, self.group_size, self.bits)
             linears[role] = LinearWeights(weight, tensors.get(f"bias/{role}"))
         norms = {name.removeprefix("norm/"): t for name, t in tensors.items() if name.startswith("norm/")}
-        return BlockWeights(index, linears, norms)
+        vectors = {
+            name.removeprefix("vector/"): t for name, t in tensors.items() if name.startswith("vector/")
+        }
+        return BlockWeights(index, linears, norms, vectors, saved.facts["norm_offset"])
 
     def _path(self, index: int) -> Path:
         return self.folder / f"held-{index:05d}.safetensors"

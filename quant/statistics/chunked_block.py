@@ -12,7 +12,7 @@ from torch import Tensor
 from convert.checkpoint import BlockWeights, LinearWeights
 from convert.config import ModelConfig
 from engine.model.attention import Attend, causal_attend
-from engine.model.block import Tap, attention_forward, block_forward, mlp_forward
+from engine.model.block import Tap, attention_forward, block_forward, half_output, mlp_forward
 from engine.model.layers import dense_weight
 from engine.model.ops import rms_norm
 from engine.model.rope import Rotary, rotary
@@ -38,20 +38,34 @@ class ChunkedBlock:
         """function over chunks of streams (S, L, ...), joined again."""
         return torch.cat([function(*(stream[part] for stream in streams)) for part in self.slices()])
 
-    def dense(self, weights: BlockWeights) -> FloatBlock:
-        """The same block with weights as floats of the stream's dtype, so that no chunk has to convert them."""
+    def dense(self, weights: BlockWeights, roles: tuple[str, ...] | None = None) -> FloatBlock:
+        """The same block with weights as floats of the stream's dtype, so that no chunk has to convert them.
+
+        roles: the only linears that are wanted.
+        """
         linears = {
             role: FloatLinear(
                 dense_weight(part.weight, self._dtype, self._device),
                 None if part.bias is None else part.bias.to(device=self._device, dtype=self._dtype),
             )
             for role, part in weights.linears.items()
+            if roles is None or role in roles
         }
-        return FloatBlock(weights.index, linears, weights.norms)
+        return FloatBlock(weights.index, linears, weights.norms, weights.vectors, weights.norm_offset)
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm of a chunk (s, L, H)."""
-        return rms_norm(x, weight.to(device=x.device, dtype=x.dtype), self.config.norm_eps)
+        dtype = torch.float32 if self.config.norm_offset else x.dtype
+        return rms_norm(x, weight.to(device=x.device, dtype=dtype), self.config.norm_eps)
+
+    def read(self, x: Tensor, weights: BlockWeights, role: str) -> Tensor:
+        """What a half of the block reads of a chunk of the residual stream: through the norm `role`, where there is one."""
+        return self.norm(x, weights.norms[role]) if role in weights.norms else x
+
+    def added(self, out: Tensor, weights: BlockWeights, role: str) -> Tensor:
+        """What a half adds to the residual stream, for its last product `out` (s, L, H) and the norm `role` of what it gives."""
+        norm = weights.norms.get(role)
+        return half_output(out, norm, self.config, lambda x, weight, _: self.norm(x, weight))
 
     def mixed(self, h: Tensor, weights: BlockWeights, tap: Tap | None = None) -> Tensor:
         """What o reads, for normed inputs h of a chunk: (s, L, H) -> (s, L, Hq * D)."""

@@ -15,8 +15,8 @@ from quant.statistics.chunks import chunks
 
 def embed_tokens(ckpt: Checkpoint, tokens: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     """tokens (S, L) int64 -> hidden states (S, L, H) before the first block."""
-    rows = ckpt.embedding()
-    return rows[tokens.flatten()].view(*tokens.shape, rows.shape[1]).to(device=device, dtype=dtype)
+    rows = ckpt.embedding()[tokens.flatten()].to(device=device, dtype=dtype)
+    return (rows * ckpt.config.embedding_scale).view(*tokens.shape, rows.shape[1])
 
 
 def advance(

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from convert.checkpoint import LinearWeights
 from convert.config import ModelConfig
+from convert.families.norms import storable_norm
 from kernels.int4 import SCALE_MIN, Quantized
 from quant.block_states import FloatLinear
 
 SCALE_RANGE = 64.0  # channel scales stay within 1/64 .. 64
+NEAR = 1 / 16  # how far a scale may move to one that a norm with an offset can take over
 _NORMAL_MIN = 2.0**-14  # smallest normal fp16: below it a folded value would lose bits
 
 
@@ -33,9 +35,9 @@ class Fold:
     snap: Callable[[Tensor], Tensor]
 
 
-def norm_fold(norm: Tensor) -> Fold:
-    """Into the weight (K,) of the norm before: norm / e is then exact in fp16."""
-    return Fold(_same, _same, lambda scale: snap_to_norm(scale, norm))
+def norm_fold(norm: Tensor, offset: float = 0.0) -> Fold:
+    """Into the weight (K,) of the norm before: files hold norm / e exactly (`storable_norm`)."""
+    return Fold(_same, _same, lambda scale: snap_to_norm(scale, norm, offset))
 
 
 def row_fold(weight: Tensor) -> Fold:
@@ -66,14 +68,17 @@ def _same(value: Tensor) -> Tensor:
     return value
 
 
-def snap_to_norm(scale: Tensor, norm: Tensor) -> Tensor:
-    """The scales next to `scale` (..., K) for which norm (K,) / scale is exact in fp16; 1 where the norm gives no choice."""
+def snap_to_norm(scale: Tensor, norm: Tensor, offset: float = 0.0) -> Tensor:
+    """The scales next to `scale` (..., K) for which files hold norm (K,) / scale exactly; 1 where the norm gives no choice.
+
+    Where they hold it minus an offset, its steps near 0 are coarse: a scale that would move by more than NEAR keeps 1.
+    """
     norm = norm.float()
-    folded = (norm / scale).half().float()
+    folded = storable_norm(norm / scale, offset).float()
     usable = (folded.abs() >= _NORMAL_MIN) & folded.isfinite()
-    return torch.where(
-        usable, norm / torch.where(usable, folded, torch.ones_like(folded)), torch.ones_like(scale)
-    )
+    snapped = norm / torch.where(usable, folded, torch.ones_like(folded))
+    usable &= ((snapped / scale - 1).abs() <= NEAR) | (offset == 0)
+    return torch.where(usable, snapped, torch.ones_like(scale))
 
 
 def _snap_to_rows(scale: Tensor, row_max: Tensor) -> Tensor:
@@ -83,9 +88,9 @@ def _snap_to_rows(scale: Tensor, row_max: Tensor) -> Tensor:
     return torch.where(usable, scale, torch.ones_like(scale))
 
 
-def fold_norm(norm: Tensor, scale: Tensor) -> Tensor:
-    """norm / scale in fp16, (K,)."""
-    return (norm.float() / scale).half()
+def fold_norm(norm: Tensor, scale: Tensor, offset: float = 0.0) -> Tensor:
+    """norm / scale as files can hold it, (K,)."""
+    return storable_norm(norm.float() / scale, offset)
 
 
 @overload

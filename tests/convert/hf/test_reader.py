@@ -1,19 +1,21 @@
 """Reading Hugging Face folders: names of every family, fused tensors, shards, and what is said about odd ones."""
 
+import family_models
 import pytest
 import torch
 import transformers
 from tiny_models import CONFIGS, DIM, HEADS, KV, LAYERS, random_tensors, write_model
 
 from convert.checkpoint import LinearWeights
-from convert.families.fused_qkv import join_stored, split_stored
-from convert.families.table import FAMILIES, family_of
+from convert.families.fused import join_stored, split_stored
+from convert.families.rows import FAMILIES
+from convert.families.table import family_of
 from convert.readers import open_checkpoint
 from kernels.int4 import quantize
 
 
 def test_every_family_of_the_table_is_tested() -> None:
-    assert {family.name for family in FAMILIES} == set(CONFIGS)
+    assert {family.name for family in FAMILIES} == set(CONFIGS) | set(family_models.MODELS)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -99,7 +101,7 @@ def test_c_attn_thirds(tmp_path) -> None:
 def test_fused_tensors_split_and_join(family: str, packed: bool, tmp_path) -> None:
     write_model(tmp_path / "m", family)
     config = open_checkpoint(tmp_path / "m").config
-    layout = family_of(CONFIGS[family]).fused_layout
+    (layout,) = family_of(CONFIGS[family]).fused
     rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     weight = torch.randn(rows, 64)
     fused = LinearWeights(quantize(weight, 4, 32) if packed else weight, torch.randn(rows))

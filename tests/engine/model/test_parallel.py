@@ -116,7 +116,7 @@ def test_inference_layers_equal_the_functional_block() -> None:
 
 def test_ranges_cover_the_intermediate_size_once() -> None:
     for size, unit, tp in ((160, 32, 2), (11008, 128, 8), (13824, 128, 8), (97, 1, 4), (100, 32, 4)):
-        ranges = [inner_range(replace(CONFIG, intermediate_size=size), r, tp, unit) for r in range(tp)]
+        ranges = [inner_range(size, r, tp, unit) for r in range(tp)]
         assert ranges[0][0] == 0 and ranges[-1][1] == size
         assert all(a[1] == b[0] and a[1] % unit == 0 for a, b in pairwise(ranges))
 
