@@ -1,4 +1,4 @@
-"""Chat templates are code of strangers: rendered in transformers' immutable sandbox, with a time and a size limit.
+"""Chat templates are code of strangers: rendered in a sandbox that is bounded in every operation (`sandbox.py`), with a time limit.
 
 What users wrote stays text: control tokens inside messages are replaced by marks before rendering, and control tokens that the
 template itself writes are marked after it, so that the two can be told apart.
@@ -8,12 +8,15 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convert.errors import InputError
 from convert.folder.json_files import show
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 TIME_LIMIT_S = 5.0
 OUTPUT_LIMIT = 2**24  # characters
@@ -30,55 +33,89 @@ class ChatTemplate:
     """A compiled template. `control`: text of every control token -> its id."""
 
     def __init__(self, source: str, control: Mapping[str, int], variables: Mapping[str, str]) -> None:
+        from convert.tokenizer.sandbox import ChatEnvironment
+
         self.source, self.control, self.variables = source, dict(control), dict(variables)
+        self._environment = ChatEnvironment()
+        self._compiled: Template | None = None
         longest_first = sorted(self.control, key=len, reverse=True)
         self._written = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._either = re.compile(f"\ue000{_NONCE}t(\\d+)\ue001|({self._written.pattern})")
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def reads(self, name: str) -> bool:
+        """Whether the template looks at a variable of this name, such as "tools" or "enable_thinking"."""
+        from jinja2 import meta
+
+        return name in meta.find_undeclared_variables(self._environment.parse(self.source))
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The conversation as one text in which control tokens of the template are marked (`control_mark`).
 
+        `tools` and `variables` are given to the template as they are, control tokens in them as text.
         Raises InputError when the template fails, refuses the messages, takes too long or writes too much.
         """
         from jinja2.exceptions import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
 
-        limit = _Deadline(TIME_LIMIT_S)
+        from convert.tokenizer.sandbox import TooLarge, TooSlow, limited
+
         try:
-            with limit:
-                rendered, _ = render_jinja_template(
-                    conversations=[[self._guard(message) for message in messages]],
-                    chat_template=self.source,
-                    add_generation_prompt=add_generation_prompt,
-                    **self.variables,
+            with limited(TIME_LIMIT_S), _Deadline(TIME_LIMIT_S):
+                if self._compiled is None:
+                    self._compiled = self._environment.from_string(self.source)
+                text = self._written_out(
+                    self._compiled.generate(
+                        messages=[_with_reasoning(self._guard(message)) for message in messages],
+                        tools=self._guard(tools),
+                        documents=None,
+                        add_generation_prompt=add_generation_prompt,
+                        **{**self.variables, **self._guard(variables or {})},
+                    )
                 )
-        except _TooSlow as error:
+        except (_TooSlow, TooSlow) as error:
             raise InputError(
                 f"the chat template did not finish within {TIME_LIMIT_S:g} s. It may loop for ever."
+            ) from error
+        except TooLarge as error:
+            raise InputError(
+                f"the chat template does more than a template may ({show(str(error))})."
             ) from error
         except TemplateError as error:
             raise InputError(f"the chat template refuses these messages: {show(str(error))}.") from error
         except (
             TypeError,
             ValueError,
-            KeyError,
+            LookupError,
             AttributeError,
-            OverflowError,
             ArithmeticError,
             RecursionError,
+            SyntaxError,
+            MemoryError,
         ) as error:
             raise InputError(
                 f"the chat template fails on these messages ({type(error).__name__}: {show(str(error))})."
             ) from error
-        text: str = rendered[0]
-        if len(text) > OUTPUT_LIMIT:
-            raise InputError(
-                f"the chat template wrote {len(text):,} characters, above the limit of {OUTPUT_LIMIT:,}."
-            )
         names = {str(index): token for token, index in self.control.items()}
         return self._either.sub(
             lambda m: names[m[1]] if m[1] is not None else control_mark(self.control[m[2]]), text
         )
+
+    @staticmethod
+    def _written_out(pieces: Iterator[str]) -> str:
+        out, length = [], 0
+        for piece in pieces:
+            length += len(piece)
+            if length > OUTPUT_LIMIT:
+                raise InputError(
+                    f"the chat template wrote {length:,} characters, above the limit of {OUTPUT_LIMIT:,}."
+                )
+            out.append(piece)
+        return "".join(out)
 
     def _guard(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -88,6 +125,13 @@ class ChatTemplate:
         if isinstance(value, list | tuple):
             return [self._guard(item) for item in value]
         return value
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose reasoning has all the names that templates read it by, as transformers gives it to them."""
+    names = ("reasoning_content", "thinking", "reasoning")
+    text = next((message[name] for name in names if message.get(name) is not None), None)
+    return message if text is None else {"thinking": text, **message, "reasoning_content": text}
 
 
 class _TooSlow(Exception):

@@ -15,7 +15,6 @@ from typing import Any
 from tokenizers import Tokenizer as FastTokenizer
 
 from convert.errors import InputError
-from convert.folder.files import json_bytes, sha256_bytes
 from convert.folder.json_files import show
 from convert.tokenizer.byte_level import BYTE_OF_CHARACTER
 from convert.tokenizer.chat_template import ChatTemplate, control_mark
@@ -93,10 +92,14 @@ class Tokenizer:
         return self._with_bos(self._plain(_clean(text)), add_bos)
 
     def apply_chat_template(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Ids of a conversation ({"role", "content"}), by the model's template. Raises InputError when there is none or it fails."""
-        return self._plain(_clean(self.template.render(messages, add_generation_prompt)))
+        return self._plain(_clean(self.template.render(messages, add_generation_prompt, tools, variables)))
 
     @property
     def template(self) -> ChatTemplate:
@@ -149,6 +152,11 @@ class Tokenizer:
 
     def digest(self) -> str:
         """sha256 of all that decides the ids: the tokenizer's document, its rule for BOS and its chat template."""
+        from convert.folder.files import (
+            json_bytes,
+            sha256_bytes,
+        )  # brings torch, which no other part of this needs
+
         return sha256_bytes(
             json_bytes({"document": self._document, "bos": self.bos_id, "template": self._template_source})
         )
