@@ -199,10 +199,11 @@ def _repeated(what: Any, many: int) -> None:
     _made(max(many, 0) * size(what))
 
 
-def _method(owner: Any, name: str, arguments: tuple[Any, ...]) -> None:
-    """Bound the result of a method of a text or a list whose size does not follow from the counts alone."""
-    if not isinstance(owner, str | bytes):
+def _method(text: Any, name: str, arguments: tuple[Any, ...]) -> None:
+    """Bound the result of a method of a text whose size does not follow from the counts alone."""
+    if not isinstance(text, str | bytes):
         return
+    owner: Any = text
     if name == "replace" and len(arguments) > 1:
         _replaced(owner, arguments[0], arguments[1])
     elif name == "join" and arguments:
@@ -377,7 +378,8 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
             del self.filters[name]
         self.filters["tojson"] = _to_json
         self.filters = {name: _bounded_filter(name, f) for name, f in self.filters.items()}
-        self.tests = {name: _bounded_test(name, test) for name, test in self.tests.items()}
+        tests: dict[str, Any] = dict(self.tests)
+        self.tests = {name: _bounded_test(name, test) for name, test in tests.items()}
         del self.globals["lipsum"]
         self.globals |= {
             "namespace": _Namespace,
