@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from convert.turbomind.writer import PackResult
     from convert.verify import VerifyReport
     from quant.progress import ProgressEvent
+    from quant.recipes import Recipe
     from turbomind_quant.api.evaluation import TableReport, report, table
     from turbomind_quant.api.formats import PackEstimate, estimate_pack, inspect, pack, unpack, verify
     from turbomind_quant.api.llm import LLM, Answer
@@ -35,6 +36,7 @@ _HOMES = {
     "convert.turbomind.writer": ("PackResult",),
     "convert.verify": ("VerifyReport",),
     "quant.progress": ("ProgressEvent",),
+    "quant.recipes": ("Recipe",),
     "turbomind_quant.api.evaluation": ("TableReport", "report", "table"),
     "turbomind_quant.api.formats": ("PackEstimate", "estimate_pack", "inspect", "pack", "unpack", "verify"),
     "turbomind_quant.api.llm": ("LLM", "Answer"),
@@ -59,6 +61,7 @@ __all__ = [
     "PerplexityReport",
     "ProgressEvent",
     "QuantizeResult",
+    "Recipe",
     "ResourceError",
     "TableReport",
     "ThroughputReport",

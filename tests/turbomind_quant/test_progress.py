@@ -3,7 +3,8 @@
 import io
 
 from quant.progress import Progress, ProgressEvent
-from turbomind_quant.cli.progress import PatientConsole, ShownProgress, duration
+from turbomind_quant.cli.progress import PatientConsole, ShownProgress
+from turbomind_quant.cli.views.durations import duration
 
 
 def test_durations_are_words() -> None:

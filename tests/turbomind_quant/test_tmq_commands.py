@@ -17,7 +17,7 @@ from convert.errors import InputError
 from engine.config import EngineConfig
 from engine.source import ModelSource
 from serve.chat.client import HttpBackend, api_base
-from turbomind_quant.cli.doctor import _numbers, examine
+from turbomind_quant.api.doctor import _numbers, examine
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -244,7 +244,7 @@ def test_doctor_explains_the_clash_of_names(tmp_path: Path) -> None:
     (tmp_path / "kernels" / "__init__.py").write_text("")
     other = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); "
-         "from turbomind_quant.cli.doctor import _kernels_clash; f = _kernels_clash(); print(f.status, f.advice)"],
+         "from turbomind_quant.api.doctor import _kernels_clash; f = _kernels_clash(); print(f.status, f.advice)"],
         cwd="/", capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert other.stdout.startswith("problem") and "pip uninstall kernels" in other.stdout, other.stderr

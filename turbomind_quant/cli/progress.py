@@ -10,18 +10,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from quant.progress import ProgressEvent
+from turbomind_quant.cli.views.durations import duration
 
 QUIET_S = 5.0  # between plain lines of quick steps
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 42 s, 3 min 5 s or 2 h 7 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 class PatientConsole(Console):

@@ -157,7 +157,7 @@ def doctor(as_json: bool) -> int:
     """
     from dataclasses import asdict
 
-    from turbomind_quant.cli.doctor import examine
+    from turbomind_quant.api.doctor import examine
     from turbomind_quant.cli.printing import show
     from turbomind_quant.cli.views.doctor import doctor_view
 

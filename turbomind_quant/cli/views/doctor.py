@@ -6,7 +6,7 @@ from rich.console import RenderableType
 from rich.markup import escape
 from rich.text import Text
 
-from turbomind_quant.cli.doctor import Finding
+from turbomind_quant.api.doctor import Finding
 
 MARKS = {
     "ok": "[green]ok     [/green]",

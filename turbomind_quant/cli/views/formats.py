@@ -5,7 +5,7 @@ from convert.turbomind.unpack import UnpackResult
 from convert.turbomind.writer import PackResult
 from convert.verify import VerifyReport
 from turbomind_quant.api.formats import PackEstimate
-from turbomind_quant.cli.progress import duration
+from turbomind_quant.cli.views.durations import duration
 
 SIZES = (
     "num_layers",

@@ -3,7 +3,7 @@
 from rich.console import RenderableType
 
 from turbomind_quant.api.results import CalibrateResult, EstimateResult, QuantizeResult
-from turbomind_quant.cli.progress import duration
+from turbomind_quant.cli.views.durations import duration
 from turbomind_quant.cli.views.layers import role_table
 
 SHOWN = 12  # warnings and notes that are printed; all stand in the manifest

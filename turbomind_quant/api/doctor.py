@@ -10,7 +10,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Literal
 
-GIB = 1024**3
+from quant.memory import GIB, memory_limit_bytes
+
 _FLOORS = {"torch": "2.10", "transformers": "5.5", "triton": "3.6", "safetensors": "0.5", "click": "8.1"}
 _EXTRAS = {
     "serve": ("fastapi", "uvicorn", "prometheus-client", "httpx", "prompt_toolkit"),
@@ -155,22 +156,10 @@ def _devices() -> Iterator[Finding]:
             yield Finding(f"gpu {index}", "ok", found)
 
 
-def _cgroup_limit() -> int | None:
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(name).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit() and int(text) < 2**60:
-            return int(text)
-    return None
-
-
 def _memory() -> Finding:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _cgroup_limit()
-    usable = min(total, limit) if limit else total
-    found = f"{usable / GIB:.1f} GiB" + (" (limit of this container)" if limit and limit < total else "")
+    usable = memory_limit_bytes() or total
+    found = f"{usable / GIB:.1f} GiB" + (" (limit of this container)" if usable < total else "")
     if usable < 4 * GIB:
         return Finding("memory", "warning", found, "A 7B model needs about 16 GiB; small models fit.")
     return Finding("memory", "ok", found)
