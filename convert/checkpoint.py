@@ -12,6 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from convert.config import ModelConfig
+from convert.families.table import linear_shapes
 from convert.folder.files import combined_digest, file_digests
 from convert.folder.source_files import SourceFiles
 from convert.folder.state import FolderState, folder_state, read_manifest
@@ -19,7 +20,7 @@ from convert.folder.unchanged import Unchanged
 from kernels.int4 import Quantized
 from kernels.packing import SEQUENTIAL_ORDER, pack_columns, unpack_columns
 
-Kind = Literal["hf", "awq", "compressed-tensors", "gptq", "mlx", "workspace-0.6.5", "workspace-0.1"]
+Kind = Literal["hf", "awq", "compressed-tensors", "gptq", "mlx", "gguf", "workspace-0.6.5", "workspace-0.1"]
 
 # A linear as files hold it, output features last: `weight` (K, N) float, or `words` (K, N // 8) int32, eight codes each in
 # sequential order, with `scales` (G, N) float16 and `zeros` (G, N) uint8; and `bias` (N,) where there is one.
@@ -91,6 +92,11 @@ class Checkpoint(ABC):
         """Linears of block `index` by role, as files hold them; the large readers read no others and leave codes packed."""
         linears = self.block(index).linears
         return {role: linears[role].stored() for role in roles}
+
+    def packed_roles(self, index: int) -> set[str]:
+        """Roles of the linears of block `index` that are held as int4 codes."""
+        linears = self.stored_linears(index, linear_shapes(self.config))
+        return {role for role, linear in linears.items() if "words" in linear}
 
     def norms(self, index: int) -> dict[str, Tensor]:
         """The norms of block `index` by role."""

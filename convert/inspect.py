@@ -10,6 +10,7 @@ from convert.families.table import linear_shapes, norm_shapes
 from convert.folder.json_files import read_object, show
 from convert.folder.state import refuse_statistics
 from convert.gguf.file import open_gguf
+from convert.gguf.reader import gguf_file_in
 from convert.hf.tensor_folder import TensorFolder
 from convert.readers import open_checkpoint
 from kernels.int4 import bits_per_weight
@@ -54,6 +55,8 @@ def inspect_path(path: Path, family: str | None = None) -> InspectReport:
         found = "is neither a model folder nor a .gguf file" if path.exists() else "does not exist"
         raise InputError(f"{show(str(path))} {found}: expected a checkpoint, a .gguf file or a workspace.")
     refuse_statistics(path)
+    if (file := gguf_file_in(path)) is not None:
+        return _inspect_gguf(file)
     is_workspace = (path / "triton_models").is_dir()
     report = _list_workspace(path) if is_workspace else _list_tensors(path)
     try:

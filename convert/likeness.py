@@ -22,11 +22,11 @@ def compare_block(
 ) -> dict[str, float]:
     """ "block.role" -> rest; names of weights that are not the source's are added to `unlike`.
 
-    A workspace holds what its source held, moved about: where both are int4 or both are float, nothing is refitted, and
-    norms and biases count too.
+    A packed format holds what its source held, moved about: where both are int4, or both float and one a workspace, nothing
+    is refitted, and norms and biases count too.
     """
     is_same_form = (ckpt.config.quantization is None) == (origin.config.quantization is None)
-    is_moved = is_same_form and ckpt.kind.startswith("workspace")
+    is_moved = is_same_form and (ckpt.kind.startswith("workspace") or ckpt.config.quantization is not None)
     rests = {}
     for role, linear in block.linears.items():
         name = f"{block.index}.{role}"

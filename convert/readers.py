@@ -6,7 +6,8 @@ from pathlib import Path
 from convert.checkpoint import Checkpoint
 from convert.errors import InputError
 from convert.folder.json_files import show
-from convert.gguf.reader import unpack_gguf
+from convert.folder.state import refuse_unfinished
+from convert.gguf.reader import gguf_file_in, unpack_gguf
 from convert.hf.hub import fetch_from_hub, is_hub_name
 from convert.hf.reader import open_hf
 from convert.turbomind.reader import open_workspace
@@ -15,7 +16,7 @@ from convert.turbomind.reader import open_workspace
 def open_checkpoint(
     path: str | PathLike[str], *, family: str | None = None, cache_dir: Path | None = None
 ) -> Checkpoint:
-    """Open a model: HF or AWQ folder, .gguf file, TurboMind workspace of either dialect, or a hub name ("owner/model").
+    """Open a model: Hugging Face folder, .gguf file or its folder, TurboMind workspace, or a hub name ("owner/model").
 
     Args:
         family: a family's name, which decides instead of config.json.
@@ -44,4 +45,7 @@ def open_checkpoint(
         place = fetch_from_hub(str(path), cache_dir)
     elif (place / "triton_models").is_dir():
         return open_workspace(place)
+    elif (file := gguf_file_in(place)) is not None:
+        refuse_unfinished(place)
+        place = unpack_gguf(file, cache_dir)
     return open_hf(place, family)

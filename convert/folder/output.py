@@ -121,7 +121,7 @@ class OutputFolder:
         """Write a file of the output atomically and note it, with its digest, in the journal. `name` is relative, with /."""
         self._write(name, data if isinstance(data, bytes) else b"".join(data), tensors)
 
-    def write_chunks(self, name: str, chunks: Iterable[bytes]) -> None:
+    def write_chunks(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         """As `write`, of bytes that come in pieces; what goes wrong while they are made leaves no file."""
         self._write(name, chunks, None)
 

@@ -149,6 +149,15 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def refuse_unfinished(folder: Path) -> None:
+    """Raises InputError where the folder is an output of ours that has no manifest yet."""
+    if folder_state(folder) is FolderState.UNFINISHED:
+        raise InputError(
+            f"{show(str(folder))} is an unfinished output: its manifest is missing. Give the command that was writing it "
+            "again and it will resume, or discard it with --restart."
+        )
+
+
 def refuse_statistics(folder: Path) -> None:
     """Raises InputError where the folder holds what `quantize calibrate` wrote, which is given as a model by mistake."""
     if folder_state(folder) is FolderState.FINISHED and read_manifest(folder).kind == "statistics":

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convert.config import RopeScaling
 from convert.errors import InputError
 from convert.folder.json_files import show
+from convert.gguf.metadata import llama3_factors
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,13 @@ class GgufArchitecture:
     permuted: bool
     qkv_bias: bool = False
     qk_norm: bool = False
+    mixture: tuple[str, str] | None = None  # architecture and model_type of the same with experts
 
 
 ARCHITECTURES = {
-    "llama": GgufArchitecture("LlamaForCausalLM", "llama", permuted=True),
+    "llama": GgufArchitecture(
+        "LlamaForCausalLM", "llama", permuted=True, mixture=("MixtralForCausalLM", "mixtral")
+    ),
     "qwen2": GgufArchitecture("Qwen2ForCausalLM", "qwen2", permuted=False, qkv_bias=True),
     "qwen3": GgufArchitecture("Qwen3ForCausalLM", "qwen3", permuted=False, qk_norm=True),
 }
@@ -41,9 +46,11 @@ def gguf_config(
             )
         return value
 
-    if fields.get(f"{arch}.expert_count"):
+    experts = fields.get(f"{arch}.expert_count") or 0
+    if experts and row.mixture is None:
         raise InputError(
-            f"{show(file)}: mixtures of experts are not read from GGUF. Use the model's safetensors."
+            f"{show(file)}: mixtures of experts of the architecture {show(arch)} are not read from GGUF. Use the model's "
+            "safetensors."
         )
     if "token_embd.weight" not in tensors:
         raise InputError(f"{show(file)} holds no token_embd.weight. Download it again.")
@@ -78,6 +85,10 @@ def gguf_config(
     scaling = _rope_scaling(file, arch, fields, tensors, config)
     if scaling is not None:
         config["rope_scaling"] = scaling
+    if experts and row.mixture is not None:
+        config["architectures"], config["model_type"] = [row.mixture[0]], row.mixture[1]
+        config["num_local_experts"] = experts
+        config["num_experts_per_tok"] = need("expert_used_count")
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         value = fields.get(f"tokenizer.ggml.{theirs}_token_id")
         if value is not None:
@@ -112,13 +123,10 @@ def _rope_scaling(
 
 def _llama3_scaling(file: str, factors: Tensor, config: Mapping[str, Any]) -> dict[str, Any]:
     """Llama 3.1 and 3.2 store the quotient old / new frequency; the published parameters that give it are looked up."""
-    dim = config["head_dim"]
-    frequency = 1.0 / config["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    wavelength = 2 * torch.pi / frequency
     for factor in (8.0, 16.0, 32.0):
         low, high, original = 1.0, 4.0, 8192
-        smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
-        expected = 1.0 / ((1 - smooth) / factor + smooth)
+        scaling = RopeScaling("llama3", factor, original, low, high)
+        expected = llama3_factors(config["head_dim"], config["rope_theta"], scaling)
         if factors.shape == expected.shape and torch.allclose(factors.double(), expected, rtol=1e-4):
             return {
                 "rope_type": "llama3",

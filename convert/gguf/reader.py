@@ -31,6 +31,7 @@ from convert.folder.files import (
 from convert.folder.json_files import show
 from convert.gguf.config import ARCHITECTURES, GgufArchitecture, gguf_config
 from convert.gguf.file import open_gguf
+from convert.gguf.names import EMBEDDING, EXPERTS, FINAL_NORM, HEAD
 from convert.gguf.tokenizer import write_tokenizer
 from convert.hf.safetensors_files import check_finite
 from convert.hf.tensor_folder import INDEX_NAME
@@ -38,7 +39,7 @@ from convert.hf.tensor_folder import INDEX_NAME
 LAYOUT_VERSION = 1  # of the folder that is written; part of its name in the cache
 
 
-BLOCK_TENSORS = {
+BLOCK_TENSORS = {  # name in a GGUF file -> module of the families that are read from one
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -50,11 +51,17 @@ BLOCK_TENSORS = {
     "ffn_down": "mlp.down_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate_inp": "block_sparse_moe.gate",
+}
+STACKED_TENSORS = {
+    EXPERTS["gate"]: "block_sparse_moe.experts.{e}.w1",
+    EXPERTS["up"]: "block_sparse_moe.experts.{e}.w3",
+    EXPERTS["down"]: "block_sparse_moe.experts.{e}.w2",
 }
 OTHER_TENSORS = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+    EMBEDDING: "model.embed_tokens.weight",
+    FINAL_NORM: "model.norm.weight",
+    HEAD: "lm_head.weight",
 }
 
 
@@ -102,6 +109,23 @@ def convert_gguf(path: Path, folder: Path) -> None:
         raise write_failure(folder, error) from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def gguf_file_in(folder: Path) -> Path | None:
+    """The .gguf file of a folder that holds one and no config.json: what `quantize pack --format gguf` writes. Else None.
+
+    Raises InputError where there are several.
+    """
+    if (folder / "config.json").exists():
+        return None
+    try:
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf")
+    except OSError as error:
+        raise InputError(f"{show(str(folder))} cannot be listed: {error.strerror}.") from error
+    if len(files) > 1:
+        listed = ", ".join(show(path.name) for path in files[:4])
+        raise InputError(f"{show(str(folder))} holds {len(files)} .gguf files ({listed}): name one of them.")
+    return files[0] if files else None
 
 
 def unpermute(tensor: Tensor, heads: int) -> Tensor:
@@ -154,6 +178,12 @@ def _write_shards(
                     if row.permuted and source in heads:
                         value = unpermute(value, heads[source])
                     loaded[f"model.layers.{index}.{target}.{part}"] = value
+            for source, target in STACKED_TENSORS.items():
+                name = f"blk.{index}.{source}.weight"
+                if name in tensors:
+                    used.add(name)
+                    for expert, value in enumerate(_load(tensors[name])):
+                        loaded[f"model.layers.{index}.{target.format(e=expert)}.weight"] = value
         else:
             for name, target in OTHER_TENSORS.items():
                 if name in tensors:

@@ -28,7 +28,13 @@ from convert.families.table import (
 )
 from convert.folder.json_files import show
 from convert.folder.source_files import SourceFiles
-from convert.folder.state import FolderState, folder_state, read_manifest, refuse_statistics
+from convert.folder.state import (
+    FolderState,
+    folder_state,
+    read_manifest,
+    refuse_statistics,
+    refuse_unfinished,
+)
 from convert.hf.config import parse_config
 from convert.hf.expert_tensors import split_experts
 from convert.hf.safetensors_files import TensorInfo
@@ -59,11 +65,7 @@ def open_hf(folder: Path, family_name: str | None = None) -> "HfCheckpoint":
     notes: list[str] = []
     true_bits: int | None = None
     state = folder_state(folder)
-    if state is FolderState.UNFINISHED:
-        raise InputError(
-            f"{show(str(folder))} is an unfinished output: its manifest is missing. Give the command that was writing it "
-            "again and it will resume, or discard it with --restart."
-        )
+    refuse_unfinished(folder)
     refuse_statistics(folder)
     if not (folder / "config.json").is_file():
         try:
@@ -159,6 +161,14 @@ class HfCheckpoint(Checkpoint):
             linears[role] = LinearWeights.from_stored(parts, group, bits)
             parts.clear()  # so that no more than one linear is held in both forms
         return BlockWeights(index, linears, self.norms(index), self.vectors(index), self.config.norm_offset)
+
+    def packed_roles(self, index: int) -> set[str]:
+        """From the names of the tensors; nothing is read."""
+        prefix = self._prefix(index)
+        modules = linear_modules(self.family, self.config)
+        if self.family.fused is not None:
+            modules = modules | dict.fromkeys(("q", "k", "v"), self.family.fused)
+        return {role for role, module in modules.items() if self._is_packed(prefix + module)}
 
     def norms(self, index: int) -> dict[str, Tensor]:
         prefix = self._prefix(index)

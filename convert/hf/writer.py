@@ -121,7 +121,7 @@ class CheckpointWriter:
 
     def store_floats(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Floats as they are stored: float16."""
-        return _half(tensors)
+        return half_floats(tensors)
 
     def rest(self) -> dict[str, Tensor]:
         """What lies outside the blocks, as it is stored. Raises InputError for values that are not finite in float16."""
@@ -291,7 +291,7 @@ def dequantized(linear: Stored) -> Tensor:
     return dequantize(codes, scales, zeros, codes.shape[1] // scales.shape[1])
 
 
-def _half(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def half_floats(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Floats to float16. Raises InputError naming every tensor with values that float16 cannot hold, and how many."""
     halved: dict[str, Tensor] = {}
     beyond: list[str] = []

@@ -13,8 +13,9 @@ from convert.config import QuantFormat
 from convert.folder.disk_space import check_free_space
 from convert.folder.files import check_output_place
 from convert.folder.output import OutputFolder
+from convert.formats import FolderFormat
 from convert.hf.writer import CheckpointWriter, required_bytes
-from convert.pack.plan import FolderFormat, target_format
+from convert.pack.plan import target_format
 from convert.tokenizer.tokenizer import check_tokenizer
 from convert.turbomind.writer import PackResult
 from kernels.int4 import bits_per_weight

@@ -1,17 +1,13 @@
 """Which formats a checkpoint can be packed into, and as what. Refuses before anything is written."""
 
-from typing import Literal, get_args
-
 from convert.checkpoint import Checkpoint
 from convert.config import Method, QuantFormat
 from convert.errors import InputError
 from convert.families.table import linear_shapes
 from convert.folder.json_files import show
+from convert.formats import FolderFormat
 from convert.linear_layouts.base import is_symmetric
 
-FolderFormat = Literal["awq", "compressed-tensors", "gptq", "mlx", "float16"]
-PackFormat = Literal["turbomind", "awq", "compressed-tensors", "gptq", "gguf", "mlx", "float16"]
-PACK_FORMATS: tuple[PackFormat, ...] = get_args(PackFormat)
 LOADED_GROUPS = {
     "compressed-tensors": (32, 64, 128),
     "mlx": (32, 64, 128),

@@ -12,8 +12,9 @@ from torch import Tensor
 from convert.checkpoint import Stored
 from convert.errors import InputError
 from convert.families.table import bias_roles
+from convert.formats import Dialect
 from convert.turbomind import layout as layout
-from convert.turbomind.packing import GROUP_SIZE, Dialect, Packing
+from convert.turbomind.packing import GROUP_SIZE, Packing
 from convert.turbomind.shapes import part_shapes
 
 Read = Callable[[str], Tensor]  # file name -> tensor of the shape and dtype that `workspace_shapes` lists

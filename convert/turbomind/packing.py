@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 
 from convert.config import ModelConfig
+from convert.formats import Dialect
 from convert.turbomind.layout import kv_replication, padded_intermediate
 
-Dialect = Literal["0.6.5", "0.1"]
 WeightType = Literal["float16", "bfloat16", "int4"]
 TP_VALUES = (1, 2, 4, 8)
 GROUP_SIZE = 128  # the only one that TurboMind's int4 kernels are compiled for

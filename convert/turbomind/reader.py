@@ -19,12 +19,13 @@ from convert.families.table import linear_shapes
 from convert.folder.json_files import read_bytes, read_object, show
 from convert.folder.output import FolderState, folder_state, read_manifest
 from convert.folder.unchanged import Unchanged
+from convert.formats import Dialect
 from convert.hf.config import parse_config
 from convert.hf.safetensors_files import TensorInfo, check_finite, read_tensor
 from convert.turbomind.blocks import read_linears, read_norms
 from convert.turbomind.config import Shape, parse_config_yaml
 from convert.turbomind.ini import check_kv_values, parse_config_ini
-from convert.turbomind.packing import GROUP_SIZE, Dialect, Packing, misfits
+from convert.turbomind.packing import GROUP_SIZE, Packing, misfits
 from convert.turbomind.shapes import all_shapes, embedding_shapes, kv_shapes, output_shapes
 
 CONFIG_BYTES = 2**20

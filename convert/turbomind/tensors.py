@@ -11,8 +11,9 @@ from torch import Tensor
 
 from convert.checkpoint import Checkpoint, Stored
 from convert.errors import InputError
+from convert.formats import Dialect
 from convert.turbomind import layout as layout
-from convert.turbomind.packing import Dialect, Packing
+from convert.turbomind.packing import Packing
 from convert.turbomind.shapes import padded_vocabulary
 
 Files = Iterator[tuple[str, Tensor]]  # (file name, contiguous tensor)

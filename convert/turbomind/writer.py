@@ -23,10 +23,11 @@ from convert.folder.files import check_output_place, worker_count
 from convert.folder.json_files import show
 from convert.folder.output import OutputFolder
 from convert.folder.source_files import SourceFiles
+from convert.formats import Dialect
 from convert.tokenizer.files import read_chat_template
 from convert.tokenizer.tokenizer import check_tokenizer
 from convert.turbomind.config import CHAT_TEMPLATES, Shape, chat_template_name, config_yaml
-from convert.turbomind.packing import GROUP_SIZE, Dialect, Packing, WeightType, legal_tp, misfits
+from convert.turbomind.packing import GROUP_SIZE, Packing, WeightType, legal_tp, misfits
 from convert.turbomind.shapes import block_shapes, embedding_shapes, norm_shape, output_shapes
 from convert.turbomind.tensors import Files, block_files, outer_files
 

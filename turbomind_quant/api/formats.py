@@ -1,27 +1,29 @@
 """`pack`, `unpack`, `verify` and `inspect`: between formats, and what lies in them."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from convert.errors import InputError
 from convert.folder.files import check_output_place
 from convert.folder.output import folder_state
+from convert.formats import Dialect, PackFormat, PackOptions, Rest, check_options
 from convert.inspect import InspectReport, inspect_path
+from convert.pack.run import describe_packing, open_source, pack_checkpoint
 from convert.readers import open_checkpoint
-from convert.turbomind.packing import Dialect
 from convert.turbomind.reader import WorkspaceCheckpoint
 from convert.turbomind.unpack import UnpackResult, unpack_workspace
-from convert.turbomind.writer import PackResult, estimate_bytes, plan_packing, write_workspace
+from convert.turbomind.writer import PackResult
 from convert.verify import VerifyReport, verify_path
 from quant.progress import Listener, Progress
-from turbomind_quant.api.choices import StrPath, check_one, check_positive
+from turbomind_quant.api.choices import StrPath
 
 
 @dataclass(frozen=True)
 class PackEstimate:
     """What `pack` would write. `output` is the folder that would be written, and `output_state` what is there now."""
 
+    format: PackFormat
     tp: int
     dialect: str
     weight_type: str  # "int4", "float16" or "bfloat16"
@@ -31,82 +33,70 @@ class PackEstimate:
 
     def to_json(self) -> dict[str, Any]:
         """The estimate as plain JSON data."""
-        return {
-            "tp": self.tp,
-            "dialect": self.dialect,
-            "weight_type": self.weight_type,
-            "output_bytes": self.output_bytes,
-            "output": str(self.output),
-            "output_state": self.output_state,
-        }
+        return asdict(self) | {"output": str(self.output)}
 
 
 def pack(
     path: StrPath,
     out: StrPath,
     *,
+    format: PackFormat = "turbomind",
     tp: int = 1,
     dialect: Dialect = "0.6.5",
     dtype: Literal["float16", "bfloat16"] | None = None,
     chat_template: str | None = None,
+    rest: Rest = "f16",
     family: str | None = None,
     restart: bool = False,
     progress: Listener | None = None,
 ) -> PackResult:
-    """Pack an AWQ or float checkpoint into a TurboMind workspace in the folder `out`, which LMDeploy serves.
+    """Write a quantized checkpoint in another format, in the folder `out`: its codes, scales and zero points are moved.
 
     An unfinished `out` of the same choices is resumed.
 
     Args:
-        path: folder of safetensors (float or AWQ), .gguf file, or hub name.
-        tp: GPUs that will share the model. dialect: TurboMind's format, "0.6.5" or "0.1".
-        dtype: of a float model's weights, "float16" or "bfloat16"; None: that of the source. An int4 model is float16.
-        chat_template: LMDeploy's name of the chat format; None finds it in the tokenizer's template.
+        path: folder of a checkpoint that `quantize awq` or `pack` wrote, workspace, .gguf file, or hub name.
+        format: "turbomind" (a workspace, of float models too), "awq", "compressed-tensors", "gptq", "gguf", "mlx" or "float16".
         family, restart, progress: as in `quantize`.
+        tp: GPUs that will share a workspace. dialect: TurboMind's format, "0.6.5" or "0.1".
+        dtype: of a float model's weights in a workspace, "float16" or "bfloat16"; None: that of the source.
+        chat_template: LMDeploy's name of the chat format of a workspace; None finds it in the tokenizer's template.
+        rest: type of embedding and head in a GGUF file, "f16" or "q8_0".
 
     Raises InputError where the model cannot be packed so or `out` is occupied, ResourceError on a full disk.
     """
-    _check_packing(tp, dialect, dtype)
+    options = PackOptions(tp, dialect, dtype, chat_template, rest)
+    check_options(format, options)
     with Progress("pack", progress) as run:
-        ckpt = open_checkpoint(path, family=family)
+        ckpt = open_source(path, family=family)
         for note in ckpt.notes:
             run.say(f"note: {note}")
-        return write_workspace(
-            ckpt,
-            Path(out),
-            tp=tp,
-            dialect=dialect,
-            dtype=dtype,
-            chat_template=chat_template,
-            restart=restart,
-            progress=run.step,
-        )
+        result = pack_checkpoint(ckpt, Path(out), format, options, restart=restart, progress=run.step)
+        for note in result.notes[len(ckpt.notes) :]:
+            run.say(f"note: {note}")
+        return result
 
 
 def estimate_pack(
     path: StrPath,
     out: StrPath,
     *,
+    format: PackFormat = "turbomind",
     tp: int = 1,
     dialect: Dialect = "0.6.5",
     dtype: Literal["float16", "bfloat16"] | None = None,
+    chat_template: str | None = None,
+    rest: Rest = "f16",
     family: str | None = None,
 ) -> PackEstimate:
     """What `pack` with these arguments would write. Raises InputError where the model cannot be packed so."""
-    _check_packing(tp, dialect, dtype)
-    ckpt = open_checkpoint(path, family=family)
+    options = PackOptions(tp, dialect, dtype, chat_template, rest)
+    check_options(format, options)
+    ckpt = open_source(path, family=family)
     check_output_place(Path(out), ckpt.path)
-    packing = plan_packing(ckpt, tp, dialect, dtype)
+    weight_type, size = describe_packing(ckpt, format, options)
     state = folder_state(Path(out)).value
-    return PackEstimate(tp, dialect, packing.weight_type, estimate_bytes(packing), Path(out), state)
-
-
-def _check_packing(tp: int, dialect: str, dtype: str | None) -> None:
-    """Raises UsageError for a value that is none of the choices."""
-    check_positive(tp, "--tp", 1)
-    check_one(dialect, "--dialect", get_args(Dialect))
-    if dtype is not None:
-        check_one(dtype, "--dtype", ("float16", "bfloat16"))
+    return PackEstimate(format, options.tp, options.dialect, weight_type, size, Path(out), state)
 
 
 def unpack(

@@ -6,6 +6,7 @@ import click
 
 import turbomind_quant as tmq
 from convert.errors import UNVERIFIED
+from convert.formats import PACK_FORMATS
 from turbomind_quant.cli.commands import HELP, Commands, debug_option, resumable, version_option
 from turbomind_quant.cli.options import (
     CalibrateOptions,
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from typing_extensions import Unpack
+
+    from convert.formats import PackFormat
 
 __all__ = ["quantize"]
 
@@ -122,10 +125,16 @@ def awq(
     show(result.to_json(), lambda: quantize_view(model, result), as_json)
 
 
-@quantize.command(short_help="Pack a checkpoint into a TurboMind workspace.")
+@quantize.command(short_help="Write a 4-bit checkpoint in another format: no number changes.")
 @click.argument("path")
+@output_option
 @click.option(
-    "-o", "--output", required=True, metavar="WORKSPACE", help="Folder to write; absent, empty or unfinished."
+    "--format",
+    "target",
+    default="turbomind",
+    show_default=True,
+    type=click.Choice(PACK_FORMATS),
+    help="What to write; docs/FORMATS.md says which engine reads which.",
 )
 @click.option(
     "--tp", default=1, show_default=True, type=click.IntRange(min=1), help="GPUs that will share the model."
@@ -147,45 +156,75 @@ def awq(
     metavar="NAME",
     help="LMDeploy's name of the chat format (llama3, qwen, ...); left out, it is found in the tokenizer's template.",
 )
-@together(family_option, restart_option("WORKSPACE"), dry_run_option, json_option, debug_option)
+@click.option(
+    "--rest",
+    default="f16",
+    show_default=True,
+    type=click.Choice(["f16", "q8_0"]),
+    help="Of a GGUF file: the type of embedding and head.",
+)
+@together(family_option, restart_option("OUT"), dry_run_option, json_option, debug_option)
 def pack(
     path: str,
     output: str,
+    target: "PackFormat",
     tp: int,
     dialect: "Literal['0.6.5', '0.1']",
     dtype: "Literal['float16', 'bfloat16'] | None",
     chat_template: str | None,
+    rest: "Literal['f16', 'q8_0']",
     family: str | None,
     restart: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Pack an AWQ or fp16 checkpoint into a TurboMind workspace, which LMDeploy serves.
+    """Write a 4-bit checkpoint in another format. Codes, scales and zero points are moved; none is chosen again.
 
     \b
-    Example:  quantize pack my-model-4bit -o workspace --tp 1
-    Next:     quantize verify workspace --source my-model-4bit
-              evaluate ppl workspace
+    turbomind           a workspace for LMDeploy 0.6.4 to 0.7.3 (float models too); --tp, --dialect, --dtype, --chat-template
+    awq                 what quantize awq writes, from any of the others
+    compressed-tensors  vLLM, SGLang, LMDeploy of today, transformers
+    gptq                transformers with GPT-QModel; vLLM, SGLang and LMDeploy where every zero point is 8 (--symmetric)
+    gguf                llama.cpp: one .gguf file; --rest
+    mlx                 mlx-lm
+    float16             dequantized, for importers that read nothing else
+
+    \b
+    Example:  quantize pack my-model-4bit -o my-model-ct --format compressed-tensors
+    Next:     quantize verify my-model-ct --source my-model-4bit
+              evaluate ppl my-model-ct
     """
     from turbomind_quant.cli.progress import shown_progress
     from turbomind_quant.cli.views.formats import pack_estimate_view, pack_view
 
     if dry_run:
-        plan = tmq.estimate_pack(path, output, tp=tp, dialect=dialect, dtype=dtype, family=family)
+        plan = tmq.estimate_pack(
+            path,
+            output,
+            format=target,
+            tp=tp,
+            dialect=dialect,
+            dtype=dtype,
+            chat_template=chat_template,
+            rest=rest,
+            family=family,
+        )
         return show(plan.to_json(), lambda: pack_estimate_view(plan), as_json)
     with resumable("quantize pack"), shown_progress() as progress:
         result = tmq.pack(
             path,
             output,
+            format=target,
             tp=tp,
             dialect=dialect,
             dtype=dtype,
             chat_template=chat_template,
+            rest=rest,
             family=family,
             restart=restart,
             progress=progress,
         )
-    show(result.to_json(), lambda: pack_view(path, dialect, tp, result), as_json)
+    show(result.to_json(), lambda: pack_view(path, target, result), as_json)
 
 
 @quantize.command(short_help="Turn a TurboMind workspace back into a checkpoint.")

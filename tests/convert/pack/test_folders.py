@@ -16,9 +16,10 @@ from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights
 from convert.config import QuantFormat
 from convert.errors import InputError
 from convert.folder.output import OutputFolder, read_manifest
+from convert.formats import FolderFormat
 from convert.inspect import inspect_path
 from convert.pack.folder import pack_folder
-from convert.pack.plan import FolderFormat, is_symmetric_model
+from convert.pack.plan import is_symmetric_model
 from convert.readers import open_checkpoint
 from convert.verify import verify_path
 from engine.model.attention import causal_attend

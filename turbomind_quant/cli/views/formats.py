@@ -21,17 +21,18 @@ SIZES = (
 
 def pack_estimate_view(plan: PackEstimate) -> list[str]:
     """What a dry run of `pack` would write."""
+    ranks = f", tp {plan.tp}" if plan.format == "turbomind" else ""
     return [
-        f"pack: {plan.weight_type}, tp {plan.tp}, {plan.output_bytes / 2**20:,.0f} MiB; "
+        f"pack: {plan.format}, {plan.weight_type}{ranks}, {plan.output_bytes / 2**20:,.0f} MiB; "
         f"output folder {plan.output}: {plan.output_state}"
     ]
 
 
-def pack_view(path: str, dialect: str, tp: int, result: PackResult) -> list[str]:
-    """The workspace that was written, and what to do next."""
+def pack_view(path: str, target: str, result: PackResult) -> list[str]:
+    """What was written, and what to do next."""
     return [
-        f"{result.out}: TurboMind {dialect}, tp {tp}, {result.files} weight files, "
-        f"{result.weight_bytes / 2**20:,.0f} MiB, {duration(result.elapsed_s)}",
+        f"{result.out}: {target}, {result.files} weight files, {result.weight_bytes / 2**20:,.0f} MiB, "
+        f"{duration(result.elapsed_s)}",
         f"next: quantize verify {result.out} --source {path}",
     ]
 
