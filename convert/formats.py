@@ -37,16 +37,16 @@ READ_BY = {
 def check_options(target: str, options: PackOptions) -> None:
     """Raises UsageError for an unknown format or value, or a setting that the format does not read."""
     if target not in PACK_FORMATS:
-        raise UsageError(f"--format is {target!r}: expected one of {', '.join(PACK_FORMATS)}.")
+        raise UsageError(f"--format {target!r}: expected one of {', '.join(PACK_FORMATS)}.")
     allowed = {"dialect": get_args(Dialect), "dtype": ("float16", "bfloat16", None), "rest": get_args(Rest)}
     for field in fields(options):
         value, flag = getattr(options, field.name), f"--{field.name.replace('_', '-')}"
         if value not in allowed.get(field.name, (value,)):
             known = ", ".join(str(item) for item in allowed[field.name] if item is not None)
-            raise UsageError(f"{flag} is {value!r}: expected one of {known}.")
+            raise UsageError(f"{flag} {value!r}: expected one of {known}.")
         if value != field.default and READ_BY[field.name] != target:
             raise UsageError(
                 f"{flag} belongs to --format {READ_BY[field.name]}; {target} has no use for it. Leave it out."
             )
     if isinstance(options.tp, bool) or not isinstance(options.tp, int) or options.tp < 1:
-        raise UsageError(f"--tp is {options.tp!r}: expected a whole number of at least 1.")
+        raise UsageError(f"--tp {options.tp!r}: expected at least 1.")

@@ -130,7 +130,6 @@ def awq(
 @output_option
 @click.option(
     "--format",
-    "target",
     default="turbomind",
     show_default=True,
     type=click.Choice(PACK_FORMATS),
@@ -167,7 +166,7 @@ def awq(
 def pack(
     path: str,
     output: str,
-    target: "PackFormat",
+    format: "PackFormat",
     tp: int,
     dialect: "Literal['0.6.5', '0.1']",
     dtype: "Literal['float16', 'bfloat16'] | None",
@@ -201,7 +200,7 @@ def pack(
         plan = tmq.estimate_pack(
             path,
             output,
-            format=target,
+            format=format,
             tp=tp,
             dialect=dialect,
             dtype=dtype,
@@ -214,7 +213,7 @@ def pack(
         result = tmq.pack(
             path,
             output,
-            format=target,
+            format=format,
             tp=tp,
             dialect=dialect,
             dtype=dtype,
@@ -224,7 +223,7 @@ def pack(
             restart=restart,
             progress=progress,
         )
-    show(result.to_json(), lambda: pack_view(path, target, result), as_json)
+    show(result.to_json(), lambda: pack_view(path, format, result), as_json)
 
 
 @quantize.command(short_help="Turn a TurboMind workspace back into a checkpoint.")
