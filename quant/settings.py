@@ -23,6 +23,22 @@ def _check_at_least(least: int, **values: float) -> None:
 
 
 @dataclass(frozen=True)
+class KeySmoothing:
+    """Factors that make the channels of K alike before it is quantized."""
+
+    exponent: float = 0.75  # of a RoPE pair's size in its factor: 1 makes all pairs equal, 0 leaves them
+    limit: float = 16.0  # factors stay within 1 / limit .. limit
+
+    @property
+    def rule(self) -> str:
+        """The formula, for fingerprints."""
+        return f"(largest of a RoPE pair) ** {self.exponent:g}, within 1/{self.limit:g} .. {self.limit:g}"
+
+
+KEY_SMOOTHING = KeySmoothing()
+
+
+@dataclass(frozen=True)
 class SolverSteps:
     """The steps that turn one stack of linears into codes, in the order in which they are taken."""
 

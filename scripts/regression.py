@@ -21,6 +21,8 @@ from convert.tokenizer.tokenizer import Tokenizer
 from quant.config import QuantConfig
 from quant.evaluation.perplexity import BUILTIN, Judgement, load_eval_text, tokens_of
 from quant.evaluation.table import TableRequest, evaluate_table
+from quant.progress import Progress
+from quant.session import Session
 from quant.recipes import FLOAT, with_settings
 from quant.text.calibration import vocabulary_of
 
@@ -53,11 +55,13 @@ def compute(
     found: dict[str, float] = {}
     model = FirstBlocks(ckpt, SMALL_BLOCKS)
     tokens = tokens_of(load_eval_text(BUILTIN, None), tokenizer, model)
+    listener = Progress("regression", lambda event: say(event.text) if event.kind == "note" else None)
+    session = Session(model, torch.device("cpu"), torch.float32, listener)
     for request in parts(seed):
         base = request.base
         source = TextRequest(str(calibration), base.samples, base.seqlen, seed, allow_fewer=False)
         text = load_blocks(source, tokenizer, vocabulary_of(ckpt, tokenizer))
-        rows = evaluate_table(model, "small", request, text, tokens, torch.device("cpu"), torch.float32, say)
+        rows = evaluate_table(session, "small", request, text, tokens)
         # the float model with a float cache is what the others are compared with
         judged = [row for row in rows if row.method != FLOAT or row.kv_bits != 16]
         found |= {SMALL + row.key: math.inf if row.kl is None else row.kl for row in judged}

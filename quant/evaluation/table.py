@@ -23,10 +23,13 @@ from kernels.kv.pages import StaticKV
 from quant.config import QuantConfig
 from quant.evaluation.peers import quantize_with
 from quant.evaluation.perplexity import Judgement, judge, release
+from quant.in_memory import quantize_in_memory
 from quant.kv.parameters import kv_parameters
 from quant.memory import gpu_peak_gib, peak_rss_gib
+from quant.session import Session
 from quant.recipes import DISTILLED, FLOAT, Recipe, usual_methods
-from quant.walk import HeadRanges, distill_blocks, first_streams, measure_ranges, walk
+from quant.state.block_record import HeadRanges
+from quant.text.sources import CalibrationSource, source_of
 
 
 @dataclass(frozen=True)
@@ -62,26 +65,6 @@ class Row:
         return f"{self.method}{'+distill' if self.distill else ''}{group}{kv}"
 
 
-class QuantizedInMemory(CheckpointView):
-    """A checkpoint whose blocks were just quantized; the rest is its source's, in float16 as a packed checkpoint holds it."""
-
-    def __init__(self, inner: Checkpoint, blocks: Sequence[BlockWeights], fmt: QuantFormat) -> None:
-        super().__init__(inner, kind="awq", config=replace(inner.config, quantization=fmt))
-        self._blocks = blocks
-
-    def block(self, index: int) -> BlockWeights:
-        return self._blocks[index]
-
-    def embedding(self) -> Tensor:
-        return self.inner.embedding().half()
-
-    def final_norm(self) -> Tensor:
-        return self.inner.final_norm().half()
-
-    def lm_head(self) -> Tensor:
-        return self.inner.lm_head().half()
-
-
 @dataclass(frozen=True)
 class TableRequest:
     """Which rows: every method at every width and group, each with every cache. `base` gives the other settings."""
@@ -115,74 +98,103 @@ class TableRequest:
 
 
 def evaluate_table(
-    ckpt: Checkpoint,
+    session: Session,
     name: str,
     request: TableRequest,
     text: CalibrationSet | None,
     tokens: EvalTokens,
-    device: torch.device,
-    dtype: torch.dtype,
-    say: Callable[[str], None],
 ) -> list[Row]:
-    """The rows, in the order of the arms. The float model is judged first even where it has no row: KL needs it."""
-    first: PerplexityResult | None = None
-    reference: Reference | None = None
-    rows: list[Row] = []
+    """The rows, in the order of the arms; `name` is what they call the model.
+
+    The float model is judged first even where it has no row: KL needs it. Raises ResourceError where memory runs out.
+    """
+    table = _Table(session, name, request, tokens)
     arms = list(request.arms())
     if None not in arms:
         arms.insert(0, None)
     for number, quant in enumerate(arms, start=1):
-        begin = time.monotonic()
+        table.add(quant, text, f"{number}/{len(arms)}")
+    if text is not None:
+        for bits, group_size in product(request.bits, request.group_sizes):
+            for peer in request.peers:
+                table.add_peer(peer, replace(request.base, bits=bits, group_size=group_size), text)
+    return table.rows
+
+
+class _Table:
+    """The rows so far, and what the float model made of the text."""
+
+    def __init__(self, session: Session, name: str, request: TableRequest, tokens: EvalTokens) -> None:
+        self.session, self.name, self.request, self.tokens = session, name, request, tokens
+        self.rows: list[Row] = []
+        self._float: tuple[PerplexityResult, Reference] | None = None
+
+    def add(self, quant: QuantConfig | None, text: CalibrationSet | None, label: str) -> None:
+        """The rows of one arm, one for each cache; None is the float model."""
+        device = self.session.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
+        begin = time.monotonic()
         if quant is None:
-            model, ranges = Model.from_checkpoint(ckpt, device, dtype), None
+            model, ranges = self._model(self.session.checkpoint), None
+            seconds = 0.0
         else:
-            model, ranges = quantized_model(ckpt, quant, text, device, dtype, needs_ranges(request))
-        seconds = time.monotonic() - begin if quant is not None else 0.0
-        for kv_bits, kv_mode in request.kv:
+            made = quantize_in_memory(self.session, *self._arm(quant, text))
+            model, ranges = self._model(made.checkpoint(self.session.checkpoint, quant)), made.ranges
+            seconds = time.monotonic() - begin
+        for kv_bits, kv_mode in self.request.kv:
             if kv_mode == "static" and ranges is None:
                 continue
-            kv = cache_of(kv_bits, kv_mode, ranges)
-            result, kept = judge(model, tokens, request.how, kv, reference)
-            if first is None:
-                first, reference = result, kept
-            if quant is None and FLOAT not in request.methods:
-                continue
-            row = make_row(name, quant, request.base.seed, result, first, seconds, device)
-            rows.append(row)
-            say(f"{number}/{len(arms)}  {row.key}: ppl {row.ppl:.3f}, {seconds:.0f} s")
+            result = self._judge(model, cache_of(kv_bits, kv_mode, ranges))
+            if quant is not None or FLOAT in self.request.methods:
+                row = self._row(quant, result, seconds)
+                self.rows.append(row)
+                self.session.progress.say(f"{label}  {row.key}: ppl {row.ppl:.3f}, {seconds:.0f} s")
         del model
         release(device)
-    if request.peers and text is not None and first is not None and reference is not None:
-        for bits, group_size in product(request.bits, request.group_sizes):
-            quant = replace(request.base, bits=bits, group_size=group_size)
-            for peer in request.peers:
-                model, seconds = peer_model(peer, ckpt, quant, text, device, dtype)
-                result, _ = judge(model, tokens, request.how, None, reference)
-                row = make_row(name, quant, request.base.seed, result, first, seconds, device)
-                rows.append(replace(row, method=peer))
-                say(f"{peer} int{bits} g{group_size}: ppl {row.ppl:.3f}, {seconds:.0f} s")
-                del model
-                release(device)
-    return rows
 
+    def add_peer(self, peer: str, quant: QuantConfig, text: CalibrationSet) -> None:
+        """The row of another quantizer on the same text, in our engine."""
+        session = self.session
+        with tempfile.TemporaryDirectory() as folder:
+            seconds = quantize_with(
+                peer, session.checkpoint.path, Path(folder), text.tokens, quant, session.device
+            )
+            model = self._model(open_checkpoint(folder))
+        row = self._row(quant, self._judge(model, None), seconds)
+        self.rows.append(replace(row, method=peer))
+        session.progress.say(
+            f"{peer} int{quant.bits} g{quant.group_size}: ppl {row.ppl:.3f}, {seconds:.0f} s"
+        )
+        del model
+        release(session.device)
 
-def peer_model(
-    peer: str,
-    ckpt: Checkpoint,
-    quant: QuantConfig,
-    text: CalibrationSet,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[Model, float]:
-    """What a peer makes of the model on this text, in our engine, and the seconds of its search."""
-    with tempfile.TemporaryDirectory() as folder:
-        seconds = quantize_with(peer, ckpt.path, Path(folder), text.tokens, quant, device)
-        return Model.from_checkpoint(open_checkpoint(folder), device, dtype), seconds
+    def _arm(
+        self, quant: QuantConfig, text: CalibrationSet | None
+    ) -> tuple[QuantConfig, CalibrationSource]:
+        """The configuration and source of an arm. With a static cache it is what `quantize awq --kv-bits 8` does."""
+        if needs_ranges(self.request):
+            return replace(quant, kv_bits=8), source_of(text)
+        return quant, source_of(text if quant.needs_text else None)
+
+    def _model(self, ckpt: Checkpoint) -> Model:
+        return Model.from_checkpoint(ckpt, self.session.device, self.session.dtype)
+
+    def _judge(self, model: Model, kv: KVSimulation | None) -> PerplexityResult:
+        reference = None if self._float is None else self._float[1]
+        result, kept = judge(model, self.tokens, self.request.how, kv, reference)
+        if self._float is None:
+            self._float = result, kept
+        return result
+
+    def _row(self, quant: QuantConfig | None, result: PerplexityResult, seconds: float) -> Row:
+        assert self._float is not None
+        seed, device = self.request.base.seed, self.session.device
+        return make_row(self.name, quant, seed, result, self._float[0], seconds, device)
 
 
 def needs_ranges(request: TableRequest) -> bool:
+    """Whether a row has a static cache, whose parameters follow from the ranges of K and V."""
     return any(mode == "static" and bits != 16 for bits, mode in request.kv)
 
 
@@ -197,39 +209,6 @@ def cache_of(kv_bits: int, kv_mode: str, ranges: list[HeadRanges] | None) -> KVS
     parts = ("k.scale", "k.zero", "v.scale", "v.zero")
     params = [StaticKV(*(table[f"layers.{i}.{part}"] for part in parts)) for i in range(len(ranges))]
     return KVSimulation(bits, "static", params)  # type: ignore[arg-type]
-
-
-def quantized_model(
-    ckpt: Checkpoint,
-    quant: QuantConfig,
-    text: CalibrationSet | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    with_ranges: bool = False,
-) -> tuple[Model, list[HeadRanges] | None]:
-    """The model quantized in memory, and the ranges of its K and V where they are asked for.
-
-    With ranges it is the model that `quantize awq --kv-bits 8` writes.
-    """
-    if with_ranges:
-        quant = replace(quant, kv_bits=8)
-    streams = None
-    if text is not None and (quant.needs_text or with_ranges):
-        streams = first_streams(ckpt, text.tokens, quant, device, dtype)
-    blocks: list[BlockWeights] = []
-    ranges: list[HeadRanges] = []
-    tokens = None if text is None else text.tokens
-    for step in walk(ckpt, quant, streams, device, dtype, tokens=tokens):
-        blocks.append(step.result.weights)
-        if step.ranges is not None:
-            ranges.append(step.ranges)
-    origin = ckpt
-    if quant.distill and text is not None:
-        blocks, norm, _ = distill_blocks(ckpt, blocks, quant, text.tokens, device)
-        origin = WithFinalNorm(ckpt, norm)
-        ranges = measure_ranges(ckpt, blocks, text.tokens, device, dtype) if with_ranges else []
-    made = QuantizedInMemory(origin, blocks, QuantFormat(quant.bits, quant.group_size))
-    return Model.from_checkpoint(made, device, dtype), ranges if len(ranges) == len(blocks) else None
 
 
 def make_row(

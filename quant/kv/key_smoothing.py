@@ -14,14 +14,12 @@ from torch import Tensor
 from convert.checkpoint import BlockWeights, LinearWeights
 from convert.config import ModelConfig
 from kernels.int4 import Quantized
+from quant.settings import KEY_SMOOTHING
 from quant.statistics.block import BlockStatistics
 from quant.statistics.chunked_block import ChunkedBlock
 
-EXPONENT = 0.75  # of a pair's size in its factor: 1 makes all pairs equal, 0 leaves them
-FACTOR_LIMIT = 16.0  # factors stay within 1/16 .. 16
 DEAD = 1e-6  # pairs below this share of their head's largest keep 1
 _ROOM = 32768.0  # what scaled weights stay below: half of fp16's range
-RULE = f"(largest of a RoPE pair) ** {EXPONENT:g}, within 1/{FACTOR_LIMIT:g} .. {FACTOR_LIMIT:g}"
 
 Channels = tuple[Tensor, Tensor]  # minima and maxima (Hkv, D) over tokens, after RoPE
 
@@ -54,9 +52,9 @@ def key_factors(weights: BlockWeights, config: ModelConfig, channels: Channels) 
     if config.qk_norm and config.qk_norm_width == "head":
         pairs = pairs.amax(0, keepdim=True)
     alive = pairs > DEAD * pairs.amax(1, keepdim=True)
-    logs = torch.where(alive, EXPONENT * torch.where(alive, pairs, torch.ones_like(pairs)).log(), 0)
+    logs = torch.where(alive, KEY_SMOOTHING.exponent * torch.where(alive, pairs, torch.ones_like(pairs)).log(), 0)
     logs = logs - logs.sum(1, keepdim=True) / alive.sum(1, keepdim=True).clamp(min=1)
-    raised = torch.where(alive, logs.exp(), torch.ones_like(logs)).clamp(1 / FACTOR_LIMIT, FACTOR_LIMIT)
+    raised = torch.where(alive, logs.exp(), torch.ones_like(logs)).clamp(1 / KEY_SMOOTHING.limit, KEY_SMOOTHING.limit)
     largest_q, largest_k = (
         size.view(len(raised), -1, 2, raised.shape[1]).amax((1, 2)) for size in _sizes(weights, config)
     )

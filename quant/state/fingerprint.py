@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from convert.checkpoint import Checkpoint
 from quant.config import QuantConfig
-from quant.kv.key_smoothing import RULE
+from quant.session import Session
+from quant.settings import KEY_SMOOTHING
 from quant.stage_clock import stage
 
 LIBRARIES = ("turbomind-quant", "torch", "transformers", "safetensors")
@@ -31,26 +31,21 @@ def device_kind(device: torch.device | str) -> str:
 
 
 def run_fingerprint(
-    command: str,
-    ckpt: Checkpoint,
-    quant: QuantConfig,
-    text: dict[str, Any] | None,
-    device: torch.device | str,
-    dtype: torch.dtype,
+    command: str, session: Session, quant: QuantConfig, text: dict[str, Any] | None
 ) -> dict[str, Any]:
     """The fingerprint of a run; `text` identifies what it reads (None: no text)."""
     with stage("digest of the source"):
-        source = ckpt.digest()
+        source = session.checkpoint.digest()
     table: dict[str, Any] = {
         "command": command,
         "source": source,
-        "model": str(ckpt.config),
-        "device": device_kind(device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "model": str(session.config),
+        "device": device_kind(session.device),
+        "dtype": str(session.dtype).removeprefix("torch."),
     }
     table |= {f"version of {name}": number for name, number in library_versions().items()}
     table |= quant.to_json() | quant.recipe.fingerprint(with_distillation=quant.distill)
     if quant.kv_bits != 16:
-        table["smoothing of K"] = RULE
+        table["smoothing of K"] = KEY_SMOOTHING.rule
     table |= {f"text {name}": value for name, value in (text or {}).items()}
     return table

@@ -17,7 +17,7 @@ from convert.checkpoint import BlockWeights, Checkpoint
 from convert.errors import InputError
 from convert.folder.output import FolderState, OutputFolder, base_of, folder_state, read_manifest
 from quant.config import QuantConfig
-from quant.progress import Progress
+from quant.session import Session
 from quant.state.fingerprint import library_versions
 from quant.state.frontier import Frontier
 from quant.statistics.block import BlockStatistics, SavedStatistics, load_statistics
@@ -30,30 +30,23 @@ def block_file(index: int) -> str:
     return f"block-{index:05d}.safetensors"
 
 
-def calibrate(
-    ckpt: Checkpoint,
-    text: CalibrationSet,
-    folder: OutputFolder,
-    quant: QuantConfig,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    progress: Progress,
-) -> list[str]:
+def calibrate(session: Session, quant: QuantConfig, text: CalibrationSet, folder: OutputFolder) -> list[str]:
     """Write the statistics of every block into `folder` and finish it. Returns the warnings that were recorded.
 
     Resumes from the last saved hidden states; the bytes are those of an uninterrupted run.
     """
     begin = time.monotonic()
+    ckpt, dtype, progress = session.checkpoint, session.dtype, session.progress
     layers = ckpt.config.num_layers
     frontier = Frontier(folder.work)
     resumed = frontier.resume(lambda i: folder.has(block_file(i)))
     if resumed.tensors is None:
-        stream = embed_tokens(ckpt, text.tokens, device, dtype)
+        stream = embed_tokens(ckpt, text.tokens, session.device, dtype)
     else:
-        stream = resumed.tensors["fp"].to(device)
+        stream = resumed.tensors["fp"].to(session.device)
     records = resumed.records
     progress.start(layers, resumed.first, frontier.notes)
-    memory = ChunkMemory(torch.device(device), stream.shape[1])
+    memory = ChunkMemory(session.device, stream.shape[1])
 
     def capture(weights: BlockWeights, x: Tensor) -> tuple[Tensor, BlockStatistics]:
         seen = BlockStatistics(weights.index)

@@ -1,6 +1,6 @@
 """The calibration text of a run: read before the output folder is touched, or written by the model inside it."""
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,12 +11,14 @@ from calib_data.generated import SOURCE, generated_rule
 from calib_data.sources import TextRequest, Tokenizes, Vocabulary, finish_set, load_blocks
 from convert.checkpoint import Checkpoint
 from convert.errors import ResourceError
+from convert.folder.cache import cache_folder
 from convert.folder.files import (
     json_bytes,
     make_folder,
     sha256_bytes,
 )
 from convert.pad import PaddedCheckpoint
+from quant.session import Session
 from quant.state.fingerprint import device_kind, library_versions
 from quant.state.saved_tensors import load_tensors, save_tensors
 from quant.text.generate import SelfGenerator
@@ -44,10 +46,13 @@ def vocabulary_of(ckpt: Checkpoint, tokenizer: ModelTokenizer) -> Vocabulary:
 
 
 def read_text(
-    request: TextRequest, ckpt: Checkpoint, tokenizer: ModelTokenizer
+    session: Session, request: TextRequest, tokenizer: ModelTokenizer
 ) -> tuple[CalibrationSet | None, dict[str, Any]]:
-    """The blocks (None where the model is yet to write them) and what identifies them in the fingerprint."""
-    vocabulary = vocabulary_of(ckpt, tokenizer)
+    """The blocks (None where the model is yet to write them) and what identifies them in the fingerprint.
+
+    Raises InputError for a text that cannot be read or is too short.
+    """
+    vocabulary = vocabulary_of(session.checkpoint, tokenizer)
     if request.is_generated:
         rule = generated_rule(vocabulary.bos) | {"tokenizer": tokenizer.digest()}
         return None, rule
@@ -56,34 +61,41 @@ def read_text(
     return text, {name: text.provenance[name] for name in names}
 
 
+def calibration_text(session: Session, request: TextRequest, tokenizer: ModelTokenizer) -> CalibrationSet:
+    """The blocks, read or written by the model; warnings about them are told."""
+    text, _ = read_text(session, request, tokenizer)
+    return told(session, write_text(session, request, tokenizer, None) if text is None else text)
+
+
+def told(session: Session, text: CalibrationSet) -> CalibrationSet:
+    """The same text, once its warnings are told."""
+    for warning in text.warnings:
+        session.progress.warn(warning)
+    return text
+
+
 def write_text(
-    request: TextRequest,
-    ckpt: Checkpoint,
-    tokenizer: ModelTokenizer,
-    device: torch.device,
-    dtype: torch.dtype,
-    work: Path | None,
-    cache: Path,
-    say: Callable[[str], None],
-    on_step: Callable[[int, int], None],
+    session: Session, request: TextRequest, tokenizer: ModelTokenizer, work: Path | None
 ) -> CalibrationSet:
     """Let the model write the blocks, once: they are kept in the work folder for a resumed run, and in the user's cache for the
     next run on the same model, machine and versions.
     """
-    vocabulary = vocabulary_of(ckpt, tokenizer)
-    rule = generated_rule(vocabulary.bos)
-    if isinstance(ckpt, PaddedCheckpoint):
-        ckpt = ckpt.inner  # the same function, in fewer operations
-    kept = cache / "written" / f"{_cache_key(request, ckpt, tokenizer, device, dtype)}.safetensors"
+    say = session.progress.say
+    vocabulary = vocabulary_of(session.checkpoint, tokenizer)
+    if isinstance(session.checkpoint, PaddedCheckpoint):
+        session = replace(session, checkpoint=session.checkpoint.inner)  # the same function, in fewer operations
+    kept = cache_folder() / "written" / f"{_cache_key(session, request, tokenizer)}.safetensors"
     for path in (kept,) if work is None else (work / TOKENS, kept):
         tokens = _read_tokens(path)
         if tokens is not None:
             if path == kept:
                 say("calibration text: the model wrote it in an earlier run")
                 _keep_tokens(tokens, work)
-            return finish_set(tokens, rule, request, tokenizer, vocabulary, [])
+            return finish_set(tokens, generated_rule(vocabulary.bos), request, tokenizer, vocabulary, [])
     say(f"the model writes its own calibration text: {request.samples} x {request.seqlen} tokens ...")
-    text = load_blocks(request, tokenizer, vocabulary, SelfGenerator(ckpt, device, dtype, on_step))
+    with session.progress.new_stage("writing text") as writing:
+        writer = SelfGenerator(session.checkpoint, session.device, session.dtype, writing.step)
+        text = load_blocks(request, tokenizer, vocabulary, writer)
     _keep_tokens(text.tokens, work)
     try:
         make_folder(kept.parent)
@@ -93,19 +105,13 @@ def write_text(
     return text
 
 
-def _cache_key(
-    request: TextRequest,
-    ckpt: Checkpoint,
-    tokenizer: ModelTokenizer,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> str:
+def _cache_key(session: Session, request: TextRequest, tokenizer: ModelTokenizer) -> str:
     """Names a text by all that it follows from."""
     facts = {
-        "model": ckpt.digest(),
+        "model": session.checkpoint.digest(),
         "tokenizer": tokenizer.digest(),
         "text": [request.samples, request.seqlen, request.seed],
-        "machine": [device_kind(device), str(dtype), torch.get_num_threads()],
+        "machine": [device_kind(session.device), str(session.dtype), torch.get_num_threads()],
         "versions": library_versions(),
     }
     return sha256_bytes(json_bytes(facts))

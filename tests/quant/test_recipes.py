@@ -19,6 +19,7 @@ from quant.config import QuantConfig
 from quant.estimate import plan_quantization
 from quant.recipes import Recipe
 from quant.selection import is_quantized
+from quant.session import Session
 from quant.state.fingerprint import run_fingerprint
 from turbomind_quant.cli.quantize import quantize as quantize_command
 
@@ -54,7 +55,7 @@ def test_a_registered_recipe_is_in_help_table_plan_and_fingerprint_and_runs(tmp_
     assert "toy" not in recipes.usual_methods() and "toy+distill" not in recipes.methods()
     ckpt, quant = open_checkpoint(model), QuantConfig(preset="toy", group_size=32)
     assert plan_quantization(ckpt.config, quant, CPU, torch.float32, False, False).preset == "toy"
-    found = run_fingerprint("awq", ckpt, quant, None, CPU, torch.float32)
+    found = run_fingerprint("awq", Session(ckpt, CPU, torch.float32), quant, None)
     assert found["preset"] == "toy" and found["recipe base"] == "toy"
     done = run("quantize", "awq", model, "-o", tmp_path / "out", "--preset", "toy", "--group-size", "32")
     assert done.returncode == 0, done.stderr

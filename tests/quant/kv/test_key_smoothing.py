@@ -18,8 +18,10 @@ from engine.model.kv_simulation import KVSimulation
 from kernels.int4 import quantize
 from kernels.kv.pages import StaticKV
 from quant.config import QuantConfig
-from quant.kv.key_smoothing import FACTOR_LIMIT, key_channels, key_factors, smooth_channels, smooth_keys
+from quant.kv.key_smoothing import key_channels, key_factors, smooth_channels, smooth_keys
 from quant.kv.parameters import kv_parameters
+from quant.session import Session
+from quant.settings import KEY_SMOOTHING
 from quant.state.fingerprint import run_fingerprint
 from quant.statistics.block import BlockStatistics
 from quant.statistics.chunked_block import ChunkedBlock
@@ -140,7 +142,7 @@ def test_factors_where_ranges_say_nothing() -> None:
     high[0, 3] = 1e5  # an absurd one
     high[1] = 0  # a dead head
     factors = key_factors(block, config, (-high, high))
-    assert bool(factors.isfinite().all()) and float(factors.amax()) == FACTOR_LIMIT
+    assert bool(factors.isfinite().all()) and float(factors.amax()) == KEY_SMOOTHING.limit
     assert bool((factors[0, [1, 17, 2, 18]] == 1).all()) and bool((factors[1] == 1).all())
     assert smooth_keys(block, config, torch.ones(2, 32)) is block
     linears = {**block.linears, "q": LinearWeights(quantize(torch.randn(128, 128), 4, 32))}
@@ -169,7 +171,8 @@ def test_runs_with_and_without_smoothing_are_told_apart() -> None:
 
     def table(kv_bits: int) -> dict[str, object]:
         quant = QuantConfig(kv_bits=kv_bits)
-        return run_fingerprint("awq", Source(), quant, None, "cpu", torch.float32)  # type: ignore[arg-type]
+        session = Session(Source(), torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
+        return run_fingerprint("awq", session, quant, None)
 
     assert "smoothing of K" in table(8) and "smoothing of K" not in table(16)
 
@@ -215,7 +218,7 @@ def test_a_run_says_what_it_moved_and_resumes_to_the_same_bytes(preset, place, t
     assert files_of(tmp_path / "out") == files_of(tmp_path / "quiet")
     manifest = json.loads((tmp_path / "out/tmq/manifest.json").read_text())
     assert len(manifest["key_factors"]) == 3
-    assert all(1 / FACTOR_LIMIT <= low < 1 < high <= FACTOR_LIMIT for low, high in manifest["key_factors"])
+    assert all(1 / KEY_SMOOTHING.limit <= low < 1 < high <= KEY_SMOOTHING.limit for low, high in manifest["key_factors"])
     assert json.loads((tmp_path / "out/tmq/report.json").read_text())["resumed_at_layer"] == 2
     checked = run("quantize", "verify", tmp_path / "out", "--source", place / "model")
     assert checked.returncode == 0, checked.stdout

@@ -10,6 +10,7 @@ from convert.folder.output import OutputFolder
 from convert.readers import open_checkpoint
 from quant.config import QuantConfig
 from quant.progress import Progress
+from quant.session import Session
 from quant.statistics.block import BlockStatistics, from_upper_triangle, load_statistics, upper_triangle
 from quant.statistics.calibrate import block_file, calibrate, open_statistics
 
@@ -23,15 +24,8 @@ def saved(tmp_path_factory, one_thread):
     model = write_runnable(place / "model")
     ckpt = open_checkpoint(model)
     with OutputFolder.begin(place / "stats", {"a": 1}, layout="root") as folder, Progress("test") as progress:
-        calibrate(
-            ckpt,
-            CalibrationSet(TOKENS, {}),
-            folder,
-            QuantConfig(),
-            torch.device("cpu"),
-            torch.float32,
-            progress,
-        )
+        session = Session(ckpt, torch.device("cpu"), torch.float32, progress)
+        calibrate(session, QuantConfig(), CalibrationSet(TOKENS, {}), folder)
     return model, place / "stats"
 
 
