@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 import traceback
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from provenance import provenance
 from quality_arms import Arm, ModelSpec, parse_arm, parse_model
 from torch import Tensor
 
+from calib_data.blocks import CalibrationSet
 from calib_data.sources import TextRequest, load_blocks
 from convert.checkpoint import BlockWeights, Checkpoint
-from convert.checkpoint_view import CheckpointView, WithFinalNorm
-from convert.config import QuantFormat
+from convert.checkpoint_view import CheckpointView
 from convert.pad import pad_checkpoint
 from convert.readers import open_checkpoint
 from convert.tokenizer.tokenizer import load_tokenizer
@@ -36,10 +37,14 @@ from engine.measure.perplexity import EvalTokens, PerplexityResult, Reference, p
 from engine.model.forward import Model, compute_dtype
 from quant.config import QuantConfig
 from quant.evaluation.perplexity import Judgement, join_rows, judge, release
-from quant.evaluation.table import QuantizedInMemory, cache_of
+from quant.evaluation.table import cache_of
+from quant.in_memory import QuantizedModel, collect, end_to_end, measure_ranges
+from quant.session import Session
+from quant.state.block_record import HeadRanges
 from quant.text.calibration import vocabulary_of
 from quant.text.generate import SelfGenerator
-from quant.walk import HeadRanges, distill_blocks, first_streams, measure_ranges, walk
+from quant.text.sources import NoText, TextSource
+from quant.walk import Step, walk
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ class Bench:
         self.device = torch.device(args.device)
         self.dtype = compute_dtype(ckpt.config, self.device, args.dtype)
         self.ckpt: Checkpoint = Held(ckpt)
+        self.session = Session(self.ckpt, self.device, self.dtype)
         if spec.calib == Path("self"):
             self.calib = self_written(ckpt, self.device, self.dtype)
         else:
@@ -156,67 +162,42 @@ class Bench:
 
     @torch.no_grad()
     def _run(self, arm: Arm) -> None:
-        quant, device = arm.quant, self.device
-        tokens = calibration(self.calib, quant)
-        if device.type == "cuda":
+        quant = arm.quant
+        source = TextSource(CalibrationSet(calibration(self.calib, quant), {}))
+        if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         started = time.time()
-        streams = first_streams(self.ckpt, tokens, quant, device, self.dtype) if quant.needs_text else None
-        blocks: list[BlockWeights] = []
-        ranges: list[HeadRanges] = []
-        above: list[str] = []
-        unlearned: list[str] = []
-        warned: set[str] = set()
-        for step in walk(self.ckpt, quant, streams, device, self.dtype, tokens=tokens):
-            blocks.append(step.result.weights)
-            if step.ranges is not None:
-                ranges.append(step.ranges)
-            for report in step.result.reports:
-                warned |= set(report.warnings)
-                if report.loss_after > report.loss_rtn * (1 + 1e-6) + 1e-20:
-                    above.append(f"{step.index}.{report.role}")
-            if any("block_before" in r.values and "rounding" not in r.steps for r in step.result.reports):
-                unlearned.append(str(step.index))
+        remarks = Remarks()
+        steps = walk(self.session, quant, source if quant.needs_text else NoText())
+        made = collect(remarks.of(steps))
         seconds = self._elapsed(started)
-        notes = [f"nothing learned in blocks {' '.join(unlearned)}"] if unlearned else []
-        notes += [f"above plain rounding: {', '.join(above[:6])} ({len(above)})"] if above else []
-        self._judge(arm, quant.recipe.name, blocks, None, ranges, seconds, notes + sorted(warned)[:4])
+        self._judge(arm, quant.recipe.name, made, seconds, remarks.notes())
         for following in arm.passes:
-            self._distill(following, blocks, tokens, seconds)
+            self._distill(following, made, source, seconds)
 
-    def _distill(self, arm: Arm, blocks: list[BlockWeights], tokens: Tensor, before: float) -> None:
+    def _distill(self, arm: Arm, made: QuantizedModel, source: TextSource, before: float) -> None:
         """An end-to-end pass from these blocks, which took `before` seconds."""
         started = time.time()
-        done, norm, report = distill_blocks(self.ckpt, blocks, arm.quant, tokens, self.device)
+        done = end_to_end(self.session, arm.quant, made.blocks, source)
         seconds = before + self._elapsed(started)
-        found = measure_ranges(self.ckpt, done, tokens, self.device, self.dtype) if self.args.kv else []
-        notes = [f"calibration KL {report['kl_first']:.4f} -> {report['kl_last']:.4f}"]
-        self._judge(arm, arm.quant.recipe.name + "+distill", done, norm, found, seconds, notes)
+        assert done.divergence is not None and source.tokens is not None
+        if self.args.kv and done.ranges is None:
+            done = replace(done, ranges=measure_ranges(self.session, done.blocks, source.tokens))
+        notes = ["calibration KL {kl_first:.4f} -> {kl_last:.4f}".format(**done.divergence)]
+        self._judge(arm, arm.quant.recipe.name + "+distill", done, seconds, notes)
 
     def _elapsed(self, started: float) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.time() - started
 
-    def _judge(
-        self,
-        arm: Arm,
-        name: str,
-        blocks: list[BlockWeights],
-        norm: Tensor | None,
-        ranges: list[HeadRanges],
-        seconds: float,
-        notes: list[str],
-    ) -> None:
+    def _judge(self, arm: Arm, name: str, made: QuantizedModel, seconds: float, notes: list[str]) -> None:
         peak = torch.cuda.max_memory_allocated() / 2**30 if self.device.type == "cuda" else 0.0
-        origin = self.ckpt if norm is None else WithFinalNorm(self.ckpt, norm)
-        made = QuantizedInMemory(origin, blocks, QuantFormat(arm.quant.bits, arm.quant.group_size))
-        model = Model.from_checkpoint(made, self.device, self.dtype)
+        model = Model.from_checkpoint(made.checkpoint(self.ckpt, arm.quant), self.device, self.dtype)
         self.put(name, arm, self.judge.rows(model, (16, ""), None), seconds, peak, notes)
         for kv in self.args.kv if arm.quant.recipe.name in self.args.kv_presets else []:
-            found = ranges if len(ranges) == len(blocks) else None
-            if kv[1] == "dynamic" or found is not None:
-                self.put(name, arm, self.judge.rows(model, kv, found), seconds, peak, notes)
+            if kv[1] == "dynamic" or made.ranges is not None:
+                self.put(name, arm, self.judge.rows(model, kv, made.ranges), seconds, peak, notes)
 
     def run_peer(self, name: str, quant: QuantConfig) -> None:
         """A peer on the same calibration blocks, judged by the same engine."""
@@ -234,6 +215,34 @@ class Bench:
             arm = Arm(name, quant)
             self.put(name, arm, self.judge.rows(model, (16, ""), None), seconds, peak, [])
         release(self.device)
+
+
+class Remarks:
+    """What stands out in the blocks of a walk."""
+
+    def __init__(self) -> None:
+        self._above: list[str] = []
+        self._unlearned: list[str] = []
+        self._warned: set[str] = set()
+
+    def of(self, steps: Iterable[Step]) -> Iterator[Step]:
+        """The same steps, looked at on their way."""
+        for step in steps:
+            reports = step.result.reports
+            for report in reports:
+                self._warned |= set(report.warnings)
+                if report.loss_after > report.loss_rtn * (1 + 1e-6) + 1e-20:
+                    self._above.append(f"{step.index}.{report.role}")
+            if any("block_before" in r.values and "rounding" not in r.steps for r in reports):
+                self._unlearned.append(str(step.index))
+            yield step
+
+    def notes(self) -> list[str]:
+        """A few sentences."""
+        notes = [f"nothing learned in blocks {' '.join(self._unlearned)}"] if self._unlearned else []
+        if self._above:
+            notes.append(f"above plain rounding: {', '.join(self._above[:6])} ({len(self._above)})")
+        return notes + sorted(self._warned)[:4]
 
 
 class Held(CheckpointView):

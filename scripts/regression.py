@@ -22,8 +22,8 @@ from quant.config import QuantConfig
 from quant.evaluation.perplexity import BUILTIN, Judgement, load_eval_text, tokens_of
 from quant.evaluation.table import TableRequest, evaluate_table
 from quant.progress import Progress
-from quant.session import Session
 from quant.recipes import FLOAT, with_settings
+from quant.session import Session
 from quant.text.calibration import vocabulary_of
 
 SPREADS = 3.0

@@ -2,19 +2,16 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from calib_data.blocks import CalibrationSet
-from convert.checkpoint import BlockWeights, Checkpoint
-from convert.checkpoint_view import CheckpointView, WithFinalNorm
-from convert.config import QuantFormat
+from convert.checkpoint import Checkpoint
 from convert.readers import open_checkpoint
 from engine.measure.perplexity import EvalTokens, PerplexityResult, Reference, paired_difference
 from engine.model.forward import Model
@@ -26,8 +23,8 @@ from quant.evaluation.perplexity import Judgement, judge, release
 from quant.in_memory import quantize_in_memory
 from quant.kv.parameters import kv_parameters
 from quant.memory import gpu_peak_gib, peak_rss_gib
-from quant.session import Session
 from quant.recipes import DISTILLED, FLOAT, Recipe, usual_methods
+from quant.session import Session
 from quant.state.block_record import HeadRanges
 from quant.text.sources import CalibrationSource, source_of
 
@@ -169,9 +166,7 @@ class _Table:
         del model
         release(session.device)
 
-    def _arm(
-        self, quant: QuantConfig, text: CalibrationSet | None
-    ) -> tuple[QuantConfig, CalibrationSource]:
+    def _arm(self, quant: QuantConfig, text: CalibrationSet | None) -> tuple[QuantConfig, CalibrationSource]:
         """The configuration and source of an arm. With a static cache it is what `quantize awq --kv-bits 8` does."""
         if needs_ranges(self.request):
             return replace(quant, kv_bits=8), source_of(text)

@@ -52,9 +52,13 @@ def key_factors(weights: BlockWeights, config: ModelConfig, channels: Channels) 
     if config.qk_norm and config.qk_norm_width == "head":
         pairs = pairs.amax(0, keepdim=True)
     alive = pairs > DEAD * pairs.amax(1, keepdim=True)
-    logs = torch.where(alive, KEY_SMOOTHING.exponent * torch.where(alive, pairs, torch.ones_like(pairs)).log(), 0)
+    logs = torch.where(
+        alive, KEY_SMOOTHING.exponent * torch.where(alive, pairs, torch.ones_like(pairs)).log(), 0
+    )
     logs = logs - logs.sum(1, keepdim=True) / alive.sum(1, keepdim=True).clamp(min=1)
-    raised = torch.where(alive, logs.exp(), torch.ones_like(logs)).clamp(1 / KEY_SMOOTHING.limit, KEY_SMOOTHING.limit)
+    raised = torch.where(alive, logs.exp(), torch.ones_like(logs)).clamp(
+        1 / KEY_SMOOTHING.limit, KEY_SMOOTHING.limit
+    )
     largest_q, largest_k = (
         size.view(len(raised), -1, 2, raised.shape[1]).amax((1, 2)) for size in _sizes(weights, config)
     )

@@ -83,7 +83,9 @@ def write_text(
     say = session.progress.say
     vocabulary = vocabulary_of(session.checkpoint, tokenizer)
     if isinstance(session.checkpoint, PaddedCheckpoint):
-        session = replace(session, checkpoint=session.checkpoint.inner)  # the same function, in fewer operations
+        session = replace(
+            session, checkpoint=session.checkpoint.inner
+        )  # the same function, in fewer operations
     kept = cache_folder() / "written" / f"{_cache_key(session, request, tokenizer)}.safetensors"
     for path in (kept,) if work is None else (work / TOKENS, kept):
         tokens = _read_tokens(path)

@@ -78,9 +78,7 @@ class TextSource(CalibrationSource):
     def block(self, index: int, streams: Streams | None) -> BlockSource:
         return BlockSource(streams)
 
-    def start(
-        self, session: Session, quant: QuantConfig, saved: dict[str, Tensor] | None = None
-    ) -> Streams:
+    def start(self, session: Session, quant: QuantConfig, saved: dict[str, Tensor] | None = None) -> Streams:
         both = quant.recipe.reads_float_stream
         if saved is not None:
             quantized = saved["quantized"].to(session.device)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from calib_data.blocks import CalibrationSet
-from calib_data.sources import TextRequest, load_blocks
 from convert.errors import UsageError
 from convert.folder.files import write_json
 from convert.tokenizer.tokenizer import Tokenizer
@@ -27,10 +26,10 @@ from quant.recipe_file import find_recipe
 from quant.recipes import Recipe, usual_methods
 from quant.recipes import methods as known_methods
 from quant.session import Session, fit_seqlen
-from quant.text.calibration import vocabulary_of
+from quant.text.calibration import calibration_text
 from turbomind_quant.api.choices import Dtype, StrPath, chosen
 from turbomind_quant.api.perplexity import check_windows
-from turbomind_quant.api.preparation import ModelChoice, TextChoice, written_text
+from turbomind_quant.api.preparation import ModelChoice, TextChoice
 
 CACHES = ("16", "8", "4", "8:dynamic", "8:static", "4:dynamic", "4:static")
 
@@ -120,9 +119,7 @@ def _filled_table(
     tokenizer = choice.tokenizer(session)
     tokens = tokens_of(words, tokenizer, session.checkpoint)
     text = _calibration_text(request, choice, session, tokenizer)
-    rows = evaluate_table(
-        session.checkpoint, name, request, text, tokens, session.device, session.dtype, session.progress.say
-    )
+    rows = evaluate_table(session, name, request, text, tokens)
     return TableReport(tuple(rows), None if text is None else text.provenance)
 
 
@@ -158,14 +155,7 @@ def _calibration_text(
     arms = [arm for arm in request.arms() if arm is not None]
     if not (request.peers or needs_ranges(request) or any(arm.needs_text for arm in arms)):
         return None
-    source: TextRequest = choice.request(request.base)
-    if source.is_generated:
-        blocks = written_text(session, source, tokenizer, None)
-    else:
-        blocks = load_blocks(source, tokenizer, vocabulary_of(session.checkpoint, tokenizer))
-    for warning in blocks.warnings:
-        session.progress.warn(warning)
-    return blocks
+    return calibration_text(session, choice.request(request.base), tokenizer)
 
 
 def report(*runs: StrPath, output: StrPath) -> Path:

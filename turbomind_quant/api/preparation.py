@@ -11,7 +11,6 @@ from pathlib import Path
 from calib_data.blocks import CalibrationSet
 from calib_data.sources import TextRequest
 from convert.errors import UsageError
-from convert.folder.cache import cache_folder
 from convert.folder.output import Layout, OutputFolder
 from convert.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from quant.config import QuantConfig
@@ -21,7 +20,7 @@ from quant.recipe_file import find_recipe
 from quant.recipes import Recipe
 from quant.session import Session, fit_seqlen, open_session
 from quant.state.fingerprint import run_fingerprint
-from quant.text.calibration import read_text, write_text
+from quant.text.calibration import read_text, told, write_text
 from turbomind_quant.api.choices import Dtype, StrPath
 
 
@@ -170,32 +169,12 @@ def output_with_text(
     session, quant = prepared.session, prepared.quant
     tokenizer = text.tokenizer(session)
     request = text.request(quant)
-    blocks, identity = read_text(request, session.checkpoint, tokenizer)
-    fingerprint = run_fingerprint(command, session.checkpoint, quant, identity, session.device, session.dtype)
+    blocks, identity = read_text(session, request, tokenizer)
+    fingerprint = run_fingerprint(command, session, quant, identity)
     with OutputFolder.begin(out, fingerprint, restart=restart, layout=layout) as folder:
         if folder.finished:
             yield folder, None
             return
         if blocks is None:
-            blocks = written_text(session, request, tokenizer, folder.work)
-        for warning in blocks.warnings:
-            session.progress.warn(warning)
-        yield folder, blocks
-
-
-def written_text(
-    session: Session, request: TextRequest, tokenizer: Tokenizer, work: Path | None
-) -> CalibrationSet:
-    """The text that the model writes itself, or wrote in an earlier run. `work`: where a resumed run finds it again."""
-    with session.progress.new_stage("writing text") as writing:
-        return write_text(
-            request,
-            session.checkpoint,
-            tokenizer,
-            session.device,
-            session.dtype,
-            work,
-            cache_folder(),
-            session.progress.say,
-            writing.step,
-        )
+            blocks = write_text(session, request, tokenizer, folder.work)
+        yield folder, told(session, blocks)

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from calib_data.blocks import CalibrationSet
 from convert.errors import UsageError
 from convert.folder.files import check_output_place
 from convert.folder.output import OutputFolder, folder_state, read_manifest
@@ -14,10 +13,11 @@ from quant.config import QuantConfig
 from quant.preflight import announce, notes_of
 from quant.progress import Listener, Progress
 from quant.recipes import Recipe
-from quant.run import check_statistics_use, quantize_model
+from quant.run import quantize_model
 from quant.state.fingerprint import run_fingerprint
-from quant.statistics.calibrate import StatisticsFolder, open_statistics
 from quant.statistics.calibrate import calibrate as write_statistics
+from quant.statistics.calibrate import open_statistics
+from quant.text.sources import CalibrationSource, NoText, StatisticsSource, check_statistics_use, source_of
 from turbomind_quant.api.choices import Dtype, StrPath
 from turbomind_quant.api.preparation import (
     ModelChoice,
@@ -71,9 +71,7 @@ def calibrate(
         announce(session, prepared.plan, folder)
         with output_with_text(prepared, text, "calibrate", folder, "root", restart) as (place, blocks):
             if blocks is not None:
-                write_statistics(
-                    session.checkpoint, blocks, place, prepared.quant, session.device, session.dtype, run
-                )
+                write_statistics(session, prepared.quant, blocks, place)
     facts = read_manifest(folder).data
     return CalibrateResult(folder, session.config.num_layers, facts["calibration"], tuple(facts["warnings"]))
 
@@ -142,15 +140,7 @@ def _quantized(prepared: Prepared, out: Path, stats: StrPath | None, restart: bo
     with _source(prepared, out, stats, restart) as (place, source):
         if place.finished:
             return quantize_result(out, 0.0, session.config.num_layers)
-        done = quantize_model(
-            session.checkpoint,
-            prepared.quant,
-            source,
-            place,
-            session.device,
-            session.dtype,
-            session.progress,
-        )
+        done = quantize_model(prepared.session, prepared.quant, source, place)
     return quantize_result(out, done.seconds, done.first_layer)
 
 
@@ -243,20 +233,18 @@ def _check_statistics(quant: QuantConfig, text: TextChoice, pad: bool) -> None:
 @contextmanager
 def _source(
     prepared: Prepared, out: Path, stats: StrPath | None, restart: bool
-) -> Iterator[tuple[OutputFolder, CalibrationSet | StatisticsFolder | None]]:
+) -> Iterator[tuple[OutputFolder, CalibrationSource]]:
     """The output folder and what the search looks at: text, saved statistics, or nothing."""
     session = prepared.session
     if prepared.text is not None:
         with output_with_text(prepared, prepared.text, "awq", out, "tmq", restart) as found:
-            yield found
+            yield found[0], source_of(found[1])
         return
     statistics = None if stats is None else open_statistics(Path(stats), session.checkpoint)
     identity = None if statistics is None else {"statistics": statistics.digest}
-    fingerprint = run_fingerprint(
-        "awq", session.checkpoint, prepared.quant, identity, session.device, session.dtype
-    )
+    fingerprint = run_fingerprint("awq", session, prepared.quant, identity)
     with OutputFolder.begin(out, fingerprint, restart=restart) as folder:
-        yield folder, statistics
+        yield folder, NoText() if statistics is None else StatisticsSource(statistics)
 
 
 def quantize_result(folder: Path, seconds: float, first_layer: int) -> QuantizeResult:

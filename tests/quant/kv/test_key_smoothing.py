@@ -218,7 +218,10 @@ def test_a_run_says_what_it_moved_and_resumes_to_the_same_bytes(preset, place, t
     assert files_of(tmp_path / "out") == files_of(tmp_path / "quiet")
     manifest = json.loads((tmp_path / "out/tmq/manifest.json").read_text())
     assert len(manifest["key_factors"]) == 3
-    assert all(1 / KEY_SMOOTHING.limit <= low < 1 < high <= KEY_SMOOTHING.limit for low, high in manifest["key_factors"])
+    assert all(
+        1 / KEY_SMOOTHING.limit <= low < 1 < high <= KEY_SMOOTHING.limit
+        for low, high in manifest["key_factors"]
+    )
     assert json.loads((tmp_path / "out/tmq/report.json").read_text())["resumed_at_layer"] == 2
     checked = run("quantize", "verify", tmp_path / "out", "--source", place / "model")
     assert checked.returncode == 0, checked.stdout
