@@ -95,7 +95,7 @@ class Checkpoint(ABC):
 
     def packed_roles(self, index: int) -> set[str]:
         """Roles of the linears of block `index` that are held as int4 codes."""
-        linears = self.stored_linears(index, linear_shapes(self.config))
+        linears = self.stored_linears(index, linear_shapes(self.config.of_layer(index)))
         return {role for role, linear in linears.items() if "words" in linear}
 
     def norms(self, index: int) -> dict[str, Tensor]:

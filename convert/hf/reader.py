@@ -165,9 +165,9 @@ class HfCheckpoint(Checkpoint):
     def packed_roles(self, index: int) -> set[str]:
         """From the names of the tensors; nothing is read."""
         prefix = self._prefix(index)
-        modules = linear_modules(self.family, self.config)
-        if self.family.fused is not None:
-            modules = modules | dict.fromkeys(("q", "k", "v"), self.family.fused)
+        modules = linear_modules(self.family, self.config.of_layer(index))
+        for fused in self.family.fused:
+            modules |= dict.fromkeys(fused.roles, fused.module)
         return {role for role, module in modules.items() if self._is_packed(prefix + module)}
 
     def norms(self, index: int) -> dict[str, Tensor]:

@@ -44,9 +44,8 @@ def is_symmetric_model(source: Checkpoint) -> bool:
         return False
     if fmt.symmetric:
         return True
-    roles = list(linear_shapes(source.config))
     for index in range(source.config.num_layers):
-        linears = source.stored_linears(index, roles)
+        linears = source.stored_linears(index, linear_shapes(source.config.of_layer(index)))
         if not all(is_symmetric(linear["zeros"]) for linear in linears.values() if "zeros" in linear):
             return False
     return True
