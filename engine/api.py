@@ -163,6 +163,7 @@ class Engine(Protocol):
 
     def stats(self) -> Stats: ...
 
-    def trouble(self) -> str | None:
-        """What hangs, as a sentence; None while the engine shows that it works."""
+    def trouble(self, silence_s: float | None = None) -> str | None:
+        """What hangs, as a sentence; None while the engine shows that it works. `silence_s`: without a sign of life; None: as
+        many seconds as mean that it will not come back."""
         ...

@@ -2,16 +2,16 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert.errors import TmqError
 from convert.readers import open_checkpoint
 from convert.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from engine.config import EngineConfig
 from engine.process.parent import ProcessEngine
 from engine.source import ModelSource
+from serve.prompts.pool import WorkerPool
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,12 @@ class LocalModel:
     engine: ProcessEngine
     tokenizer: Tokenizer
     name: str
+    tokenizer_dir: Path
+    trust_remote_code: bool
+
+    def worker_pool(self) -> WorkerPool:
+        """The tokenizer in processes of its own, for a server."""
+        return WorkerPool(self.tokenizer_dir, self.tokenizer.vocab_size, self.trust_remote_code)
 
 
 @contextmanager
@@ -34,13 +40,6 @@ def open_model(source: ModelSource | str, config: EngineConfig) -> Iterator[Loca
     ckpt = open_checkpoint(source.path, family=source.family)
     tokenizer = load_tokenizer(ckpt.tokenizer_dir, source.trust_remote_code)
     tokenizer.check_fits(ckpt.config.vocab_size)
-    if tokenizer.has_chat_template:
-        warm_up(tokenizer)
     with ProcessEngine.start(source, config) as engine:
-        yield LocalModel(engine, tokenizer, engine.stats().model or Path(source.path).name)
-
-
-def warm_up(tokenizer: Tokenizer) -> None:
-    """Render once, so that the renderer's imports do not delay the first request."""
-    with suppress(TmqError):  # each request will say so
-        tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+        name = engine.stats().model or Path(source.path).name
+        yield LocalModel(engine, tokenizer, name, Path(ckpt.tokenizer_dir), source.trust_remote_code)

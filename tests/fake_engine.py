@@ -83,7 +83,7 @@ class FakeEngine:
             generated_tokens_total=self.generated, context_length=self.context_length, model="fake",
         )  # fmt: skip
 
-    def trouble(self) -> str | None:
+    def trouble(self, silence_s: float | None = None) -> str | None:
         return self.hang
 
     def _check(self) -> None:

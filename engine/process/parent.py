@@ -185,12 +185,15 @@ class ProcessEngine:
             raise self._death
         return self._stats
 
-    def trouble(self) -> str | None:
-        """What hangs, as a sentence; None while the child shows that it works. Blocks on nothing."""
+    def trouble(self, silence_s: float | None = None) -> str | None:
+        """What hangs, as a sentence; None while the child shows that it works. Blocks on nothing.
+
+        `silence_s`: seconds without a sign of life that count as hanging; None: `self.silence_s`.
+        """
         silent_s = time.monotonic() - self._last_sign
         if self._death is not None:
             return None
-        if silent_s > self.silence_s:
+        if silent_s > (self.silence_s if silence_s is None else silence_s):
             state = _process_state(self._process.pid)
             return f"The engine process {self._process.pid} has given no sign of life for {silent_s:.0f} s{state}."
         if self._step_s > self.longest_step_s:

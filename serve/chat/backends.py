@@ -8,8 +8,9 @@ from typing import Protocol
 from engine.api import Engine, EngineDied, Request, SamplingParams
 from serve.chat.settings import ChatSettings
 from serve.http.errors import ApiError, unavailable
-from serve.http.generation.prompts import Prompts, Tokenizer
+from serve.http.generation.prompts import Prompts
 from serve.http.limits import Limits
+from serve.prompts.encoder import ThreadEncoder, Tokenizer
 
 Messages = Sequence[dict[str, str]]
 
@@ -46,7 +47,7 @@ class EngineBackend:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, name: str, clip: bool = False) -> None:
         self._engine, self._clip = engine, clip
-        self._prompts = Prompts(tokenizer, engine.stats().context_length, Limits())
+        self._prompts = Prompts(ThreadEncoder(tokenizer), engine.stats().context_length, Limits())
         self._name = name
 
     @property

@@ -15,13 +15,14 @@ from engine.api import Engine, EngineDied
 from serve.config import ServeConfig
 from serve.http.disconnect import ClientGone
 from serve.http.errors import ApiError, describe, unavailable
-from serve.http.generation.prompts import Tokenizer
 from serve.http.middleware import Gate
 from serve.http.routes.chat import chat_routes
 from serve.http.routes.completions import completion_routes
 from serve.http.routes.interactive import interactive_routes
 from serve.http.routes.status import status_routes
 from serve.http.service import Service
+from serve.prompts.encoder import Tokenizer
+from serve.prompts.pool import WorkerPool
 
 log = logging.getLogger("tmq.serve")
 _WATCH_S = 0.25
@@ -80,7 +81,10 @@ async def _watch(service: Service, engine: Engine, on_death: Callable[[], None])
 
 
 def create_app(
-    engine: Engine, tokenizer: Tokenizer, config: ServeConfig, on_death: Callable[[], None] = lambda: None
+    engine: Engine,
+    tokenizer: Tokenizer | WorkerPool,
+    config: ServeConfig,
+    on_death: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """The server's app; `app.state.service` holds its parts. `on_death` is called once, where the engine dies."""
     service = Service(engine, tokenizer, config)
@@ -90,6 +94,7 @@ def create_app(
         watch = asyncio.create_task(_watch(service, engine, on_death))
         yield
         watch.cancel()
+        await service.encoder.close()
 
     app = FastAPI(
         title="turbomind-quant",

@@ -9,6 +9,9 @@ from serve.http.errors import ApiError, unavailable
 from serve.http.generation.runs import Runs
 
 _FRESH_S = 1.0
+_SILENCE_S = (
+    2.5  # without a sign of life, of which one comes each second: not healthy, though it may come back
+)
 _PATIENCE_S = 0.5  # of one call of /health; the request behind it may take longer
 
 
@@ -29,7 +32,7 @@ class Health:
 
     def stats(self) -> Stats:
         """The engine's figures; raises ApiError 503 where it is gone or hangs."""
-        trouble = self.problem or self._engine.trouble()
+        trouble = self.problem or self._engine.trouble(_SILENCE_S)
         if trouble:
             raise unavailable(trouble)
         try:

@@ -5,6 +5,8 @@ They are applied before a prompt is tokenized. Nothing else in `serve` holds a n
 
 from dataclasses import dataclass, fields
 
+from serve.prompts.encoder import PROMPT_S
+
 MAX_N = 8  # answers to one prompt
 MAX_PROMPTS = 16  # prompts in one completion request
 MAX_MESSAGES = 1024  # messages of a conversation
@@ -40,7 +42,8 @@ class Limits:
     header_s: float = 10.0  # from the first byte of a request (or the connection) to the end of its headers
     body_s: float = 30.0  # to the end of its body
     keep_alive_s: float = 15.0
-    prompt_s: float = 10.0  # to render the chat template and tokenize
+    prompt_s: float = PROMPT_S  # to render the chat template and tokenize
+    chars_per_token: int = 64  # of the context: a text with more characters is not even tokenized
     request_s: float = 600.0  # from submission to the last token
     delivery_s: float = 60.0  # beyond request_s, for a client that reads slowly
     stall_s: float = 20.0  # in which a client that is behind must read 1 KiB a second
@@ -57,6 +60,10 @@ class Limits:
         4096  # of one client: ids of conversations that were dropped, so that it is told
     )
     session_idle_s: float = 3600.0
+
+    def prompt_chars(self, context_length: int) -> int:
+        """Characters of the longest text that is tokenized for a context of so many tokens."""
+        return max(4096, self.chars_per_token * context_length)
 
     def __post_init__(self) -> None:
         for field in fields(self):

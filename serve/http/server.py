@@ -26,10 +26,11 @@ from serve.config import ServeConfig
 from serve.http.app import create_app
 from serve.http.connections import limited_protocol
 from serve.http.errors import unavailable
-from serve.http.generation.prompts import Tokenizer
 from serve.http.generation.runs import Runs
 from serve.http.middleware import escaped
 from serve.http.watchdog import LoopWatch
+from serve.prompts.encoder import Tokenizer
+from serve.prompts.pool import WorkerPool
 
 log = logging.getLogger("tmq.serve")
 _DEATH_GRACE_S = 2.0  # time in which /health shows 503 and pending requests get their error
@@ -168,7 +169,9 @@ def uvicorn_config(app: FastAPI, config: ServeConfig) -> uvicorn.Config:
     )
 
 
-def serve_forever(engine: Engine, tokenizer: Tokenizer, config: ServeConfig, listener: socket.socket) -> int:
+def serve_forever(
+    engine: Engine, tokenizer: Tokenizer | WorkerPool, config: ServeConfig, listener: socket.socket
+) -> int:
     """Answer requests on `listener` until a signal or the death of the engine. Returns the exit code."""
     _raise_file_limit(config.limits.connections)
     server: _Server | None = None

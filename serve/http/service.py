@@ -6,18 +6,20 @@ from engine.api import Engine
 from serve.config import ServeConfig
 from serve.http.errors import ApiError
 from serve.http.generation.admission import Admission
-from serve.http.generation.prompts import Prompts, Tokenizer
+from serve.http.generation.prompts import Prompts
 from serve.http.generation.runs import Runs
 from serve.http.generation.sessions import Sessions
 from serve.http.health import Health
 from serve.http.metrics import Metrics
 from serve.http.protocol.sampling import OpenAISampling
+from serve.prompts.encoder import Encoder, ThreadEncoder, Tokenizer
+from serve.prompts.pool import WorkerPool
 
 
 class Service:
     """The server without HTTP. Built once per app, inside or outside an event loop."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, config: ServeConfig) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | WorkerPool, config: ServeConfig) -> None:
         self.config = config
         stats = engine.stats()
         self.model_name = config.model_name or stats.model or "model"
@@ -25,7 +27,12 @@ class Service:
         self.metrics = Metrics()
         self.admission = Admission(config.limits.pending, config.pending_per_client)
         self.runs = Runs(engine, self.admission, self.metrics, config.limits)
-        self.prompts = Prompts(tokenizer, stats.context_length, config.limits)
+        self.encoder: Encoder
+        if isinstance(tokenizer, WorkerPool):
+            self.encoder = tokenizer
+        else:
+            self.encoder = ThreadEncoder(tokenizer, config.limits.prompt_s)
+        self.prompts = Prompts(self.encoder, stats.context_length, config.limits)
         self.sessions = Sessions(config.limits)
         self.health = Health(engine, self.runs, config.limits.health_s)
         self.metrics.watch(engine.stats, lambda: self.admission.pending, lambda: self.admission.refused_total)

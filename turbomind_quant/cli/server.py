@@ -114,7 +114,7 @@ def serve(
             config, server_port=listener.getsockname()[1], model_name=config.model_name or model.name
         )
         announce(config)
-        return serve_forever(model.engine, model.tokenizer, config, listener)
+        return serve_forever(model.engine, model.worker_pool(), config, listener)
 
 
 @click.command(short_help="Talk to models on a web page, side by side.", context_settings=SETTINGS)

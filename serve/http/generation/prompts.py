@@ -1,72 +1,77 @@
-"""From request text to token ids that fit the model: template, tokenizer and context check, beside the event loop.
+"""From request text to token ids that fit the model: limits in characters, template, tokenizer and context check.
 
-User text is always encoded as text: what looks like a control token in it never becomes one.
+User text is always encoded as text: what looks like a control token in it never becomes one. The work is done by an `Encoder`,
+beside the event loop; nothing here costs more than a glance at the text.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+import json
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
 from convert.errors import TmqError
 from serve.http.errors import ApiError
-from serve.http.generation.threads import call_in_thread
 from serve.http.limits import Limits
+from serve.prompts.encoder import Encoder, Messages, TemplateTraits, Tools
+from serve.prompts.pool import Busy
 
 T = TypeVar("T")
-_THREADS = 4
-
-
-class Tokenizer(Protocol):
-    """What the server needs of `convert.tokenizer.tokenizer.Tokenizer`."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def encode_plain(self, text: str, add_bos: bool | None = None) -> list[int]: ...
-
-    def apply_chat_template(self, messages: Sequence[dict[str, Any]]) -> list[int]: ...
 
 
 class Prompts:
     """Turns what users write into prompts. All methods raise ApiError 400 where the request is at fault."""
 
-    def __init__(self, tokenizer: Tokenizer, context_length: int, limits: Limits) -> None:
-        self._tokenizer, self._limits = tokenizer, limits
-        self._threads = asyncio.Semaphore(_THREADS)
+    def __init__(self, encoder: Encoder, context_length: int, limits: Limits) -> None:
+        self._encoder, self._limits = encoder, limits
         self.context_length = context_length
 
-    async def of_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    async def traits(self) -> TemplateTraits:
+        """What the model's chat template reads."""
+        return await self._made(self._encoder.traits(), "messages", "The chat template cannot be read")
+
+    async def of_chat(
+        self,
+        messages: Messages,
+        client: str = "",
+        tools: Tools = None,
+        variables: Mapping[str, Any] | None = None,
+        param: str = "messages",
+    ) -> list[int]:
         """Token ids of a conversation, ready for the assistant's answer, by the checkpoint's own template."""
-        return await self._beside(
-            lambda: self._tokenizer.apply_chat_template(messages),
-            "messages",
+        characters = sum(len(message["content"]) for message in messages)
+        if tools:
+            characters += len(json.dumps(tools))
+        self._check_length(characters, param)
+        return await self._made(
+            self._encoder.chat(messages, tools, variables or {}, client),
+            param,
             "The chat template of this model refuses these messages",
         )
 
-    async def of_text(self, prompt: str | list[int], add_bos: bool | None = None) -> list[int]:
+    async def of_text(
+        self, prompt: str | list[int], add_bos: bool | None = None, client: str = "", param: str = "prompt"
+    ) -> list[int]:
         """Token ids of one plain prompt; ids are checked against the vocabulary."""
         if isinstance(prompt, list):
-            vocab = self._tokenizer.vocab_size
-            if any(id >= vocab for id in prompt):
-                raise ApiError(
-                    400,
-                    f"prompt: token id {max(prompt)} is outside the vocabulary of {vocab} tokens.",
-                    param="prompt",
-                    code="invalid_value",
-                )
+            if len(prompt) > self.context_length:
+                raise self._too_long(f"the prompt takes {len(prompt)}", param)
+            self.check_tokens(prompt, param)
             return prompt
-        return await self._beside(
-            lambda: self._tokenizer.encode_plain(prompt, add_bos), "prompt", "This prompt cannot be tokenized"
+        self._check_length(len(prompt), param)
+        return await self._made(
+            self._encoder.text(prompt, add_bos, client), param, "This prompt cannot be tokenized"
         )
 
     def check_tokens(self, ids: Sequence[int], param: str) -> None:
-        """Refuse token ids of another field, such as logit_bias, that the vocabulary lacks."""
-        vocab = self._tokenizer.vocab_size
-        for id in ids:
-            if id >= vocab:
-                raise ApiError(
-                    400, f"{param}: token {id} is outside the vocabulary of {vocab} tokens.", param=param
-                )
+        """Refuse token ids that the vocabulary lacks."""
+        vocab = self._encoder.vocab_size
+        if ids and max(ids) >= vocab:
+            raise ApiError(
+                400,
+                f"{param}: token id {max(ids)} is outside the vocabulary of {vocab} tokens.",
+                param=param,
+                code="invalid_value",
+            )
 
     def room(self, prompt_tokens: int, max_tokens: int | None, param: str, default: int | None = None) -> int:
         """Tokens that may be generated: `max_tokens` where given and fitting, else `default` or what the context leaves."""
@@ -74,26 +79,41 @@ class Prompts:
         if prompt_tokens < 1:
             raise ApiError(400, f"{param}: the prompt is empty.", param=param, code="empty_prompt")
         wanted = max_tokens if max_tokens is not None else min(default or left, left)
-        if left < 1 or wanted > left:
+        if wanted > left or (left < 1 and max_tokens is None):
             asked = "1 token at least" if max_tokens is None else f"{max_tokens} tokens"
-            raise ApiError(
-                400,
-                f"The model's context is {self.context_length} tokens: the prompt takes {prompt_tokens}, {asked} "
-                f"of answer were asked for, {max(left, 0)} are left. Shorten the prompt or lower max_tokens.",
-                param=param,
-                code="context_length_exceeded",
+            raise self._too_long(
+                f"the prompt takes {prompt_tokens}, {asked} of answer were asked for, {max(left, 0)} are left",
+                param,
             )
         return wanted
 
-    async def _beside(self, function: Callable[[], T], param: str, refusal: str) -> T:
-        async with self._threads:
-            try:
-                return await call_in_thread(function, self._limits.prompt_s)
-            except asyncio.TimeoutError as e:
-                raise ApiError(
-                    400, f"{refusal}: it took longer than {self._limits.prompt_s:g} s.", param=param
-                ) from e
-            except TmqError as e:
-                raise ApiError(400, f"{refusal}: {e}", param=param) from e
-            except Exception as e:
-                raise ApiError(400, f"{refusal}.", param=param) from e
+    def _check_length(self, characters: int, param: str) -> None:
+        """Refuse a text that is too long to be tokenized at all."""
+        most = self._limits.prompt_chars(self.context_length)
+        if characters > most:
+            raise self._too_long(f"{characters} characters are more than the {most} that are taken", param)
+
+    def _too_long(self, what: str, param: str) -> ApiError:
+        return ApiError(
+            400,
+            f"The model's context is {self.context_length} tokens: {what}. Shorten the prompt or lower max_tokens.",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+    async def _made(self, work: Coroutine[Any, Any, T], param: str, refusal: str) -> T:
+        try:
+            return await work
+        except asyncio.TimeoutError as e:
+            raise ApiError(
+                400, f"{refusal}: it took longer than {self._limits.prompt_s:g} s.", param=param
+            ) from e
+        except Busy as e:
+            raise ApiError(
+                429, "Too many prompts of this client wait to be read. Try again in 5 s.", code="queue_full",
+                headers={"Retry-After": "5"},
+            ) from e  # fmt: skip
+        except TmqError as e:
+            raise ApiError(400, f"{refusal}: {e}", param=param) from e
+        except Exception as e:
+            raise ApiError(400, f"{refusal}.", param=param) from e

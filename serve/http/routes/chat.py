@@ -34,7 +34,7 @@ def chat_routes(service: Service) -> APIRouter:
                 raise unsupported(name)
         if body.reasoning_effort not in (None, "none"):
             raise unsupported("reasoning_effort")
-        ids = await service.prompts.of_chat(body.conversation())
+        ids = await service.prompts.of_chat(body.conversation(), request.state.client)
         max_tokens = service.prompts.room(len(ids), body.max_completion_tokens or body.max_tokens, "messages")
         sampling = body.sampling(max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
         return service.runs.start([ids], sampling, body.count, request.state.request_id, request.state.client)

@@ -30,7 +30,9 @@ def completion_routes(service: Service) -> APIRouter:
                 raise unsupported(name)
         if body.max_tokens == 0:
             raise unsupported("max_tokens")
-        prompts = [await service.prompts.of_text(prompt) for prompt in body.prompts()]
+        prompts = [
+            await service.prompts.of_text(prompt, None, request.state.client) for prompt in body.prompts()
+        ]
         longest = max(map(len, prompts)) if all(prompts) else 0
         max_tokens = service.prompts.room(longest, body.max_tokens, "prompt", _DEFAULT_MAX_TOKENS)
         sampling = body.sampling(max_tokens, body.logprobs)

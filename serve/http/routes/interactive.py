@@ -46,7 +46,7 @@ class _Turn:
         body, prompts = self._body, self._service.prompts
         if not body.turn():
             raise ApiError(400, "prompt: the prompt is empty.", param="prompt", code="empty_prompt")
-        ids = await prompts.of_chat(self._messages)
+        ids = await prompts.of_chat(self._messages, self._client, param="prompt")
         self._prompt_tokens = len(ids)
         length = prompts.room(len(ids), body.request_output_len, "prompt", _DEFAULT_OUTPUT_LEN)
         sampling = SamplingParams(**body.chosen(length, _TEMPERATURE, _TOP_P, _TOP_K))

@@ -39,14 +39,14 @@ def status_routes(service: Service) -> APIRouter:
         return card
 
     @router.post("/tokenize", responses=errors(400, 404))
-    async def tokenize(body: TokenizeText | TokenizeChat) -> Tokens:
+    async def tokenize(body: TokenizeText | TokenizeChat, request: Request) -> Tokens:
         """Token ids of a prompt, or of a conversation with the chat template around it."""
         service.check_model(body.model)
         if isinstance(body, TokenizeChat):
-            ids = await service.prompts.of_chat(plain_messages(body.messages))
+            ids = await service.prompts.of_chat(plain_messages(body.messages), request.state.client)
         else:
             ids = await service.prompts.of_text(
-                body.prompt, False if body.add_special_tokens is False else None
+                body.prompt, False if body.add_special_tokens is False else None, request.state.client
             )
         return {"tokens": ids, "count": len(ids), "max_model_len": service.prompts.context_length}
 

@@ -55,7 +55,7 @@ def test_a_short_silence_ends_nothing() -> None:
     died = threading.Event()
     looked = threading.Semaphore(0)
 
-    def trouble() -> str | None:
+    def trouble(silence_s: float | None = None) -> str | None:
         looked.release()
         return "old signs" if looks.pop() else None
 
