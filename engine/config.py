@@ -6,6 +6,12 @@ from typing import Literal
 GIB = 1024**3
 
 
+Dtype = Literal["auto", "float16", "bfloat16", "float32"]  # of the forward passes
+KvMode = Literal[
+    "dynamic", "static"
+]  # where the scales of an int8 cache come from: each token, or the checkpoint
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """How a model is run. Defaults of the command line are read from here. Sizes in tokens unless the name says bytes.
@@ -15,9 +21,9 @@ class EngineConfig:
     """
 
     device: str = "auto"
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    dtype: Dtype = "auto"
     kv_bits: Literal[8, 16] = 16  # 16: the model's dtype; 8: int8 with scale and zero
-    kv_mode: Literal["dynamic", "static"] = "dynamic"
+    kv_mode: KvMode = "dynamic"
     block_size: int = 64  # tokens in one KV cache block
     cache_fraction: float = 0.9
     cache_bytes: int | None = None

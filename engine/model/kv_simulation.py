@@ -15,10 +15,9 @@ from torch import Tensor
 from convert.config import ModelConfig
 from convert.errors import InputError
 from convert.kv_parameters import IN_CHECKPOINT, find_kv_parameters
+from engine.config import KvMode
 from kernels.kv.int8 import dequantize_kv, kv_qparams, quantize_kv
 from kernels.kv.pages import StaticKV
-
-KVMode = Literal["dynamic", "static"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class KVSimulation:
     """Keys and values go through `bits` bits and back. `params`, one a layer, only in static mode, ranges of 8 bits."""
 
     bits: Literal[4, 8]
-    mode: KVMode = "dynamic"
+    mode: KvMode = "dynamic"
     params: Sequence[StaticKV] | None = None
 
     def __post_init__(self) -> None:

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from convert.checkpoint import Checkpoint
 from convert.readers import open_checkpoint
 from convert.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from engine.config import Dtype, KvMode
 from engine.loading import use_device
 from engine.measure.perplexity import EvalTokens, Reference, Watch
 from engine.model.forward import Model, compute_dtype
@@ -30,12 +30,12 @@ class Reading:
     """How models are opened and run. `streamed`: one decoder block in memory at a time; `kv_bits` 16 simulates no KV cache."""
 
     device: str = "auto"
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    dtype: Dtype = "auto"
     family: str | None = None
     trust_remote_code: bool = False
     streamed: bool = False
     kv_bits: int = 16
-    kv_mode: str = "dynamic"
+    kv_mode: KvMode = "dynamic"
 
 
 @dataclass(frozen=True)

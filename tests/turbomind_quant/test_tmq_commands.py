@@ -17,6 +17,7 @@ from convert.errors import InputError
 from engine.config import EngineConfig
 from engine.source import ModelSource
 from serve.chat.client import HttpBackend, api_base
+from serve.config import ServeConfig
 from turbomind_quant.api.doctor import _numbers, examine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,6 +150,27 @@ def test_wrong_flags_are_usage_errors() -> None:
     assert invoke("serve").exit_code == 2
     page = invoke("web", "/m", "--server-name", "0.0.0.0")
     assert page.exit_code == 2 and "this machine only" in page.output
+
+
+def test_a_page_of_servers_says_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the port is any free one and no model is loaded here."""
+    pytest.importorskip("gradio")
+    seen: dict[str, Any] = {}
+
+    async def connect(url: str, key: str | None, model: str | None = None) -> str:
+        return url
+
+    def serve_page(backends: list[str], config: ServeConfig, listener: Any) -> int:
+        seen.update(backends=backends, config=config, port=listener.getsockname()[1])
+        return 0
+
+    monkeypatch.setattr("serve.chat.client.HttpBackend.connect", connect)
+    monkeypatch.setattr("serve.http.server.serve_page", serve_page)
+    result = invoke("web", "http://127.0.0.1:1", "http://127.0.0.1:2", "--server-port", "0")
+    assert result.exit_code == 0, result.output
+    assert seen["backends"] == ["http://127.0.0.1:1", "http://127.0.0.1:2"]
+    assert seen["config"].server_port == seen["port"] > 0
+    assert f"The page is at http://127.0.0.1:{seen['port']}" in result.output
 
 
 def test_keys_are_not_taken_from_the_command_line(tmp_path: Path) -> None:

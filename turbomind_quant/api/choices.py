@@ -2,13 +2,11 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Literal, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from convert.errors import UsageError
 
 StrPath: TypeAlias = str | os.PathLike[str]
-Dtype = Literal["auto", "float16", "bfloat16", "float32"]
-KvMode = Literal["dynamic", "static"]
 
 T = TypeVar("T", int, str)
 

@@ -1,8 +1,7 @@
 """The engine that flags or keywords ask for, under the names that LMDeploy uses for them. Imports no torch."""
 
 from convert.errors import UsageError
-from engine.config import EngineConfig
-from turbomind_quant.api.choices import Dtype
+from engine.config import Dtype, EngineConfig
 
 
 def engine_config(

@@ -10,6 +10,7 @@ from calib_data.blocks import CalibrationSet
 from convert.errors import UsageError
 from convert.folder.files import write_json
 from convert.tokenizer.tokenizer import Tokenizer
+from engine.config import Dtype
 from quant.config import BITS, GROUP_SIZES, QuantConfig
 from quant.estimate import refuse_ragged
 from quant.evaluation.page import write_page
@@ -27,7 +28,7 @@ from quant.recipes import Recipe, usual_methods
 from quant.recipes import methods as known_methods
 from quant.session import Session, fit_seqlen
 from quant.text.calibration import calibration_text
-from turbomind_quant.api.choices import Dtype, StrPath, chosen
+from turbomind_quant.api.choices import StrPath, chosen
 from turbomind_quant.api.perplexity import check_windows
 from turbomind_quant.api.preparation import ModelChoice, TextChoice
 

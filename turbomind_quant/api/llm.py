@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
 
 from convert.errors import ResourceError, UsageError
 from engine.api import EngineDied, Event, Request, SamplingParams
-from engine.config import EngineConfig
+from engine.config import Dtype, EngineConfig
 from engine.source import ModelSource
 from serve.chat.settings import ChatSettings
 from serve.local import LocalModel, open_model
-from turbomind_quant.api.choices import Dtype, StrPath
+from turbomind_quant.api.choices import StrPath
 from turbomind_quant.api.engine import engine_config
 
 if TYPE_CHECKING:

@@ -6,11 +6,12 @@ from os import fspath
 from typing import Any, get_args
 
 from convert.errors import InputError, UsageError
+from engine.config import Dtype, KvMode
 from quant.evaluation.disagreement import Disagreement, DisagreementSearch
 from quant.evaluation.judged_paths import OpenedModel, Reading, judge_models, open_model
 from quant.evaluation.perplexity import Judged, Judgement, load_eval_text, protocol_line
 from quant.progress import Listener, Progress
-from turbomind_quant.api.choices import Dtype, KvMode, StrPath, check_one, check_positive
+from turbomind_quant.api.choices import StrPath, check_one, check_positive
 from turbomind_quant.api.llm import LLM
 
 # Beginnings that both models go on with in `compare`.

@@ -13,6 +13,7 @@ from calib_data.sources import TextRequest
 from convert.errors import UsageError
 from convert.folder.output import Layout, OutputFolder
 from convert.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from engine.config import Dtype
 from quant.config import QuantConfig
 from quant.estimate import Plan, plan_calibration, plan_quantization, refuse_ragged
 from quant.progress import Progress
@@ -21,7 +22,7 @@ from quant.recipes import Recipe
 from quant.session import Session, fit_seqlen, open_session
 from quant.state.fingerprint import run_fingerprint
 from quant.text.calibration import read_text, told, write_text
-from turbomind_quant.api.choices import Dtype, StrPath
+from turbomind_quant.api.choices import StrPath
 
 
 @dataclass(frozen=True)

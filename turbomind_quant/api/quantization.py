@@ -9,6 +9,7 @@ from convert.errors import UsageError
 from convert.folder.files import check_output_place
 from convert.folder.output import OutputFolder, folder_state, read_manifest
 from convert.tokenizer.tokenizer import check_tokenizer
+from engine.config import Dtype
 from quant.config import QuantConfig
 from quant.preflight import announce, notes_of
 from quant.progress import Listener, Progress
@@ -18,7 +19,7 @@ from quant.state.fingerprint import run_fingerprint
 from quant.statistics.calibrate import calibrate as write_statistics
 from quant.statistics.calibrate import open_statistics
 from quant.text.sources import CalibrationSource, NoText, StatisticsSource, check_statistics_use, source_of
-from turbomind_quant.api.choices import Dtype, StrPath
+from turbomind_quant.api.choices import StrPath
 from turbomind_quant.api.preparation import (
     ModelChoice,
     Prepared,

@@ -11,7 +11,7 @@ import torch
 
 from convert.errors import ResourceError, UsageError
 from convert.folder.files import write_json
-from engine.config import GIB, EngineConfig
+from engine.config import GIB, Dtype, EngineConfig, KvMode
 from engine.loading import use_device
 from engine.measure.comparison import Comparison, Workload
 from engine.measure.comparison import compare as measure_all
@@ -20,7 +20,7 @@ from engine.measure.throughput_rows import ThroughputRow
 from engine.measure.trace import TraceEntry, generate_trace, read_trace
 from engine.source import ModelSource
 from quant.progress import Listener, Progress
-from turbomind_quant.api.choices import Dtype, KvMode, StrPath, check_one, check_positive, chosen, counts
+from turbomind_quant.api.choices import StrPath, check_one, check_positive, chosen, counts
 
 BATCHES = (1, 8, 32)
 GENERATED_REQUESTS = 100

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, TypedDict
 import click
 
 import turbomind_quant as tmq
+from engine.config import KvMode
 from quant.recipes import usual_methods
-from turbomind_quant.api.choices import KvMode
 from turbomind_quant.cli.commands import HELP, Commands, debug_option, version_option
 from turbomind_quant.cli.options import (
     CalibrateOptions,

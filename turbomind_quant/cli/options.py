@@ -12,9 +12,9 @@ from typing import Any, TypedDict, TypeVar
 
 import click
 
+from engine.config import Dtype
 from quant import recipes
 from quant.config import GROUP_SIZES, QuantConfig
-from turbomind_quant.api.choices import Dtype
 
 F = TypeVar("F", bound=Callable[..., Any])
 

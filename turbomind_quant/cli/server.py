@@ -177,6 +177,6 @@ def web(
                 place = ModelSource(source, family=family, trust_remote_code=trust_remote_code)
                 model = stack.enter_context(open_model(place, engine))
             backends.append(EngineBackend(model.engine, model.tokenizer, model.name, clip=True))
-            config = replace(config, server_port=listener.getsockname()[1])
+        config = replace(config, server_port=listener.getsockname()[1])
         click.echo(f"The page is at {config.base_url}  (Ctrl-C ends it)", err=True)
         return serve_page(backends, config, listener)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import click
 
 import turbomind_quant as tmq
-from turbomind_quant.api.choices import KvMode
+from engine.config import KvMode
 from turbomind_quant.cli.commands import debug_option
 from turbomind_quant.cli.options import (
     ModelOptions,
