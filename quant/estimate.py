@@ -14,6 +14,7 @@ from convert.families.table import linear_shapes, norm_shapes
 from kernels.int4 import bits_per_weight
 from quant.config import QuantConfig
 from quant.learn.distill import window_of
+from quant.search.experts import SCALE_ROWS
 from quant.selection import is_quantized, ragged_roles
 from quant.statistics.chunks import chunk_samples
 
@@ -111,7 +112,8 @@ def refuse_ragged(config: ModelConfig, quant: QuantConfig) -> list[str]:
     roles = ragged_roles(config, quant)
     if not roles or quant.keep_ragged:
         return roles
-    shapes = linear_shapes(config)
+    layers = _layers(config)
+    shapes = {role: shape for layer in layers for role, shape in linear_shapes(layer).items()}
     named = ", ".join(f"{role} (K = {shapes[role][1]})" for role in roles[:8]) + (
         ", ..." if len(roles) > 8 else ""
     )
@@ -125,33 +127,71 @@ def refuse_ragged(config: ModelConfig, quant: QuantConfig) -> list[str]:
     )
 
 
+def _layers(config: ModelConfig) -> list[ModelConfig]:
+    """What each layer computes."""
+    return [config.of_layer(index) for index in range(config.num_layers)]
+
+
+def _elements(layer: ModelConfig) -> int:
+    """Elements of all linears of one layer."""
+    return sum(rows * cols for rows, cols in linear_shapes(layer).values())
+
+
 def count_weights(config: ModelConfig) -> tuple[int, int]:
-    """(elements of all linears of a block, elements of everything outside the blocks)."""
-    block = sum(rows * cols for rows, cols in linear_shapes(config).values())
+    """(elements of the linears of all blocks, elements of everything outside the blocks)."""
     outside = (
         config.vocab_size * config.hidden_size * (1 if config.tie_embeddings else 2) + config.hidden_size
     )
-    return block, outside
+    return sum(_elements(layer) for layer in _layers(config)), outside
+
+
+def largest_block(config: ModelConfig) -> int:
+    """Elements of the linears of the largest block."""
+    return max(_elements(layer) for layer in _layers(config))
+
+
+def searched_bytes(config: ModelConfig, quant: QuantConfig, device: torch.device) -> int:
+    """What the search of one block holds of its weights: three float32 copies of what is on the device.
+
+    Of a mixture that is all but the experts, one expert, and the rows on which the experts' common scale is chosen; the experts
+    wait in the main memory in 16 bits, where their codes go too. Learned rounding and searches of whole blocks hold all of it.
+    """
+    block, recipe = largest_block(config), quant.recipe
+    is_whole = recipe.learning is not None or (recipe.steps is None and recipe.text != "none")
+    if not config.num_experts or is_whole:
+        return 3 * block * FLOAT_BYTES
+    experts = 3 * config.expert_size * config.hidden_size
+    held = block - (config.num_experts - 1) * experts
+    scale_rows = min(SCALE_ROWS, 2 * config.num_experts * config.expert_size) * config.hidden_size
+    waiting = (FP16_BYTES + 1) * config.num_experts * experts if device.type == "cpu" else 0
+    return 3 * (held + scale_rows) * FLOAT_BYTES + waiting
 
 
 def gram_elements(config: ModelConfig) -> int:
-    """Elements of the Gram matrices of one block's distinct linear inputs."""
-    hidden, mixed, inner = config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size
+    """Elements of the Gram matrices of one layer's distinct linear inputs, for that layer's configuration."""
+    hidden, mixed = config.hidden_size, config.num_heads * config.head_dim
     if config.num_experts:
-        return 2 * hidden**2 + mixed**2 + config.num_experts * (hidden**2 + inner**2)
-    return 2 * hidden**2 + mixed**2 + inner**2
+        each = config.num_experts * (hidden**2 + config.expert_size**2)
+        return 2 * hidden**2 + mixed**2 + each + config.shared_intermediate_size**2
+    return 2 * hidden**2 + mixed**2 + config.intermediate_size**2
+
+
+def widest_mlp(config: ModelConfig) -> int:
+    """The largest intermediate size: experts run one after the other."""
+    dense = config.intermediate_size if not config.num_experts or config.dense_layers else 0
+    return max(dense, config.expert_size if config.num_experts else 0, config.shared_intermediate_size)
 
 
 def statistics_bytes(config: ModelConfig) -> int:
     """Size of the statistics on disk: upper triangles in float32, vectors left out."""
-    return config.num_layers * gram_elements(config) // 2 * FLOAT_BYTES
+    return sum(gram_elements(layer) for layer in _layers(config)) // 2 * FLOAT_BYTES
 
 
 def plan_calibration(
     config: ModelConfig, quant: QuantConfig, device: torch.device, dtype: torch.dtype, is_generated: bool
 ) -> Plan:
     """The plan of `quantize calibrate`."""
-    block, outside = count_weights(config)
+    blocks, outside = count_weights(config)
     stream = quant.samples * quant.seqlen * config.hidden_size * dtype.itemsize
     return Plan(
         command="calibrate",
@@ -163,15 +203,15 @@ def plan_calibration(
         samples=quant.samples,
         seqlen=quant.seqlen,
         layers=config.num_layers,
-        parameters=block * config.num_layers + outside,
+        parameters=blocks + outside,
         bits_per_weight=None,
         output_bytes=statistics_bytes(config),
         work_bytes=2 * stream,
-        block_bytes=2 * block * dtype.itemsize,
+        block_bytes=2 * largest_block(config) * dtype.itemsize,
         stream_bytes=2 * stream,
-        gram_bytes=gram_elements(config) * FLOAT_BYTES,
+        gram_bytes=max(gram_elements(layer) for layer in _layers(config)) * FLOAT_BYTES,
         batch_bytes=_batch_bytes(config, quant.seqlen, device, dtype),
-        generation_bytes=(block * config.num_layers + outside) * dtype.itemsize if is_generated else 0,
+        generation_bytes=(blocks + outside) * dtype.itemsize if is_generated else 0,
     )
 
 
@@ -184,12 +224,12 @@ def plan_quantization(
     has_text: bool,
 ) -> Plan:
     """The plan of `quantize awq`."""
-    block, outside = count_weights(config)
+    blocks, outside = count_weights(config)
     ragged = ragged_roles(config, quant)
     packed = sum(packed_block_bytes(config, quant, index) for index in range(config.num_layers))
     stream = quant.samples * quant.seqlen * config.hidden_size * dtype.itemsize if has_text else 0
     streams = 2 if quant.recipe.reads_float_stream else 1
-    widest = max(config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
+    widest = max(config.hidden_size, config.num_heads * config.head_dim, widest_mlp(config))
     return Plan(
         command="awq",
         device=str(device),
@@ -200,17 +240,15 @@ def plan_quantization(
         samples=quant.samples if has_text else 0,
         seqlen=quant.seqlen if has_text else 0,
         layers=config.num_layers,
-        parameters=block * config.num_layers + outside,
+        parameters=blocks + outside,
         bits_per_weight=bits_per_weight(quant.bits, quant.group_size),
         output_bytes=packed + outside * FP16_BYTES,
         work_bytes=2 * streams * stream,
-        block_bytes=3 * block * FLOAT_BYTES,
+        block_bytes=searched_bytes(config, quant, device),
         stream_bytes=(2 * streams + 2) * stream + (stream // config.hidden_size * widest),
         gram_bytes=4 * widest**2 * FLOAT_BYTES,
         batch_bytes=_batch_bytes(config, quant.seqlen, device, dtype),
-        generation_bytes=(block * config.num_layers + outside) * dtype.itemsize
-        if is_generated and has_text
-        else 0,
+        generation_bytes=(blocks + outside) * dtype.itemsize if is_generated and has_text else 0,
         ragged=tuple(ragged),
         pass_bytes=pass_bytes(config, quant) if quant.distill else 0,
         pass_steps=quant.recipe.distillation.steps if quant.distill else 0,
@@ -220,14 +258,12 @@ def plan_quantization(
 
 def pass_bytes(config: ModelConfig, quant: QuantConfig) -> int:
     """An end-to-end pass: both models, the gradient of the weights, a step's activations in every layer, its logits."""
-    block, outside = count_weights(config)
+    weights, outside = count_weights(config)
     windows, window = window_of(config, quant.samples * quant.seqlen, quant.recipe.distillation)
-    weights = block * config.num_layers
-    width = (
-        6 * config.hidden_size
-        + 3 * config.intermediate_size * max(1, config.num_experts)
-        + 3 * config.num_heads * config.head_dim
-    )
+    inner = widest_mlp(config)
+    if config.num_experts:  # a gradient needs what every expert of a token gave
+        inner = max(inner, config.experts_per_token * config.expert_size + config.shared_intermediate_size)
+    width = 6 * config.hidden_size + 3 * inner + 3 * config.num_heads * config.head_dim
     activations = windows * window * (width * config.num_layers + 5 * config.vocab_size)
     return FLOAT_BYTES * (5 * weights + outside + activations) + weights  # codes: a byte each
 
@@ -235,7 +271,7 @@ def pass_bytes(config: ModelConfig, quant: QuantConfig) -> int:
 def packed_block_bytes(config: ModelConfig, quant: QuantConfig, index: int = 0) -> int:
     """Block `index` of an AWQ checkpoint: nibbles, packed zeros, fp16 scales; norms and float linears in fp16."""
     total = sum(shape[0] for shape in norm_shapes(config).values()) * FP16_BYTES
-    for role, (rows, cols) in linear_shapes(config).items():
+    for role, (rows, cols) in linear_shapes(config.of_layer(index)).items():
         if not is_quantized(config, quant, index, role):
             total += rows * cols * FP16_BYTES
         else:
@@ -247,5 +283,5 @@ def packed_block_bytes(config: ModelConfig, quant: QuantConfig, index: int = 0) 
 def _batch_bytes(config: ModelConfig, seqlen: int, device: torch.device, dtype: torch.dtype) -> int:
     """Activations of one forward pass: what a block holds at its widest point."""
     tokens = chunk_samples(seqlen, device) * seqlen
-    width = 4 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim
+    width = 4 * config.hidden_size + 3 * widest_mlp(config) + 3 * config.num_heads * config.head_dim
     return tokens * width * dtype.itemsize

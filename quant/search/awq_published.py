@@ -199,7 +199,9 @@ class _Search:
         losses = [self._part_loss(roles, choice) for choice in (rounded, clipped)]
         self.values.setdefault(roles[0], {})
         for role in roles:
-            self.values[role] = {**self.values.get(role, {}), "part_after": min(losses)}
+            # without a norm before them to take a scale over, linears have no loss of plain rounding yet
+            first = {"part_rtn": losses[0], "part_scaled": losses[0]}
+            self.values[role] = {**first, **self.values.get(role, {}), "part_after": min(losses)}
         return clipped if losses[1] < losses[0] else rounded
 
     def _part_loss(self, roles: tuple[str, ...], choice: dict[str, Quantized]) -> float:

@@ -18,7 +18,9 @@ def round_block(task: BlockTask) -> BlockResult:
             continue
         weight = part.weight.to(task.device).float()
         quantized = quantize(weight, quant.bits, quant.group_size)
-        linears[role] = LinearWeights(quantized, part.bias)
+        linears[role] = LinearWeights(
+            quantized.to(part.weight.device), part.bias
+        )  # one at a time is on the device
         loss = float((quantized.dequantize() - weight).double().pow(2).sum())  # inputs of unit covariance
         reports.append(LinearReport(role, quantized.shape, loss, loss, loss))
     done = QuantizedBlock.of(

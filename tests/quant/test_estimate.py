@@ -7,6 +7,7 @@ import torch
 
 from convert.config import ModelConfig
 from convert.errors import InputError, ResourceError
+from convert.hf.config import parse_config
 from quant import memory
 from quant.config import QuantConfig
 from quant.estimate import (
@@ -116,3 +117,33 @@ def test_the_windows_of_a_pass_are_no_longer_than_the_text() -> None:
     assert window_of(LLAMA_7B, 65536, Distillation()) == (2, 2048)
     assert window_of(LLAMA_7B, 512, Distillation()) == (1, 512)
     assert window_of(replace(LLAMA_7B, max_position=1024), 3000, Distillation()) == (2, 1024)
+
+
+QWEN3_235B = {  # the published config.json, without what is not read
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 94,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize("preset", ["rtn", "fast", "default"])
+def test_a_mixture_of_235_billion_weights_plans_within_24_gib(preset: str) -> None:
+    config, _, _ = parse_config(QWEN3_235B)
+    gpu = torch.device("cuda", 0)
+    plan = plan_quantization(config, QuantConfig(preset=preset), gpu, torch.bfloat16, False, preset != "rtn")
+    assert 230e9 < plan.parameters < 240e9
+    assert plan.peak_bytes < 24 * 2**30
+    # one block of its experts in float32 alone would take more than a third of that
+    assert 128 * 3 * 1536 * 4096 * 4 > 8 * 2**30

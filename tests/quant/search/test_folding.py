@@ -6,43 +6,49 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_blocks import block_of, config_of, stream_of
+from toy_blocks import SHAPES, block_of, config_of, stream_of
 
-from convert.checkpoint import BlockWeights
+from convert.families.table import scale_groups
 from kernels.int4 import quantize
 from quant.search.scales.folding import fold_norm, fold_rows, kv_fold, norm_fold, row_fold, snap_to_norm
 from quant.statistics.chunked_block import ChunkedBlock
 
 
-@pytest.mark.parametrize("family", ("llama", "qwen2", "qwen3", "internlm"))
+@pytest.mark.parametrize("family", SHAPES)
 def test_folding_leaves_the_float32_output_unchanged(family: str) -> None:
+    """Every pair of `scale_groups`, scales up to 20 to one side, channels of the stream and of the norms 50 times the others."""
     config = config_of(family)
     block, x = block_of(config), stream_of(config, samples=4)
+    x[..., 7] *= 50
     generator = torch.Generator().manual_seed(7)
-    linears, norms = dict(block.linears), dict(block.norms)
+    linears = dict(block.linears)
+    norms = {role: norm.clone() for role, norm in block.norms.items()}
+    for norm in norms.values():
+        norm[5] *= 50
+    block = replace(block, norms=dict(norms))
 
     def weight(role: str) -> torch.Tensor:
         found = linears[role].weight
         assert isinstance(found, torch.Tensor)
         return found
 
-    for before, readers, fold in (
-        ("attn_norm", ("q", "k", "v"), norm_fold(norms["attn_norm"])),
-        ("v", ("o",), kv_fold(weight("v"), config)),
-        ("mlp_norm", ("gate", "up"), norm_fold(norms["mlp_norm"])),
-        ("up", ("down",), row_fold(weight("up"))),
-    ):
+    for before, readers in scale_groups(config):
+        if before in norms:
+            fold = norm_fold(norms[before], config.norm_offset)
+        else:
+            fold = kv_fold(weight(before), config) if before == "v" else row_fold(weight(before))
         channels = fold.shrink(torch.ones(weight(readers[0]).shape[1]))
         scale = fold.snap(torch.exp(torch.randn(channels.shape, generator=generator)))
+        assert float((scale != 1).float().mean()) > 0.9  # or nothing was folded
         for role in readers:
             linears[role] = replace(linears[role], weight=weight(role) * fold.spread(scale))
         if before in norms:
-            norms[before] = fold_norm(norms[before], scale).float()
+            norms[before] = fold_norm(norms[before], scale, config.norm_offset).float()
         else:
             linears[before] = fold_rows(linears[before], scale)
-    folded = BlockWeights(0, linears, norms)
-    parts = ChunkedBlock(config, x)
-    out, wanted = parts.block(x, parts.dense(folded)), parts.block(x, parts.dense(block))
+    folded = replace(block, linears=linears, norms=norms)
+    chunked = ChunkedBlock(config, x)
+    out, wanted = chunked.block(x, chunked.dense(folded)), chunked.block(x, chunked.dense(block))
     assert float((out - wanted).norm() / wanted.norm()) < 1e-5
 
 
