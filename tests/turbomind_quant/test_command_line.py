@@ -6,7 +6,6 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import get_type_hints
 
 import click
 import pytest
@@ -14,6 +13,7 @@ from click.testing import CliRunner
 
 from turbomind_quant.cli import evaluate as evaluate_commands
 from turbomind_quant.cli import options, throughput
+from turbomind_quant.cli import quantize as quantize_commands
 from turbomind_quant.cli.evaluate import evaluate
 from turbomind_quant.cli.quantize import quantize
 from turbomind_quant.cli.tmq import tmq
@@ -88,12 +88,25 @@ def test_the_script_of_completion_is_printed() -> None:
 VALUES = {
     "calibrate": (quantize, options.CalibrateOptions),
     "awq": (quantize, options.QuantizeOptions),
+    "pack": (quantize, quantize_commands.PackOptions),
     "ppl": (evaluate, evaluate_commands.PerplexityOptions),
     "compare": (evaluate, evaluate_commands.CompareOptions),
     "table": (evaluate, evaluate_commands.TableOptions),
     "throughput": (evaluate, throughput.ThroughputOptions),
 }
-OWN = {"model", "output", "restart", "dry_run", "as_json", "paths", "a", "b", "prompt", "random_weights"}
+OWN = {
+    "path",
+    "model",
+    "output",
+    "restart",
+    "dry_run",
+    "as_json",
+    "paths",
+    "a",
+    "b",
+    "prompt",
+    "random_weights",
+}
 
 
 @pytest.mark.parametrize("name", VALUES)
@@ -101,5 +114,5 @@ def test_flags_have_the_types_that_are_handed_on(name: str) -> None:
     """mypy compares these types with the library; here the flags are compared with these types."""
     group, values = VALUES[name]
     flags = {option.name for option in group.commands[name].params} - {"debug"}
-    typed = set(get_type_hints(values))
+    typed = set(values.__annotations__)
     assert typed <= flags and flags - typed <= OWN

@@ -177,6 +177,11 @@ WRONG = {
         tmq.UsageError,
         "--calib-data would do nothing",
     ),
+    "estimate": (
+        lambda p: tmq.estimate(p / "model", command="calibrate", bits=3, device="cpu"),
+        tmq.UsageError,
+        "calibrate only reads text",
+    ),
     "tp": (lambda p: tmq.pack(p / "made", p / "x", tp=0), tmq.UsageError, "--tp 0: expected at least 1"),
     "dialect": (
         lambda p: tmq.pack(p / "made", p / "x", dialect="0.7"),  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from quant.state.fingerprint import run_fingerprint
 from quant.statistics.calibrate import calibrate as write_statistics
 from quant.statistics.calibrate import open_statistics
 from quant.text.sources import CalibrationSource, NoText, StatisticsSource, check_statistics_use, source_of
-from turbomind_quant.api.choices import StrPath
+from turbomind_quant.api.choices import StrPath, check_one
 from turbomind_quant.api.preparation import (
     ModelChoice,
     Prepared,
@@ -174,18 +174,23 @@ def estimate(
 
     Args:
         out: the folder that would be written; its state is part of the answer.
-        command: "awq" for `quantize`, "calibrate" for `calibrate`, which reads only what names the model and the text.
+        command: "awq" for `quantize`, "calibrate" for `calibrate`, which takes no settings of a search.
         The rest as in `quantize`.
 
     Raises what that call would raise before its work begins, but for a lack of memory or disk.
     """
     text = TextChoice(calib_data, text_column, samples, seqlen, seed, allow_fewer, trust_remote_code)
+    check_one(command, "command", ("awq", "calibrate"))
+    quant = text.config(preset, bits, group_size, kv_bits, distill, keep_ragged)
+    if command == "calibrate" and (stats is not None or pad or quant != text.config()):
+        raise UsageError(
+            "calibrate only reads text: leave out the settings of a search, or ask for command='awq'."
+        )
     choice = ModelChoice(model, device, dtype, family)
     with Progress(command, progress) as run:
         if command == "calibrate":
             prepared = prepare_calibration(choice.open(run), text)
         else:
-            quant = text.config(preset, bits, group_size, kv_bits, distill, keep_ragged)
             prepared = _checked(choice, quant, text, stats, pad, run)
         for note in notes_of(prepared.session):
             run.say(note)

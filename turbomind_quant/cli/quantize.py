@@ -1,6 +1,6 @@
 """The `quantize` commands; `evaluate` stands in `turbomind_quant.cli.evaluate`. Flags in, one call of the library, tables out."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import click
 
@@ -36,6 +36,18 @@ output_option = click.option(
     "-o", "--output", required=True, metavar="OUT", help="Folder to write; absent, empty or unfinished."
 )
 run_options = together(restart_option("OUT"), dry_run_option, json_option, debug_option)
+
+
+class PackOptions(TypedDict):
+    """All settings of `quantize pack`."""
+
+    format: "PackFormat"
+    tp: int
+    dialect: "Literal['0.6.5', '0.1']"
+    dtype: "Literal['float16', 'bfloat16'] | None"
+    chat_template: str | None
+    rest: "Literal['f16', 'q8_0']"
+    family: str | None
 
 
 @click.group(cls=Commands, context_settings=HELP)
@@ -166,16 +178,10 @@ def awq(
 def pack(
     path: str,
     output: str,
-    format: "PackFormat",
-    tp: int,
-    dialect: "Literal['0.6.5', '0.1']",
-    dtype: "Literal['float16', 'bfloat16'] | None",
-    chat_template: str | None,
-    rest: "Literal['f16', 'q8_0']",
-    family: str | None,
     restart: bool,
     dry_run: bool,
     as_json: bool,
+    **options: "Unpack[PackOptions]",
 ) -> None:
     """Write a 4-bit checkpoint in another format. Codes, scales and zero points are moved; none is chosen again.
 
@@ -197,33 +203,11 @@ def pack(
     from turbomind_quant.cli.views.formats import pack_estimate_view, pack_view
 
     if dry_run:
-        plan = tmq.estimate_pack(
-            path,
-            output,
-            format=format,
-            tp=tp,
-            dialect=dialect,
-            dtype=dtype,
-            chat_template=chat_template,
-            rest=rest,
-            family=family,
-        )
+        plan = tmq.estimate_pack(path, output, **options)
         return show(plan.to_json(), lambda: pack_estimate_view(plan), as_json)
     with resumable("quantize pack"), shown_progress() as progress:
-        result = tmq.pack(
-            path,
-            output,
-            format=format,
-            tp=tp,
-            dialect=dialect,
-            dtype=dtype,
-            chat_template=chat_template,
-            rest=rest,
-            family=family,
-            restart=restart,
-            progress=progress,
-        )
-    show(result.to_json(), lambda: pack_view(path, format, result), as_json)
+        result = tmq.pack(path, output, restart=restart, progress=progress, **options)
+    show(result.to_json(), lambda: pack_view(path, options["format"], result), as_json)
 
 
 @quantize.command(short_help="Turn a TurboMind workspace back into a checkpoint.")
