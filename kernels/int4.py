@@ -3,6 +3,8 @@
 N out features, K in features, G = K / group_size groups along K. Knows nothing of files, packing or models.
 Formulas: s = fp16((max - min) / (2^b - 1)), z = clamp(round(-min / s), 0, 2^b - 1), q = clamp(round(w / s) + z, 0, 2^b - 1),
 w^ = (q - z) * s, where min <= 0 <= max, round is half to even, and s is rounded to fp16 before it is used.
+Symmetric: z = 2^(b-1) fixed, s = fp16(max(-min / (z + 1/2), max / (z - 1/2))), the finest scale at which no value of the range
+is more than half a step from a code.
 """
 
 from dataclasses import dataclass
@@ -61,9 +63,18 @@ def round_scale(scale: Tensor) -> Tensor:
     return scale.clamp(SCALE_MIN, SCALE_MAX).half().to(scale.dtype)
 
 
-def qparams(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def middle_code(bits: int) -> int:
+    """The zero point of a symmetric grid: 8 at 4 bits."""
+    return 1 << (bits - 1)
+
+
+def qparams(low: Tensor, high: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor]:
     """Scale and zero point of the range [low, high], any shape, float. Returns both as float of the input's dtype."""
     low, high = low.clamp(max=0), high.clamp(min=0)
+    if symmetric:
+        middle = middle_code(bits)
+        scale = round_scale(torch.maximum(-low / (middle + 0.5), high / (middle - 0.5)))
+        return scale, torch.full_like(scale, middle)
     scale = round_scale((high - low) / (2**bits - 1))
     zero = (-low / scale).round().clamp(0, 2**bits - 1)
     return scale, zero
@@ -77,7 +88,7 @@ def quantize_codes(weight: Tensor, scale: Tensor, zero: Tensor, group_size: int,
     return codes.view(rows, cols)
 
 
-def quantize(weight: Tensor, bits: int, group_size: int) -> Quantized:
+def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool = False) -> Quantized:
     """Round to nearest: weight (N, K) of any float dtype, K a multiple of group_size. Raises ValueError on a ragged K."""
     rows, cols = weight.shape
     if cols % group_size:
@@ -86,7 +97,7 @@ def quantize(weight: Tensor, bits: int, group_size: int) -> Quantized:
         )
     weight = weight.float()
     grouped = weight.view(rows, cols // group_size, group_size)
-    scale, zero = qparams(grouped.amin(-1), grouped.amax(-1), bits)
+    scale, zero = qparams(grouped.amin(-1), grouped.amax(-1), bits, symmetric)
     codes = quantize_codes(weight, scale, zero, group_size, bits)
     return Quantized(codes.to(torch.uint8), scale.half(), zero.to(torch.uint8), group_size, bits)
 

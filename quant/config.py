@@ -22,6 +22,7 @@ class QuantConfig:
         kv_bits: 16 leaves the KV cache in float; 8 also makes parameters for a static int8 cache.
         distill: a short end-to-end pass over group scales and norms, after the blocks.
         keep_ragged: linears whose K is no multiple of `group_size` stay float.
+        symmetric: every zero point is the middle of the codes (8 at 4 bits), for formats and kernels that know no other.
 
     Raises UsageError for a value that is none of the choices.
     """
@@ -35,6 +36,7 @@ class QuantConfig:
     kv_bits: int = 16
     distill: bool = False
     keep_ragged: bool = False
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         recipe = self.recipe

@@ -22,7 +22,12 @@ _TILE_ELEMENTS = (
 
 
 def choose_ranges(
-    weight: Tensor, column_scale: Tensor, gram_blocks: Tensor, pairs: Tensor, bits: int
+    weight: Tensor,
+    column_scale: Tensor,
+    gram_blocks: Tensor,
+    pairs: Tensor,
+    bits: int,
+    symmetric: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Best pair of shrink factors of each (candidate, row, group), by the group's own block of the Gram matrix.
 
@@ -32,6 +37,7 @@ def choose_ranges(
     Args:
         weight: (N, K) float32. column_scale: (C, K) float32, positive. gram_blocks: (G, g, g) float32.
         pairs: (P, 2) float32, shrink factors of the low and the high end; the first should be (1, 1).
+        symmetric: the zero point stays in the middle of the codes (`kernels.int4`).
     Returns the index of the pair (C, N, G) int64 and its loss (C, N, G) float32. The GPU multiplies in TF32.
     Raises ValueError on shapes that do not fit, and on groups that are not 16, 32, 64 or 128 on the GPU.
     """
@@ -42,7 +48,7 @@ def choose_ranges(
             f"K = {cols}, but the Gram blocks cover {groups} x {size} and the scales {column_scale.shape[-1]} columns."
         )
     if not weight.is_cuda:
-        return _choose_ranges_torch(weight, column_scale, gram_blocks, pairs, bits)
+        return _choose_ranges_torch(weight, column_scale, gram_blocks, pairs, bits, symmetric)
     if size not in (16, 32, 64, 128):
         raise ValueError(f"Groups of {size}: the GPU kernel reads 16, 32, 64 or 128.")
     count = column_scale.shape[0]
@@ -52,13 +58,13 @@ def choose_ranges(
     _choose_ranges_kernel[(triton.cdiv(rows, tile), groups, count)](
         weight.contiguous(), column_scale.contiguous(), gram_blocks.contiguous(), pairs.contiguous(), index, loss,
         rows, cols, groups, pairs.shape[0], 2**bits - 1, SCALE_MIN, SCALE_MAX,
-        GROUP=size, ROWS=tile, num_warps=4,
+        GROUP=size, ROWS=tile, SYMMETRIC=symmetric, num_warps=4,
     )  # fmt: skip
     return index.long(), loss
 
 
 def _choose_ranges_torch(
-    weight: Tensor, column_scale: Tensor, gram_blocks: Tensor, pairs: Tensor, bits: int
+    weight: Tensor, column_scale: Tensor, gram_blocks: Tensor, pairs: Tensor, bits: int, symmetric: bool
 ) -> tuple[Tensor, Tensor]:
     rows, cols = weight.shape
     groups, size, _ = gram_blocks.shape
@@ -78,7 +84,7 @@ def _choose_ranges_torch(
             best = loss[c, start : start + tile]
             chosen = index[c, start : start + tile]
             for p, (a, b) in enumerate(pairs.tolist()):
-                scale, zero = qparams(low * a, high * b, bits)
+                scale, zero = qparams(low * a, high * b, bits, symmetric)
                 d = (w / scale).clamp_(-zero, max_code - zero).round_().mul_(scale).sub_(w)
                 value = times_symmetric(d, gram).mul_(d).sum(-1).t()  # (n, G)
                 chosen.masked_fill_(value < best, p)
@@ -92,7 +98,7 @@ if triton is not None:
     def _choose_ranges_kernel(  # type: ignore[no-untyped-def]
         weight_ptr, column_scale_ptr, gram_ptr, pair_ptr, index_ptr, loss_ptr,
         rows, cols, groups, pairs, max_code, scale_min, scale_max,
-        GROUP: tl.constexpr, ROWS: tl.constexpr,
+        GROUP: tl.constexpr, ROWS: tl.constexpr, SYMMETRIC: tl.constexpr,
     ):  # fmt: skip
         """One program: ROWS rows of one group under one candidate, all pairs in registers; formula in `choose_ranges`.
 
@@ -117,10 +123,16 @@ if triton is not None:
         for p in range(pairs):
             a = low * tl.load(pair_ptr + 2 * p)
             b = high * tl.load(pair_ptr + 2 * p + 1)
-            scale = tl.div_rn(b - a, max_code * 1.0)
-            scale = tl.minimum(tl.maximum(scale, scale_min), scale_max).to(tl.float16).to(tl.float32)
-            zero = tl.minimum(tl.div_rn(-a, scale), max_code * 1.0)
-            zero = (zero + 12582912.0) - 12582912.0
+            if SYMMETRIC:
+                middle = (max_code + 1) * 0.5
+                scale = tl.maximum(tl.div_rn(-a, middle + 0.5), tl.div_rn(b, middle - 0.5))
+                scale = tl.minimum(tl.maximum(scale, scale_min), scale_max).to(tl.float16).to(tl.float32)
+                zero = tl.zeros((ROWS,), dtype=tl.float32) + middle
+            else:
+                scale = tl.div_rn(b - a, max_code * 1.0)
+                scale = tl.minimum(tl.maximum(scale, scale_min), scale_max).to(tl.float16).to(tl.float32)
+                zero = tl.minimum(tl.div_rn(-a, scale), max_code * 1.0)
+                zero = (zero + 12582912.0) - 12582912.0
             code = tl.div_rn(w, scale[:, None])
             code = tl.minimum(tl.maximum(code, -zero[:, None]), max_code - zero[:, None])
             code = (code + 12582912.0) - 12582912.0

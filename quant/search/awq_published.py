@@ -156,8 +156,11 @@ class _Search:
                 losses.append(total / self.inputs[key].numel())
         return torch.stack(losses).float()
 
+    def _nearest(self, weight: Tensor) -> Quantized:
+        return quantize(weight, self.quant.bits, self.quant.group_size, self.quant.symmetric)
+
     def _rounded(self, weight: Tensor) -> Tensor:
-        return quantize(weight, self.quant.bits, self.quant.group_size).dequantize()
+        return self._nearest(weight).dequantize()
 
     def finish(self) -> tuple[QuantizedBlock, list[LinearReport]]:
         """Clip and round what the scales have made of the linears; a part that clipping harms is left unclipped."""
@@ -169,7 +172,7 @@ class _Search:
             if not self._fits(role):
                 continue
             scaled = part.weight.to(self.device).float()
-            rounded[role] = quantize(scaled, self.quant.bits, self.quant.group_size)
+            rounded[role] = self._nearest(scaled)
             clipped[role] = rounded[role] if role in NOT_CLIPPED else self._clip(role, scaled)
         for roles in self._parts_of(tuple(rounded)):
             better = self._better(roles, rounded, clipped)
@@ -239,12 +242,12 @@ class _Search:
         size, bits = self.quant.group_size, self.quant.bits
         key = self.key(role)
         if key not in self.inputs:
-            return quantize(weight, bits, size)
+            return self._nearest(weight)
         gram = self.observed(role).gram
         column_scale = self.scales.get(role)
         if column_scale is not None:
             gram = gram / column_scale[:, None] / column_scale
-        scale, zero = search_published_clip(weight, gram, size, bits)
+        scale, zero = search_published_clip(weight, gram, size, bits, self.quant.symmetric)
         codes = quantize_codes(weight, scale, zero, size, bits)
         return Quantized(codes.to(torch.uint8), scale.half(), zero.to(torch.uint8), size, bits)
 

@@ -17,7 +17,7 @@ def round_block(task: BlockTask) -> BlockResult:
         if not is_quantized(task.config, quant, weights.index, role):
             continue
         weight = part.weight.to(task.device).float()
-        quantized = quantize(weight, quant.bits, quant.group_size)
+        quantized = quantize(weight, quant.bits, quant.group_size, quant.symmetric)
         linears[role] = LinearWeights(
             quantized.to(part.weight.device), part.bias
         )  # one at a time is on the device

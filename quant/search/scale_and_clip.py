@@ -71,7 +71,14 @@ def choose_scale(
     sample, sampled_rows = _sample_rows(stack, effort.score_rows)
     pairs = shrink_factors(effort, effort.score_steps, config.bits, weight.device)
     losses = score_candidates(
-        weight[sample], fold.spread(scales), stats.gram, pairs, config.group_size, config.bits, sampled_rows
+        weight[sample],
+        fold.spread(scales),
+        stats.gram,
+        pairs,
+        config.group_size,
+        config.bits,
+        sampled_rows,
+        config.symmetric,
     )
     total = losses.sum(1).nan_to_num(nan=torch.inf)
     if not bool(total.isfinite().any()):
@@ -109,7 +116,9 @@ def _clipped(
     scaled = target * column_scale
     solution = QuantizedStack(channel_scale, column_scale, *round_to_nearest(scaled, config))
     pairs = shrink_factors(effort, effort.clip_steps, config.bits, target.device)
-    scale, zero = search_clip(target, column_scale[None], stats.fit, pairs, config.group_size, config.bits)
+    scale, zero = search_clip(
+        target, column_scale[None], stats.fit, pairs, config.group_size, config.bits, config.symmetric
+    )
     codes = round_to(scaled, scale[0], zero[0], config)
     solution.values["clipped"] = Judge(target, stats).keep(solution, "clip", codes, scale[0], zero[0])
     return solution

@@ -80,7 +80,7 @@ def _published(
     config: QuantConfig,
 ) -> QuantizedStack:
     channels, columns = torch.ones_like(fold.shrink(stats.mean_abs)), torch.ones_like(stats.mean_abs)
-    found = gptq_published(weight, stats.gram, config.group_size, config.bits)
+    found = gptq_published(weight, stats.gram, config.group_size, config.bits, symmetric=config.symmetric)
     if found is None:
         solution = QuantizedStack(channels, columns, *plain)
         solution.warnings.append(

@@ -59,7 +59,7 @@ class Stack:
 
 def round_to_nearest(weight: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Centred codes, scale and zero of plain rounding."""
-    scale, zero = qparams(*group_ranges(weight, config.group_size), config.bits)
+    scale, zero = qparams(*group_ranges(weight, config.group_size), config.bits, config.symmetric)
     return round_to(weight, scale, zero, config), scale, zero
 
 

@@ -42,16 +42,17 @@ def test_column_sweeps_round_as_the_reference_does(cols: int, rows: int) -> None
     assert float((moved != moved_gpu.cpu()).float().mean()) < 0.01
 
 
+@pytest.mark.parametrize("symmetric", (False, True))
 @pytest.mark.parametrize("group_size", (32, 64, 128))
-def test_ranges_are_those_of_the_reference(group_size: int) -> None:
+def test_ranges_are_those_of_the_reference(group_size: int, symmetric: bool) -> None:
     generator = torch.Generator().manual_seed(group_size)
     weight = torch.randn(100, 512, generator=generator)
     blocks = torch.randn(512 // group_size, group_size, 2 * group_size, generator=generator)
     blocks = blocks @ blocks.transpose(1, 2)
     column_scales = torch.rand(3, 512, generator=generator) + 0.5
     pairs = shrink_pairs(5, 0.55, torch.device("cpu"))
-    index, loss = choose_ranges(weight, column_scales, blocks, pairs, 4)
-    on_gpu = choose_ranges(weight.cuda(), column_scales.cuda(), blocks.cuda(), pairs.cuda(), 4)
+    index, loss = choose_ranges(weight, column_scales, blocks, pairs, 4, symmetric)
+    on_gpu = choose_ranges(weight.cuda(), column_scales.cuda(), blocks.cuda(), pairs.cuda(), 4, symmetric)
     # TF32 has a 10-bit significand: two pairs closer than that may change places
     assert float((index != on_gpu[0].cpu()).float().mean()) < 0.01
     torch.testing.assert_close(on_gpu[1].cpu(), loss, rtol=1e-2, atol=1e-2 * float(loss.mean()))

@@ -66,6 +66,7 @@ class TextChoice:
         kv_bits: int = QuantConfig.kv_bits,
         distill: bool = QuantConfig.distill,
         keep_ragged: bool = QuantConfig.keep_ragged,
+        symmetric: bool = QuantConfig.symmetric,
     ) -> QuantConfig:
         """These amounts of text with the other settings of a run. Raises UsageError for a value that is none of the choices."""
         return QuantConfig(
@@ -78,6 +79,7 @@ class TextChoice:
             kv_bits=kv_bits,
             distill=distill,
             keep_ragged=keep_ragged,
+            symmetric=symmetric,
         )
 
     def request(self, quant: QuantConfig) -> TextRequest:

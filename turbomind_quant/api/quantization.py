@@ -87,6 +87,7 @@ def quantize(
     stats: StrPath | None = None,
     pad: bool = False,
     keep_ragged: bool = QuantConfig.keep_ragged,
+    symmetric: bool = QuantConfig.symmetric,
     kv_bits: int = QuantConfig.kv_bits,
     distill: bool = QuantConfig.distill,
     calib_data: str | None = None,
@@ -114,6 +115,7 @@ def quantize(
         bits: of a code: 4 to serve, 3 and 2 to evaluate. group_size: weights along K that share a scale: 32, 64 or 128.
         stats: folder of `calibrate`, in place of text (preset "fast" alone).
         pad: zero-pad the model exactly, so that the group fits every linear. keep_ragged: leave those that it does not fit in float16.
+        symmetric: every zero point is 8, for formats and engines that know no other (GPTQ in most, Q4_0); costs some quality.
         kv_bits: 8 also writes parameters for an int8 KV cache. distill: an end-to-end pass at the end, for models that fit whole.
         calib_data: txt, jsonl or parquet file, folder, "wikitext2", "c4", "pileval" or a hub dataset; None: the model writes its own.
         text_column: of jsonl, parquet and hub datasets. allow_fewer: go on where the text holds fewer samples than asked for.
@@ -127,7 +129,7 @@ def quantize(
     ResourceError where memory or disk do not suffice.
     """
     text = TextChoice(calib_data, text_column, samples, seqlen, seed, allow_fewer, trust_remote_code)
-    quant = text.config(preset, bits, group_size, kv_bits, distill, keep_ragged)
+    quant = text.config(preset, bits, group_size, kv_bits, distill, keep_ragged, symmetric)
     folder = Path(out)
     with Progress(f"awq {quant.recipe.name}", progress) as run:
         prepared = _checked(ModelChoice(model, device, dtype, family), quant, text, stats, pad, run)
@@ -156,6 +158,7 @@ def estimate(
     stats: StrPath | None = None,
     pad: bool = False,
     keep_ragged: bool = QuantConfig.keep_ragged,
+    symmetric: bool = QuantConfig.symmetric,
     kv_bits: int = QuantConfig.kv_bits,
     distill: bool = QuantConfig.distill,
     calib_data: str | None = None,

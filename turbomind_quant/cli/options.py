@@ -207,6 +207,7 @@ class QuantizeOptions(CalibrateOptions):
     stats: str | None
     pad: bool
     keep_ragged: bool
+    symmetric: bool
     kv_bits: int
     distill: bool
 
@@ -233,6 +234,11 @@ quantize_options: Callable[[Any], Any] = together(
         help="Zero-pad the model so that the group fits every linear: exactly the same function.",
     ),
     click.option("--keep-ragged", is_flag=True, help="Leave linears that the group does not fit in float16."),
+    click.option(
+        "--symmetric",
+        is_flag=True,
+        help="Every zero point is 8, for formats and engines that know no other (docs/FORMATS.md); costs some quality.",
+    ),
     config_option(
         "--kv-bits",
         "8 also writes parameters for an int8 KV cache.",

@@ -71,7 +71,12 @@ def gptq_static(
 
 @stage("error compensation")
 def gptq_published(
-    weight: Tensor, gram: Tensor, group_size: int, bits: int, damping: float = DAMPING
+    weight: Tensor,
+    gram: Tensor,
+    group_size: int,
+    bits: int,
+    damping: float = DAMPING,
+    symmetric: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, float] | None:
     """GPTQ in the columns' own order; a group's scale comes from its weights as the errors before it left them.
 
@@ -87,7 +92,7 @@ def gptq_published(
     for start in range(0, len(work), group_size):
         end = start + group_size
         part = work[start:end].clone()
-        scale, zero = qparams(part.amin(0), part.amax(0), bits)
+        scale, zero = qparams(part.amin(0), part.amax(0), bits, symmetric)
         full_scale, full_zero = scale.expand_as(part).contiguous(), zero.expand_as(part).contiguous()
         codes[start:end] = gptq_sweep(
             part.clone(), factor[start:end, start:end].contiguous(), full_scale, full_zero, 2**bits - 1

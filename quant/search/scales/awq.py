@@ -52,6 +52,7 @@ def score_candidates(
     group_size: int,
     bits: int,
     segments: Sequence[int],
+    symmetric: bool = False,
 ) -> Tensor:
     """Loss tr(dW G dW^T) of each candidate after clipping with `pairs`: (C, number of segments) float32.
 
@@ -61,7 +62,7 @@ def score_candidates(
     losses = []
     with fast_products():
         for part in column_scales.split(step):
-            scales, zeros = search_clip(weight, part, gram, pairs, group_size, bits)
+            scales, zeros = search_clip(weight, part, gram, pairs, group_size, bits, symmetric)
             for c, column_scale in enumerate(part):
                 codes = quantize_codes(weight * column_scale, scales[c], zeros[c], group_size, bits)
                 delta = dequantize(codes, scales[c], zeros[c], group_size).div_(column_scale).sub_(weight)

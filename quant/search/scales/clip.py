@@ -33,26 +33,34 @@ def group_ranges(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 def search_clip(
-    weight: Tensor, column_scales: Tensor, gram: Tensor, pairs: Tensor, group_size: int, bits: int
+    weight: Tensor,
+    column_scales: Tensor,
+    gram: Tensor,
+    pairs: Tensor,
+    group_size: int,
+    bits: int,
+    symmetric: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero of the best range of each group: weight (N, K), column_scales (C, K), gram (K, K) or (K,) -> two (C, N, G).
 
     The weight that is quantized is weight * column_scales; the inputs shrink by as much, and the loss with them.
     """
-    index, _ = choose_ranges(weight, column_scales, diagonal_blocks(gram, group_size), pairs, bits)
+    index, _ = choose_ranges(weight, column_scales, diagonal_blocks(gram, group_size), pairs, bits, symmetric)
     grouped = weight.unflatten(-1, (-1, group_size))
     scales, zeros = [], []
     for c, column_scale in enumerate(column_scales):  # one at a time, so that no (C, N, K) tensor arises
         scaled = grouped * column_scale.view(-1, group_size)
         low, high = scaled.amin(-1).clamp(max=0), scaled.amax(-1).clamp(min=0)
         factors = pairs[index[c]]
-        scale, zero = qparams(low * factors[..., 0], high * factors[..., 1], bits)
+        scale, zero = qparams(low * factors[..., 0], high * factors[..., 1], bits, symmetric)
         scales.append(scale)
         zeros.append(zero)
     return torch.stack(scales), torch.stack(zeros)
 
 
-def search_published_clip(weight: Tensor, gram: Tensor, group_size: int, bits: int) -> tuple[Tensor, Tensor]:
+def search_published_clip(
+    weight: Tensor, gram: Tensor, group_size: int, bits: int, symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
     """AWQ's clip: values beyond +-m are clamped, m = 1, 0.95, ... of the group's absolute maximum. Returns scale, zero (N, G).
 
     The published code measures the group's output on sampled tokens; over all tokens that is exactly the Gram form.
@@ -66,7 +74,8 @@ def search_published_clip(weight: Tensor, gram: Tensor, group_size: int, bits: i
     for step in range(PUBLISHED_STEPS):
         limit = top * (1 - 0.5 * step / PUBLISHED_STEPS)
         clipped = grouped.clamp(-limit, limit)
-        scale, zero = qparams(clipped.amin(-1, keepdim=True), clipped.amax(-1, keepdim=True), bits)
+        low, high = clipped.amin(-1, keepdim=True), clipped.amax(-1, keepdim=True)
+        scale, zero = qparams(low, high, bits, symmetric)
         codes = (clipped / scale).round_().clamp_(-zero, 2**bits - 1 - zero)
         delta = codes.mul_(scale).sub_(grouped)
         loss = torch.matmul(delta, blocks).mul_(delta).sum(-1, keepdim=True)
