@@ -9,7 +9,7 @@ from convert.errors import InputError
 from convert.families.table import linear_shapes, norm_shapes
 from convert.folder.json_files import read_object, show
 from convert.folder.state import refuse_statistics
-from convert.gguf.file import open_gguf
+from convert.gguf.parts import open_parts
 from convert.gguf.reader import gguf_file_in
 from convert.hf.tensor_folder import TensorFolder
 from convert.readers import open_checkpoint
@@ -122,8 +122,8 @@ def _list_workspace(path: Path) -> InspectReport:
 
 
 def _inspect_gguf(path: Path) -> InspectReport:
-    reader = open_gguf(path)
-    architecture = reader.fields.get("general.architecture")
+    model = open_parts(path)
+    architecture = model.fields.get("general.architecture")
     lines = [
         TensorLine(
             tensor.name,
@@ -132,14 +132,14 @@ def _inspect_gguf(path: Path) -> InspectReport:
             int(tensor.n_bytes),
             path.name,
         )
-        for tensor in reader.tensors
+        for tensor in model.tensors.values()
     ]
     return InspectReport(
         str(path),
         "gguf",
-        family=str(architecture.contents()) if architecture is not None else "unknown",
-        parameters=sum(int(tensor.n_elements) for tensor in reader.tensors),
-        size_bytes=path.stat().st_size,
+        family=show(str(architecture)) if architecture is not None else "unknown",
+        parameters=sum(int(tensor.n_elements) for tensor in model.tensors.values()),
+        size_bytes=sum(part.stat().st_size for part in model.paths),
         tensors=tuple(lines),
         notes=("quantized GGUF weights are dequantized on opening and count as a float source",),
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from convert.errors import InputError
 from convert.folder.files import write_failure
-from convert.folder.json_files import INDEX_LIMIT, read_bytes, show
+from convert.folder.json_files import INDEX_LIMIT, read_bytes, show, show_value
 from convert.folder.paths import append_file, is_inner_name, refuse_link
 
 
@@ -47,7 +47,7 @@ class Journal:
                 continue
             if not is_inner_name(entry["path"]):
                 raise InputError(
-                    f"{show(str(self.path))} names {show(repr(entry['path']))}, which is no path inside the output folder: nothing "
+                    f"{show(str(self.path))} names {show_value(entry['path'])}, which is no path inside the output folder: nothing "
                     "was touched. The folder is not what a run of ours left. Choose another output folder."
                 )
             self.entries[entry["path"]] = entry

@@ -6,6 +6,7 @@ A device, a FIFO or a socket is never opened in a way that waits. Knows no keys.
 import errno
 import json
 import os
+import reprlib
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,12 +16,23 @@ from convert.errors import InputError, ResourceError
 CONFIG_LIMIT = 4 * 2**20  # bytes; the largest config.json in use is a few 100 KiB
 INDEX_LIMIT = 256 * 2**20
 DEPTH_LIMIT = 64
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 3
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 def show(text: str, limit: int = 200) -> str:
     """A foreign name made safe to print: control characters escaped, cut at `limit` characters."""
     escaped = text.encode("unicode_escape", "backslashreplace").decode("ascii")
     return escaped if len(escaped) <= limit else escaped[:limit] + "..."
+
+
+def show_value(value: Any, limit: int = 200) -> str:
+    """A foreign value made safe to print, whatever its size: containers are cut before they are written out."""
+    try:
+        return show(_SHORT.repr(value), limit)
+    except ValueError:  # an integer of more digits than Python writes
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else "a value too large"
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import InputError
+from convert.folder.boundary import reading
 from convert.folder.files import file_digests, json_bytes, sha256_bytes, temp_path
-from convert.folder.json_files import INDEX_LIMIT, parse_object, read_bytes, read_object, show
+from convert.folder.json_files import INDEX_LIMIT, parse_object, read_bytes, read_object, show, show_value
 from convert.folder.paths import is_inner_name
 
 FORMAT = 1
@@ -81,7 +82,7 @@ def _check_run_file(run_file: Path) -> None:
         ) from error
     if raw.get("tool") != TOOL:
         raise InputError(
-            f"{where} names the tool {show(repr(raw.get('tool')))}, expected {TOOL!r}: it was edited or damaged. {cure}"
+            f"{where} names the tool {show_value(raw.get('tool'))}, expected {TOOL!r}: it was edited or damaged. {cure}"
         )
 
 
@@ -173,7 +174,7 @@ def read_manifest_file(path: Path) -> dict[str, Any]:
     data = read_signed(path)
     if data.get("format") != FORMAT:
         raise InputError(
-            f"{where} has format {show(repr(data.get('format')))}, this version reads {FORMAT}. Use the version that wrote it."
+            f"{where} has format {show_value(data.get('format'))}, this version reads {FORMAT}. Use the version that wrote it."
         )
     files = data.get("files")
     if not isinstance(files, list):
@@ -183,7 +184,7 @@ def read_manifest_file(path: Path) -> dict[str, Any]:
         name = entry.get("path") if isinstance(entry, dict) else None
         if not is_inner_name(name) or name in names:
             raise InputError(
-                f"{where} lists {show(repr(name))}: expected a path inside the folder, once. It was tampered with."
+                f"{where} lists {show_value(name)}: expected a path inside the folder, once. It was tampered with."
             )
         names.add(name)
         size, tensors = entry.get("bytes"), entry.get("tensors", {})
@@ -192,6 +193,7 @@ def read_manifest_file(path: Path) -> dict[str, Any]:
     return data
 
 
+@reading("a file of ours")
 def read_signed(path: Path) -> dict[str, Any]:
     """A JSON object of ours with its own digest. Raises InputError where a byte is not as `json_bytes` wrote it."""
     where = show(str(path))

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from convert.config import RopeScaling
 from convert.errors import InputError
-from convert.folder.json_files import show
+from convert.folder.json_files import show, show_value
+from convert.gguf.kinds import refuse_other_kinds
 from convert.gguf.metadata import llama3_factors
+from convert.gguf.parts import GgufModel
+from convert.tokenizer.sentencepiece import CONTROL
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,22 @@ ARCHITECTURES = {
     "qwen2": GgufArchitecture("Qwen2ForCausalLM", "qwen2", permuted=False, qkv_bias=True),
     "qwen3": GgufArchitecture("Qwen3ForCausalLM", "qwen3", permuted=False, qk_norm=True),
 }
+
+
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>")
+YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_attn_factor": "attention_factor"}
+
+
+def read_config(file: str, model: GgufModel) -> tuple[GgufArchitecture, dict[str, Any]]:
+    """(row, config.json) of a GGUF model. Raises InputError where it is no model or of an architecture that is not read."""
+    refuse_other_kinds(file, model.fields)
+    name = model.fields.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise InputError(
+            f"{show(file)} has architecture {show_value(name)}; known: {', '.join(ARCHITECTURES)}. Use the model's safetensors."
+        )
+    row = ARCHITECTURES[name]
+    return row, gguf_config(file, name, row, model.fields, model.tensors)
 
 
 def gguf_config(
@@ -89,11 +108,27 @@ def gguf_config(
         config["architectures"], config["model_type"] = [row.mixture[0]], row.mixture[1]
         config["num_local_experts"] = experts
         config["num_experts_per_tok"] = need("expert_used_count")
-    for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+    for ours, theirs in (("bos", "bos"), ("pad", "padding")):
         value = fields.get(f"tokenizer.ggml.{theirs}_token_id")
         if value is not None:
             config[f"{ours}_token_id"] = value
+    ends = end_ids(fields)
+    if ends:
+        config["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     return config
+
+
+def end_ids(fields: Mapping[str, Any]) -> list[int]:
+    """Ids that end an answer: end of text, end of a turn, end of a message, and control tokens that are known to end a turn.
+
+    Chat models often state the end of text as eos, while an answer ends with the end of a turn.
+    """
+    stated = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    tokens, kinds = fields.get("tokenizer.ggml.tokens"), fields.get("tokenizer.ggml.token_type")
+    if isinstance(tokens, list) and isinstance(kinds, list) and len(tokens) == len(kinds):
+        control = {t: i for i, (t, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == CONTROL}
+        stated += [control[text] for text in TURN_ENDS if text in control]
+    return list(dict.fromkeys(index for index in stated if index is not None))
 
 
 def _short(value: float) -> float:
@@ -113,11 +148,16 @@ def _rope_scaling(
         return None
     if kind not in ("linear", "yarn") or not factor:
         raise InputError(
-            f"{show(file)}: RoPE scaling {show(repr(kind))} is not supported; expected linear or yarn."
+            f"{show(file)}: RoPE scaling {show_value(kind)} is not supported; expected linear or yarn."
         )
     scaling: dict[str, Any] = {"rope_type": kind, "factor": _short(factor)}
     if kind == "yarn" and original:
         scaling["original_max_position_embeddings"] = original
+    if kind == "yarn":
+        for name, key in YARN.items():
+            value = fields.get(f"{arch}.rope.scaling.{name}")
+            if value is not None:
+                scaling[key] = _short(value)
     return scaling
 
 

@@ -1,34 +1,19 @@
 """A GGUF file opened behind checks of our own: magic, version, counts, and that it holds every byte its header names."""
 
 import math
-import struct
 from pathlib import Path
 from typing import Any
 
 from convert.errors import InputError
+from convert.folder.boundary import reading
 from convert.folder.json_files import show
+from convert.gguf.header import check_header
 
 
 def open_gguf(path: Path) -> Any:
     """A gguf.GGUFReader over the file. Raises InputError when it is no GGUF file, cut, or its counts lie."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(24)
-    except OSError as error:
-        raise InputError(f"{show(str(path))} cannot be read: {error.strerror}.") from error
-    if head.startswith(b"version "):
-        raise InputError(f"{show(path.name)} is a Git LFS pointer, not the model. Run `git lfs pull`.")
-    if len(head) < 24 or head[:4] != b"GGUF":
-        raise InputError(
-            f"{show(path.name)} does not begin as a GGUF file ({size:,} bytes). Download it again."
-        )
-    version, tensors, pairs = struct.unpack("<IQQ", head[4:])
-    if version not in (2, 3) or tensors > 2**20 or pairs > 2**16:
-        raise InputError(
-            f"{show(path.name)}: GGUF version {version} with {tensors:,} tensors and {pairs:,} metadata keys; expected version 2 or "
-            "3 and plausible counts. The file is damaged or big-endian."
-        )
+    size = path.stat().st_size if path.is_file() else 0
+    tensors, pairs = check_header(path)
     from gguf import GGUFReader
 
     class CheckedReader(GGUFReader):  # type: ignore[misc]
@@ -38,22 +23,8 @@ def open_gguf(path: Path) -> Any:
             _check_ends(path, size, int(start_offs), fields)
             super()._build_tensors(start_offs, fields)
 
-    try:
-        reader = CheckedReader(path)
-    except (
-        ValueError,
-        IndexError,
-        KeyError,
-        TypeError,
-        OverflowError,
-        MemoryError,
-        UnicodeDecodeError,
-    ) as error:
-        raise InputError(
-            f"{show(path.name)} is {size:,} bytes, in which its header of {pairs:,} metadata keys and {tensors:,} tensors has no "
-            "sound end: the file is cut short or damaged. Download it again and compare its sha256."
-        ) from error
-    return reader
+    with reading(f"{path.name}, {size:,} bytes with {pairs:,} metadata keys and {tensors:,} tensors,"):
+        return CheckedReader(path)
 
 
 def _check_ends(path: Path, size: int, start: int, fields: list[Any]) -> None:

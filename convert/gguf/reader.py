@@ -5,8 +5,6 @@ values are the reference of every figure made with it, so nothing may be lost. 1
 N out features, K in features, D head_dim.
 """
 
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,27 +14,32 @@ import torch
 from torch import Tensor
 
 from convert.errors import InputError
+from convert.folder.boundary import reading
 from convert.folder.cache import cache_folder
 from convert.folder.disk_space import check_free_space
 from convert.folder.files import (
-    TEMP_SUFFIX,
     atomic_write,
     make_folder,
     safetensors_chunks,
+    sha256_bytes,
     sha256_file,
-    sync_folder,
     write_failure,
     write_json,
 )
 from convert.folder.json_files import show
-from convert.gguf.config import ARCHITECTURES, GgufArchitecture, gguf_config
-from convert.gguf.file import open_gguf
+from convert.folder.state import read_signed, self_digest
+from convert.folder.temporary import LOCK, remove_abandoned, whole_folder
+from convert.gguf.config import GgufArchitecture, read_config
 from convert.gguf.names import EMBEDDING, EXPERTS, FINAL_NORM, HEAD
+from convert.gguf.parts import open_parts, part_paths
 from convert.gguf.tokenizer import write_tokenizer
+from convert.gguf.understood import check_metadata
+from convert.hf.config import parse_config
 from convert.hf.safetensors_files import check_finite
 from convert.hf.tensor_folder import INDEX_NAME
 
-LAYOUT_VERSION = 1  # of the folder that is written; part of its name in the cache
+LAYOUT_VERSION = 2  # of the folder that is written; part of its name in the cache
+LIST_NAME = "unpacked.list"  # the digests of the files of an unpacked model; no pattern of a loader or copier takes it
 
 
 BLOCK_TENSORS = {  # name in a GGUF file -> module of the families that are read from one
@@ -66,49 +69,75 @@ OTHER_TENSORS = {
 
 
 def unpack_gguf(path: Path, cache_dir: Path | None = None) -> Path:
-    """The HF folder of a GGUF file, made on first use in the cache, under the digest of the file."""
+    """The HF folder of a GGUF file, or of all parts of a split one, made on first use in the cache under the digest of the files.
+
+    Raises InputError where what lies in the cache is not what was written there.
+    """
     cache = (cache_folder() if cache_dir is None else cache_dir) / "gguf"
-    target = cache / f"{sha256_file(path)[:32]}-v{LAYOUT_VERSION}"
-    if not target.is_dir():
+    digests = [sha256_file(part) for part in part_paths(path)]
+    name = digests[0] if len(digests) == 1 else sha256_bytes("\n".join(digests).encode())
+    target = cache / f"{name[:32]}-v{LAYOUT_VERSION}"
+    remove_abandoned(cache)
+    if target.is_dir():
+        _check_cached(target, path)
+    else:
         convert_gguf(path, target)
     return target
 
 
-def convert_gguf(path: Path, folder: Path) -> None:
-    """Write the HF folder of a GGUF file; it appears whole or not at all. Raises InputError on a damaged or unknown file."""
-    reader = open_gguf(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    name = fields.get("general.architecture")
-    if name not in ARCHITECTURES:
+def _check_cached(folder: Path, source: Path) -> None:
+    """Raises InputError where a file of the unpacked model is absent or has another content than was written."""
+    try:
+        files = read_signed(folder / LIST_NAME)["files"]
+        bad = [name for name, digest in files.items() if sha256_file(folder / name) != digest]
+    except InputError as error:
+        bad, files = [str(error)], {}
+    if bad:
         raise InputError(
-            f"{show(path.name)} has architecture {show(repr(name))}; known: {', '.join(ARCHITECTURES)}. Use the model's safetensors."
+            f"the unpacked copy of {show(source.name)} in the cache is damaged: {show(bad[0])} is not as it was written. Remove the folder "
+            f"{show(str(folder))}; the next command unpacks it again."
         )
-    row = ARCHITECTURES[name]
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = gguf_config(path.name, name, row, fields, tensors)
+
+
+def convert_gguf(path: Path, folder: Path) -> None:
+    """Write the HF folder of a GGUF model; it appears whole or not at all. Raises InputError on a damaged or unknown file."""
+    model = open_parts(path)
+    with reading(path.name):
+        row, config = read_config(path.name, model)
+        check_metadata(path.name, row, model.fields, config)
+        parse_config(config)  # every size within its bounds, before anything is made of them
+        _check_blocks(path.name, config["num_hidden_layers"], model.tensors)
     size = sum(
-        int(t.n_elements) * (2 if t.tensor_type.name in ("F16", "BF16") else 4) for t in reader.tensors
+        int(t.n_elements) * (2 if t.tensor_type.name in ("F16", "BF16") else 4)
+        for t in model.tensors.values()
     )
     make_folder(folder.parent)
     check_free_space(folder.parent, size, f"unpacking {show(path.name)}")
-    temp = folder.with_name(f".{folder.name}.{os.getpid()}{TEMP_SUFFIX}")
     try:
-        temp.mkdir()
-        _write_shards(temp, row, config, tensors)
-        write_tokenizer(temp, path.name, fields, config["vocab_size"], config["max_position_embeddings"])
-        write_json(temp / "config.json", config)
-        special = ("bos_token_id", "eos_token_id", "pad_token_id")
-        write_json(temp / "generation_config.json", {key: config[key] for key in special if key in config})
-        try:
-            temp.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process made the same folder meanwhile: use that
-                raise
-        sync_folder(folder.parent)
+        with whole_folder(folder) as temp, reading(path.name):
+            _write_shards(temp, row, config, model.tensors)
+            fields = model.fields
+            write_tokenizer(temp, path.name, fields, config["vocab_size"], config["max_position_embeddings"])
+            write_json(temp / "config.json", config)
+            special = ("bos_token_id", "eos_token_id", "pad_token_id")
+            write_json(
+                temp / "generation_config.json", {key: config[key] for key in special if key in config}
+            )
+            names = sorted(place.name for place in temp.iterdir() if place.name != LOCK)
+            listed = {"files": {name: sha256_file(temp / name) for name in names}}
+            write_json(temp / LIST_NAME, listed | {"digest": self_digest(listed)})
     except OSError as error:
         raise write_failure(folder, error) from error
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
+
+
+def _check_blocks(file: str, layers: int, tensors: Mapping[str, Any]) -> None:
+    """Raises InputError where the metadata state another number of blocks than there are tensors of."""
+    found = {name.split(".")[1] for name in tensors if name.startswith("blk.") and name.count(".") > 1}
+    if found != {str(index) for index in range(layers)} if len(found) == layers else True:
+        raise InputError(
+            f"{show(file)}: the metadata state {layers:,} blocks, but the file holds tensors of {len(found):,}. It is cut short or "
+            "damaged. Download it again."
+        )
 
 
 def gguf_file_in(folder: Path) -> Path | None:

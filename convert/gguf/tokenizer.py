@@ -10,7 +10,7 @@ from typing import Any
 
 from convert.errors import InputError
 from convert.folder.files import atomic_write, write_json
-from convert.folder.json_files import show
+from convert.folder.json_files import show, show_value
 from convert.tokenizer.byte_level import bpe_document
 from convert.tokenizer.sentencepiece import (
     BYTE,
@@ -43,12 +43,22 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
     "llama-bpe": _split(_LLAMA3),
     "llama3": _split(_LLAMA3),
     "qwen2": _split(_QWEN2),
+    # other names of these, as llama.cpp knows them
+    "llama-v3": _split(_LLAMA3),
+    "falcon3": _split(_LLAMA3),
+    "smaug-bpe": _split(_LLAMA3),
+    "deepseek-r1-qwen": _split(_QWEN2),
+    "megrez": _split(_QWEN2),
+    "phi-2": [_GPT2],
+    "mellum": [_GPT2],
+    "refact": [_DIGITS, _GPT2],
+    "command-r": [_DIGITS, _GPT2],
+    "codeshell": [_DIGITS, _GPT2],
 }
-ADD_BOS_DEFAULT = {
-    "llama-bpe",
-    "llama3",
-}  # pre-tokenizers whose models begin with a BOS where the file does not say
-WHOLE_TOKENS_FIRST = {"llama-bpe", "llama3"}  # a piece that is a token as it stands is not built by merges
+# pre-tokenizers whose models begin with a BOS where the file does not say
+ADD_BOS_DEFAULT = {"llama-bpe", "llama3", "llama-v3", "falcon3"}
+# a piece that is a token as it stands is not built by merges
+WHOLE_TOKENS_FIRST = {"llama-bpe", "llama3", "llama-v3", "falcon3"}
 NORMALIZERS = {"qwen2": {"type": "NFC"}}
 
 
@@ -60,7 +70,7 @@ def write_tokenizer(
     tokens = fields.get("tokenizer.ggml.tokens")
     if model not in ("gpt2", "llama"):
         raise InputError(
-            f"{show(file)}: its tokenizer is of the kind {show(repr(model))}; known: gpt2 (byte-level BPE) and llama "
+            f"{show(file)}: its tokenizer is of the kind {show_value(model)}; known: gpt2 (byte-level BPE) and llama "
             "(sentencepiece). Use the model's safetensors."
         )
     if not isinstance(tokens, list) or not 0 < len(tokens) <= vocab_size:
@@ -134,9 +144,9 @@ def _bpe_document(
     file: str, fields: Mapping[str, Any], tokens: list[str], kinds: list[int]
 ) -> dict[str, Any]:
     pre = fields.get("tokenizer.ggml.pre", "default")
-    if pre not in PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise InputError(
-            f"{show(file)}: its pre-tokenizer {show(repr(pre))} is unknown; known: {', '.join(PRE_TOKENIZERS)}. Splitting text in "
+            f"{show(file)}: its pre-tokenizer {show_value(pre)} is unknown; known: {', '.join(PRE_TOKENIZERS)}. Splitting text in "
             "another way would change the tokens. Use the model's safetensors."
         )
     merges = [merge.split(" ", 1) for merge in fields.get("tokenizer.ggml.merges", [])]

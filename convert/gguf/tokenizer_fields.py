@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import InputError
-from convert.folder.json_files import show
+from convert.folder.json_files import show, show_value
 from convert.gguf.tokenizer import NORMALIZERS, PRE_TOKENIZERS, WHOLE_TOKENS_FIRST, write_tokenizer
 from convert.tokenizer.files import TokenizerFiles, read_tokenizer_files
 from convert.tokenizer.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -157,6 +157,6 @@ def _prove(
         ours, theirs = tokenizer.encode(text), again.encode(text)
         if ours != theirs:
             raise InputError(
-                f"{show(str(folder))}: as GGUF metadata the tokenizer would split {show(repr(text))} into {theirs[:8]} instead of "
+                f"{show(str(folder))}: as GGUF metadata the tokenizer would split {show_value(text)} into {theirs[:8]} instead of "
                 f"{ours[:8]}: this kind of tokenizer has no exact form there, so no file is written."
             )

@@ -13,13 +13,15 @@ from convert.errors import InputError
 from convert.families.containers import container_of, language_part
 from convert.families.family import Family
 from convert.families.table import family_named, family_of
-from convert.folder.json_files import show
+from convert.folder.boundary import reading
+from convert.folder.json_files import show_value
 from convert.hf.config_reader import FIELDS, LARGEST, ConfigReader
 from convert.hf.mixture import parse_mixture
 from convert.hf.rope import parse_local_theta, parse_rope, parse_rotary_dim
 from convert.linear_layouts.table import parse_quantization
 
 
+@reading("config.json")
 def parse_config(
     raw: Mapping[str, Any], family_name: str | None = None, true_bits: int | None = None
 ) -> tuple[ModelConfig, Family, list[str]]:
@@ -155,7 +157,7 @@ def _window(read: ConfigReader, layers: int) -> tuple[int | None, tuple[int, ...
         return None, None
     if isinstance(window, bool) or not isinstance(window, int) or not 0 < window <= 2**31:
         raise InputError(
-            f"config.json: sliding_window is {show(repr(window))}, expected a whole number above 0."
+            f"config.json: sliding_window is {show_value(window)}, expected a whole number above 0."
         )
     if rule in ("all", "switched"):
         return window, None
@@ -175,12 +177,12 @@ def _window(read: ConfigReader, layers: int) -> tuple[int | None, tuple[int, ...
         every = raw.get("sliding_window_pattern", read.family.defaults.get("sliding_window_pattern"))
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise InputError(
-                f"config.json: sliding_window_pattern is {show(repr(every))}, expected a whole number above 0."
+                f"config.json: sliding_window_pattern is {show_value(every)}, expected a whole number above 0."
             )
         return window, tuple(i for i in range(layers) if (i + 1) % every)
     first = raw.get("max_window_layers", read.family.defaults.get("max_window_layers"))
     if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-        raise InputError(f"config.json: max_window_layers is {show(repr(first))}, expected a whole number.")
+        raise InputError(f"config.json: max_window_layers is {show_value(first)}, expected a whole number.")
     return window, tuple(range(first, layers))
 
 
@@ -191,7 +193,7 @@ def _refuse_other_maths(raw: Mapping[str, Any], family: Family) -> None:
     names = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_tanh")}[family.activation]
     if activation is not None and activation not in names:
         raise InputError(
-            f"config.json: {key} {show(repr(activation))}: a {family.name} model here has {names[0]}."
+            f"config.json: {key} {show_value(activation)}: a {family.name} model here has {names[0]}."
         )
     if raw.get("use_bidirectional_attention"):
         raise InputError("config.json: use_bidirectional_attention: only causal models are supported.")
@@ -209,7 +211,7 @@ def _special_ids(read: ConfigReader, vocab: int) -> tuple[int | None, tuple[int,
         for item in items:
             if isinstance(item, bool) or not isinstance(item, int):
                 raise InputError(
-                    f"config.json: {key} is {show(repr(value))}, expected a token id or a list of them."
+                    f"config.json: {key} is {show_value(value)}, expected a token id or a list of them."
                 )
         # -1 and ids beyond the vocabulary stand in published configs for "none"
         return tuple(dict.fromkeys(item for item in items if 0 <= item < vocab))
@@ -228,7 +230,7 @@ def _dtype(raw: Mapping[str, Any]) -> Literal["float16", "bfloat16", "float32"]:
         return "bfloat16"
     if name is None or name in ("float32", "auto", "float64"):
         return "float32"
-    raise InputError(f"config.json: dtype {show(repr(name))}, expected float16, bfloat16 or float32.")
+    raise InputError(f"config.json: dtype {show_value(name)}, expected float16, bfloat16 or float32.")
 
 
 def updated_config(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:

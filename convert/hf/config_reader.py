@@ -6,7 +6,7 @@ from typing import Any
 
 from convert.errors import InputError
 from convert.families.family import Family
-from convert.folder.json_files import show
+from convert.folder.json_files import show, show_value
 
 FIELDS = {  # our field -> key of config.json; a family's `keys` override
     "hidden_size": "hidden_size",
@@ -57,7 +57,7 @@ class ConfigReader:
             )
         largest = LARGEST[field]
         if isinstance(value, bool) or not isinstance(value, int):
-            raise InputError(f"config.json: {key} is {show(repr(value))}, expected a whole number above 0.")
+            raise InputError(f"config.json: {key} is {show_value(value)}, expected a whole number above 0.")
         if not 0 < value <= largest:
             raise InputError(
                 f"config.json: {key} is {show(str(value))}, expected a number from 1 to {largest:,}."
@@ -72,7 +72,7 @@ class ConfigReader:
         if value is None:
             raise InputError(f"config.json: {name} is missing; this kind of RoPE scaling needs it.")
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"config.json: {name} is {show(repr(value))}, expected a number.")
+            raise InputError(f"config.json: {name} is {show_value(value)}, expected a number.")
         if not (abs(value) <= 1e30 and math.isfinite(value) and value > 0):
             raise InputError(f"config.json: {name} is {show(str(value))}, expected a finite number above 0.")
         return float(value)
@@ -89,7 +89,7 @@ class ConfigReader:
         if value is None:
             value = self.family.defaults.get(key, fallback)
         if not isinstance(value, bool):
-            raise InputError(f"config.json: {key} is {show(repr(value))}, expected true or false.")
+            raise InputError(f"config.json: {key} is {show_value(value)}, expected true or false.")
         return value
 
     def flag(self, rule: bool | str) -> bool:

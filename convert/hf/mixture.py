@@ -5,7 +5,7 @@ from typing import Any
 from convert.config import Router
 from convert.errors import InputError
 from convert.families.family import Mixture
-from convert.folder.json_files import show
+from convert.folder.json_files import show_value
 from convert.hf.config_reader import ConfigReader
 
 
@@ -36,7 +36,7 @@ def _whole(read: ConfigReader, key: str, fallback: int, most: int) -> int:
     value = read.raw.get(key)
     value = read.family.defaults.get(key, fallback) if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
-        raise InputError(f"config.json: {key} is {show(repr(value))}, expected a whole number up to {most}.")
+        raise InputError(f"config.json: {key} is {show_value(value)}, expected a whole number up to {most}.")
     return value
 
 
@@ -75,5 +75,5 @@ def _dense_layers(read: ConfigReader, mixture: Mixture, layers: int) -> tuple[in
     step = max(1, _whole(read, "decoder_sparse_step", 1, 4096))
     named = read.raw.get("mlp_only_layers") or []
     if not isinstance(named, list) or any(isinstance(i, bool) or not isinstance(i, int) for i in named):
-        raise InputError(f"config.json: mlp_only_layers is {show(repr(named))}, expected a list of layers.")
+        raise InputError(f"config.json: mlp_only_layers is {show_value(named)}, expected a list of layers.")
     return tuple(i for i in range(layers) if i in named or (i + 1) % step)

@@ -26,6 +26,7 @@ from convert.families.table import (
     norm_shapes,
     vector_shapes,
 )
+from convert.folder.boundary import reading
 from convert.folder.json_files import show
 from convert.folder.source_files import SourceFiles
 from convert.folder.state import (
@@ -36,6 +37,7 @@ from convert.folder.state import (
     refuse_unfinished,
 )
 from convert.hf.config import parse_config
+from convert.hf.config_reader import LARGEST
 from convert.hf.expert_tensors import split_experts
 from convert.hf.safetensors_files import TensorInfo
 from convert.hf.tensor_folder import TensorFolder
@@ -60,6 +62,7 @@ COMPUTED = (
 )
 
 
+@reading("the checkpoint")
 def open_hf(folder: Path, family_name: str | None = None) -> "HfCheckpoint":
     """Open a folder with config.json and safetensors. Raises InputError when it is damaged, unfinished or unknown."""
     notes: list[str] = []
@@ -280,7 +283,18 @@ class HfCheckpoint(Checkpoint):
             )
         return modules
 
+    def _refuse_more_than_there_is(self) -> None:
+        """Raises InputError where config.json asks for more tensors than the files hold, before any of them is listed."""
+        config, present = self.config, len(self.files.tensors)
+        needed = config.num_layers + (config.num_layers - len(config.dense_layers)) * config.num_experts
+        if needed > present or config.num_experts > LARGEST["num_experts"]:
+            raise InputError(
+                f"config.json: {config.num_layers:,} layers and {config.num_experts:,} experts need more than {needed:,} tensors, but the "
+                f"files hold {present:,}. They belong to different models; copy both again."
+            )
+
     def _check_tensors(self) -> None:
+        self._refuse_more_than_there_is()
         present, expected = self.files.tensors, self._expected()
         missing = [name for name in expected if name not in present]
         if missing == [self.family.lm_head + ".weight"]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from convert.config import RopeKind, RopeScaling
 from convert.errors import InputError
-from convert.folder.json_files import show
+from convert.folder.json_files import show_value
 from convert.hf.config_reader import ConfigReader
 
 
@@ -22,7 +22,7 @@ def parse_rope(read: ConfigReader, max_position: int) -> tuple[float, RopeScalin
         if value is None or (key == "rotary" and read.family.name != "internlm"):
             continue
         if not isinstance(value, dict):
-            raise InputError(f"config.json: {key} is {show(repr(value))}, expected an object or null.")
+            raise InputError(f"config.json: {key} is {show_value(value)}, expected an object or null.")
         params |= value.get("full_attention") or {} if read.family.local_rope and _is_nested(value) else value
     theta_key = read.key("rope_theta")
     theta = params.get("rope_theta", params.get("base", raw.get(theta_key)))
@@ -34,7 +34,7 @@ def parse_rope(read: ConfigReader, max_position: int) -> tuple[float, RopeScalin
         kind = "longrope"  # as older releases of Phi-3 call it
     if kind not in ("linear", "dynamic", "yarn", "llama3", "longrope"):
         raise InputError(
-            f"config.json: RoPE scaling {show(repr(kind))} is not supported; expected default, linear, dynamic, yarn, llama3 or "
+            f"config.json: RoPE scaling {show_value(kind)} is not supported; expected default, linear, dynamic, yarn, llama3 or "
             "longrope."
         )
     if kind == "longrope":
@@ -47,7 +47,7 @@ def parse_rope(read: ConfigReader, max_position: int) -> tuple[float, RopeScalin
         original = max_position
     if isinstance(original, bool) or not isinstance(original, int) or not 0 < original <= 2**31:
         raise InputError(
-            f"config.json: original_max_position_embeddings is {show(repr(original))}, expected a length."
+            f"config.json: original_max_position_embeddings is {show_value(original)}, expected a length."
         )
     typed: RopeKind = kind
     scaling = RopeScaling(kind=typed, factor=factor, original_max_position=original)
@@ -121,7 +121,7 @@ def _longrope(read: ConfigReader, params: Mapping[str, Any], max_position: int) 
         original = read.family.defaults.get("original_max_position_embeddings", max_position)
     if isinstance(original, bool) or not isinstance(original, int) or not 0 < original <= 2**31:
         raise InputError(
-            f"config.json: original_max_position_embeddings is {show(repr(original))}, expected a length."
+            f"config.json: original_max_position_embeddings is {show_value(original)}, expected a length."
         )
     factors: dict[str, tuple[float, ...]] = {}
     for key in ("short_factor", "long_factor"):

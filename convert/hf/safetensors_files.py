@@ -5,6 +5,7 @@ Tensors are read with plain reads, not mapped: a disk that fails then raises an 
 process. Knows no model.
 """
 
+import math
 import os
 import struct
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from convert.errors import InputError
-from convert.folder.json_files import open_regular, parse_object, read_failure, read_up_to, show
+from convert.folder.boundary import reading
+from convert.folder.json_files import open_regular, parse_object, read_failure, read_up_to, show, show_value
 
+DIMENSIONS = 8  # of a tensor, at most
 HEADER_LIMIT = 100 * 2**20  # bytes, the limit of the safetensors library itself
 DTYPES = {
     "F64": torch.float64,
@@ -67,10 +70,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raw = read_up_to(file, length)
         except OSError as error:
             raise read_failure(path, error) from error
-    table = parse_object(raw, f"header of {name}")
-    table.pop("__metadata__", None)
-    infos = {key: _entry(name, path, key, value, 8 + length) for key, value in table.items()}
-    _check_ranges(name, list(infos.values()), 8 + length, size)
+    with reading(f"the header of {path.name}"):
+        table = parse_object(raw, f"header of {name}")
+        table.pop("__metadata__", None)
+        infos = {key: _entry(name, path, key, value, 8 + length) for key, value in table.items()}
+        _check_ranges(name, list(infos.values()), 8 + length, size)
     return infos
 
 
@@ -96,19 +100,20 @@ def _entry(file: str, path: Path, key: str, value: Any, base: int) -> TensorInfo
     dtype: Any = value.get("dtype")
     shape: Any = value.get("shape")
     offsets: Any = value.get("data_offsets")
-    if dtype not in DTYPES:
-        raise InputError(f"{where} has the unknown dtype {show(repr(dtype))}. Known: {', '.join(DTYPES)}.")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise InputError(f"{where} has the unknown dtype {show_value(dtype)}. Known: {', '.join(DTYPES)}.")
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
         raise InputError(
-            f"{where} has shape {show(repr(shape))}, offsets {show(repr(offsets))}: expected whole numbers."
+            f"{where} has shape {show_value(shape)}, offsets {show_value(offsets)}: expected whole numbers."
         )
-    count = 1
-    for extent in shape:
-        count *= extent
-    expected = count * DTYPES[dtype].itemsize
+    if len(shape) > DIMENSIONS or math.prod(max(1, extent) for extent in shape) >= 2**62:
+        raise InputError(
+            f"{where} has the shape {show_value(shape)}, which needs more bytes than any file holds."
+        )
+    expected = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != expected:
         raise InputError(
-            f"{where} has {offsets[1] - offsets[0]:,} bytes, but {dtype} of shape {shape} needs {expected:,}. Copy it again."
+            f"{where} has {offsets[1] - offsets[0]:,} bytes, but {dtype} of shape {show_value(shape)} needs {expected:,}. Copy it again."
         )
     return TensorInfo(key, path, DTYPES[dtype], tuple(shape), base + offsets[0], base + offsets[1])
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from convert.errors import InputError
-from convert.folder.json_files import INDEX_LIMIT, read_failure, read_object, show
+from convert.folder.boundary import reading
+from convert.folder.json_files import INDEX_LIMIT, read_failure, read_object, show, show_value
 from convert.folder.unchanged import Unchanged
 from convert.hf.safetensors_files import TensorInfo, check_finite, read_header, read_tensor
 
@@ -24,7 +25,8 @@ class TensorFolder:
         self.folder = folder
         self.notes: list[str] = []
         self.tensors: dict[str, TensorInfo] = {}
-        self.paths = self._files()
+        with reading(f"the list of shards of {folder}"):
+            self.paths = self._files()
         headers = {path: read_header(path) for path in self.paths}
         index = folder / INDEX_NAME
         if index.is_file() and not (len(self.paths) == 1 and self.paths[0].name == "model.safetensors"):
@@ -129,6 +131,6 @@ def _weight_map(index: Path) -> dict[str, str]:
         plain = isinstance(shard, str) and shard not in ("", ".", "..")
         if not plain or any(c in shard for c in "/\\\0") or not shard.endswith(".safetensors"):
             raise InputError(
-                f"{INDEX_NAME} places {show(name)!r} in {show(repr(shard))}: expected the name of a *.safetensors file beside it."
+                f"{INDEX_NAME} places {show(name)!r} in {show_value(shard)}: expected the name of a *.safetensors file beside it."
             )
     return weight_map

@@ -13,7 +13,7 @@ from torch import Tensor
 from convert.checkpoint import Stored
 from convert.config import Method, QuantFormat
 from convert.errors import InputError
-from convert.folder.json_files import show
+from convert.folder.json_files import show, show_value
 from kernels.packing import SEQUENTIAL_ORDER, pack_columns, unpack_columns
 
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
@@ -64,7 +64,7 @@ def check_group(value: Any, where: str) -> int:
     """A group size of a config.json. Raises InputError for any other value."""
     if isinstance(value, bool) or value not in GROUP_SIZES:
         raise InputError(
-            f"config.json: {where}.group_size is {show(repr(value))}, expected one of {GROUP_SIZES}."
+            f"config.json: {where}.group_size is {show_value(value)}, expected one of {GROUP_SIZES}."
         )
     return int(value)
 
@@ -72,7 +72,7 @@ def check_group(value: Any, where: str) -> int:
 def check_bits(value: Any, where: str) -> None:
     """Raises InputError unless the value is 4."""
     if value != 4 or isinstance(value, bool):
-        raise InputError(f"config.json: {where} is {show(repr(value))}, expected 4.")
+        raise InputError(f"config.json: {where} is {show_value(value)}, expected 4.")
 
 
 def check_names(value: Any, where: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from convert.checkpoint import Stored
 from convert.config import Method, QuantFormat
 from convert.errors import InputError
-from convert.folder.json_files import show
+from convert.folder.json_files import show, show_value
 from convert.linear_layouts.base import (
     SCALE_DTYPES,
     Expected,
@@ -81,7 +81,7 @@ class CompressedTensorsLayout:
         groups = quant.get("config_groups")
         if quant.get("format") not in (PACKED, None) or not isinstance(groups, dict) or len(groups) != 1:
             raise InputError(
-                f"config.json: compressed-tensors of the format {show(repr(quant.get('format')))} with "
+                f"config.json: compressed-tensors of the format {show_value(quant.get('format'))} with "
                 f"{len(groups) if isinstance(groups, dict) else 'no'} config_groups: only {PACKED} with one group is read. "
                 "Start from the original float checkpoint."
             )
@@ -106,7 +106,7 @@ class CompressedTensorsLayout:
         symmetric = weights.get("symmetric", True)
         if not isinstance(symmetric, bool):
             raise InputError(
-                f"config.json: {where}.symmetric is {show(repr(symmetric))}, expected true or false."
+                f"config.json: {where}.symmetric is {show_value(symmetric)}, expected true or false."
             )
         size = check_group(weights.get("group_size"), where)
         skipped = check_names(quant.get("ignore"), "quantization_config.ignore")

@@ -15,7 +15,7 @@ from torch import Tensor
 from convert.checkpoint import Stored
 from convert.config import Method, QuantFormat
 from convert.errors import InputError
-from convert.folder.json_files import show
+from convert.folder.json_files import show, show_value
 from convert.linear_layouts.base import (
     SCALE_DTYPES,
     Expected,
@@ -83,12 +83,12 @@ class GptqLayout:
         version = quant.get("checkpoint_format", "gptq")
         if version not in ("gptq", "gptq_v2"):
             raise InputError(
-                f"config.json: quantization_config.checkpoint_format is {show(repr(version))}, expected gptq or gptq_v2."
+                f"config.json: quantization_config.checkpoint_format is {show_value(version)}, expected gptq or gptq_v2."
             )
         symmetric = quant.get("sym", True)
         if not isinstance(symmetric, bool):
             raise InputError(
-                f"config.json: quantization_config.sym is {show(repr(symmetric))}, expected true or false."
+                f"config.json: quantization_config.sym is {show_value(symmetric)}, expected true or false."
             )
         dynamic = quant.get("dynamic") or {}
         if not isinstance(dynamic, dict) or any(not str(rule).startswith(SKIP) for rule in dynamic):

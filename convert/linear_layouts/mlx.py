@@ -13,7 +13,7 @@ from torch import Tensor
 from convert.checkpoint import Stored
 from convert.config import Method, QuantFormat
 from convert.errors import InputError
-from convert.folder.json_files import show
+from convert.folder.json_files import show, show_value
 from convert.linear_layouts.base import (
     SCALE_DTYPES,
     Expected,
@@ -91,7 +91,7 @@ class MlxLayout:
         check_bits(quant.get("bits"), "quantization.bits")
         if quant.get("mode", "affine") != "affine":
             raise InputError(
-                f"config.json: quantization.mode is {show(repr(quant['mode']))}, expected affine."
+                f"config.json: quantization.mode is {show_value(quant['mode'])}, expected affine."
             )
         own = [name for name, value in quant.items() if isinstance(value, dict)]
         if own:

@@ -6,7 +6,7 @@ from typing import Any
 
 from convert.config import Method, QuantFormat
 from convert.errors import InputError
-from convert.folder.json_files import show
+from convert.folder.json_files import show, show_value
 from convert.linear_layouts.awq import AwqLayout
 from convert.linear_layouts.base import LinearLayout
 from convert.linear_layouts.compressed_tensors import CompressedTensorsLayout
@@ -44,10 +44,10 @@ def parse_quantization(raw: Mapping[str, Any], true_bits: int | None = None) -> 
     if quant is None:
         return None
     if not isinstance(quant, dict):
-        raise InputError(f"config.json: quantization_config is {show(repr(quant))}, expected an object.")
+        raise InputError(f"config.json: quantization_config is {show_value(quant)}, expected an object.")
     fmt = stated_layout(quant).parse(quant)
     if true_bits is None:
         return fmt
     if true_bits not in (2, 3, 4):
-        raise InputError(f"tmq/manifest.json: bits is {show(repr(true_bits))}, expected 2, 3 or 4.")
+        raise InputError(f"tmq/manifest.json: bits is {show_value(true_bits)}, expected 2, 3 or 4.")
     return dataclasses.replace(fmt, bits=true_bits)

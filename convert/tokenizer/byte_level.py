@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from convert.errors import InputError
+
 
 def _characters() -> dict[int, str]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -15,6 +17,9 @@ CHARACTER_OF_BYTE = _characters()
 BYTE_OF_CHARACTER = {character: byte for byte, character in CHARACTER_OF_BYTE.items()}
 
 
+LONGEST = 1024  # characters of a token that others join to; published ones have 16 to 128
+
+
 def merges_of(rank: Mapping[str, int]) -> list[list[str]]:
     """Merges of a BPE vocabulary that states only a rank for each token: lower rank first.
 
@@ -23,6 +28,10 @@ def merges_of(rank: Mapping[str, int]) -> list[list[str]]:
     """
     found: list[tuple[int, int, int, list[str]]] = []
     for token, place in rank.items():
+        if len(token) > LONGEST:
+            raise InputError(
+                f"the tokenizer has a token of {len(token):,} characters; at most {LONGEST:,} can be joined from others. Copy it again."
+            )
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in rank and right in rank:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import InputError
+from convert.folder.boundary import reading
 from convert.folder.json_files import INDEX_LIMIT, parse_object, read_bytes, read_object, show
 from convert.tokenizer.sentencepiece import parse_model, sentencepiece_document
 from convert.tokenizer.tiktoken import tiktoken_document
@@ -30,6 +31,7 @@ class TokenizerFiles:
     chat_template: str | None
 
 
+@reading("the tokenizer")
 def read_tokenizer_files(folder: Path, trust_remote_code: bool = False) -> TokenizerFiles:
     """Raises InputError when there is no tokenizer, only code, or damaged files."""
     config = _optional(folder / "tokenizer_config.json")

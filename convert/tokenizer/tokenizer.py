@@ -15,7 +15,10 @@ from typing import Any
 from tokenizers import Tokenizer as FastTokenizer
 
 from convert.errors import InputError
+from convert.folder.boundary import reading
+from convert.folder.files import json_bytes, sha256_bytes
 from convert.folder.json_files import show
+from convert.tokenizer.bounds import refuse_growth
 from convert.tokenizer.byte_level import BYTE_OF_CHARACTER
 from convert.tokenizer.chat_template import ChatTemplate, control_mark
 from convert.tokenizer.files import TokenizerFiles, has_tokenizer_file, read_tokenizer_files
@@ -44,6 +47,10 @@ class Tokenizer:
     """Token ids are those of the model. `bos_id` is the BOS that the model's rule puts before a text, None where none."""
 
     def __init__(self, files: TokenizerFiles, name: str = "") -> None:
+        with reading(f"the tokenizer of {name}"):
+            self._take_in(files, name)
+
+    def _take_in(self, files: TokenizerFiles, name: str) -> None:
         self.name = name
         document = deepcopy(files.document)
         document["truncation"] = document["padding"] = None
@@ -84,8 +91,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Ids of a text in which control-token strings are control tokens. add_bos None: by the model's rule, at most one."""
-        ids: list[int] = self._fast.encode(_clean(text), add_special_tokens=False).ids
-        return self._with_bos(ids, add_bos)
+        return self._with_bos(self._encoded(self._fast, _clean(text)), add_bos)
 
     def encode_plain(self, text: str, add_bos: bool | None = False) -> list[int]:
         """Ids of a text in which control-token strings stay text. add_bos None: by the model's rule."""
@@ -152,10 +158,6 @@ class Tokenizer:
 
     def digest(self) -> str:
         """sha256 of all that decides the ids: the tokenizer's document, its rule for BOS and its chat template."""
-        from convert.folder.files import (
-            json_bytes,
-            sha256_bytes,
-        )  # brings torch, which no other part of this needs
 
         return sha256_bytes(
             json_bytes({"document": self._document, "bos": self.bos_id, "template": self._template_source})
@@ -170,8 +172,13 @@ class Tokenizer:
             )
 
     def _plain(self, text: str) -> list[int]:
-        ids = self._guarded.encode(text, add_special_tokens=False).ids
+        ids = self._encoded(self._guarded, text)
         return [self._true_id.get(index, index) for index in ids]
+
+    def _encoded(self, fast: FastTokenizer, text: str) -> list[int]:
+        with reading(f"the tokenizer of {self.name}"):
+            ids: list[int] = fast.encode(text, add_special_tokens=False).ids
+        return ids
 
     def _with_bos(self, ids: list[int], add_bos: bool | None) -> list[int]:
         bos = self.bos_id if add_bos is None else self._any_bos if add_bos else None
@@ -214,12 +221,14 @@ class IncrementalDecoder:
 
 
 def _build(document: Mapping[str, Any], name: str) -> FastTokenizer:
-    try:
-        return FastTokenizer.from_str(json.dumps(document, ensure_ascii=False))
-    except Exception as error:  # the library raises plain Exception
-        raise InputError(
-            f"the tokenizer of {show(name)} is damaged or of an unknown kind: {show(str(error))}."
-        ) from error
+    with reading(f"the tokenizer of {name}"):
+        refuse_growth(document, name)
+        try:
+            return FastTokenizer.from_str(json.dumps(document, ensure_ascii=False))
+        except Exception as error:  # the library raises plain Exception
+            raise InputError(
+                f"the tokenizer of {show(name)} is damaged or of an unknown kind: {show(str(error))}."
+            ) from error
 
 
 def _without_control_pieces(model: Any, added: Sequence[Mapping[str, Any]]) -> Any:

@@ -12,6 +12,9 @@ import yaml
 from convert.config import ModelConfig, RopeScaling
 from convert.errors import InputError
 from convert.families.rows import FAMILIES
+from convert.folder.boundary import reading
+from convert.folder.json_files import show, show_value
+from convert.hf.config_reader import LARGEST
 
 # The chat formats built into LMDeploy 0.6.5; it refuses to load a workspace that names another one.
 CHAT_TEMPLATES = (
@@ -38,6 +41,21 @@ CHAT_MARKERS = (
     ("<|im_start|>", "qwen"),
     ("[INST]", "mistral"),
 )
+KEYS = {  # key of config.yaml or config.ini -> our field, whose bound holds for it
+    "head_num": "num_heads",
+    "kv_head_num": "num_kv_heads",
+    "hidden_units": "hidden_size",
+    "vocab_size": "vocab_size",
+    "num_layer": "num_layers",
+    "inter_size": "intermediate_size",
+    "expert_inter_size": "intermediate_size",
+    "size_per_head": "head_dim",
+    "rotary_embedding": "head_dim",
+    "expert_num": "num_experts",
+    "experts_per_token": "experts_per_token",
+    "tp": "num_heads",  # no more ranks than heads
+    "tensor_para_size": "num_heads",
+}
 ROPE_KINDS = ("linear", "dynamic", "yarn", "llama3")
 
 
@@ -162,6 +180,7 @@ def counted_positions(config: ModelConfig) -> int:
     )
 
 
+@reading("config.yaml")
 def parse_config_yaml(text: str, where: str) -> tuple[ModelConfig, Shape]:
     """The model and the packing that a config.yaml states; `where` is named in errors.
 
@@ -169,14 +188,16 @@ def parse_config_yaml(text: str, where: str) -> tuple[ModelConfig, Shape]:
     embeddings, the source's dtype) is left at its default. Raises InputError for a missing key or a wrong type.
     """
     try:
-        document = yaml.safe_load(text)
+        document = yaml.load(text, _PlainLoader)
     except yaml.YAMLError as error:
-        raise InputError(f"{where} is not YAML ({error}): convert the model again.") from error
+        raise InputError(f"{where} is not YAML ({show(str(error))}): convert the model again.") from error
     model, attention = _Map(document, "model_config", where), _Map(document, "attention_config", where)
     family = next((row for row in FAMILIES if row.architecture == model.text("model_arch")), None)
     if family is None:
         known = ", ".join(row.architecture for row in FAMILIES)
-        raise InputError(f"{where}: model_arch is {model.text('model_arch')!r}, expected one of {known}.")
+        raise InputError(
+            f"{where}: model_arch is {show(model.text('model_arch'))!r}, expected one of {known}."
+        )
     experts = model.items("expert_num")
     sizes = [model.number("expert_inter_size")] if experts else model.items("inter_size")
     if not sizes:
@@ -193,7 +214,7 @@ def parse_config_yaml(text: str, where: str) -> tuple[ModelConfig, Shape]:
     check_shape(shape, where)
     if shape.weight_type not in ("float16", "bfloat16", "int4"):
         raise InputError(
-            f"{where}: weight_type is {shape.weight_type!r}, expected float16, bfloat16 or int4."
+            f"{where}: weight_type is {show(shape.weight_type)!r}, expected float16, bfloat16 or int4."
         )
     config = ModelConfig(
         family=family.name,
@@ -229,7 +250,7 @@ def _scaling(attention: "_Map") -> RopeScaling | None:
         return None
     if kind not in ROPE_KINDS:
         raise InputError(
-            f"{attention.where}: rope_scaling_type is {kind!r}, expected one of {', '.join(ROPE_KINDS)}."
+            f"{attention.where}: rope_scaling_type is {show(kind)!r}, expected one of {', '.join(ROPE_KINDS)}."
         )
     scaling = RopeScaling(
         kind=kind,  # type: ignore[arg-type]
@@ -243,6 +264,14 @@ def _scaling(attention: "_Map") -> RopeScaling | None:
     )
     factor = -1.0 if attention.raw.get("attention_factor") is None else attention.real("attention_factor")
     return scaling if factor < 0 else replace(scaling, attention_factor=factor)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without merge keys ("<<"), by which a few aliases stand for any number of entries."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.YAMLError("a merge key, which no file of TurboMind has")
 
 
 class _Map:
@@ -259,7 +288,7 @@ class _Map:
             raise InputError(f"{self.where}: the key {key!r} is missing. Convert the model again.")
         value = self.raw[key]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise InputError(f"{self.where}: {key} is {value!r}, expected {expected}.")
+            raise InputError(f"{self.where}: {key} is {show_value(value)}, expected {expected}.")
         return value
 
     def text(self, key: str) -> str:
@@ -267,20 +296,33 @@ class _Map:
 
     def number(self, key: str) -> int:
         value = int(self._get(key, (int,), "a whole number"))
-        if value < 0:
-            raise InputError(f"{self.where}: {key} is {value}, expected at least 0.")
+        if not 0 <= value <= LARGEST.get(KEYS.get(key, ""), 2**31 - 1):
+            largest = LARGEST.get(KEYS.get(key, ""), 2**31 - 1)
+            raise InputError(
+                f"{self.where}: {key} is {show_value(value)}, expected a number from 0 to {largest:,}."
+            )
         return value
 
     def real(self, key: str) -> float:
-        return float(self._get(key, (int, float), "a number (1.0e-05, with a dot, for YAML)"))
+        value = self._get(key, (int, float), "a number (1.0e-05, with a dot, for YAML)")
+        if not abs(value) <= 1e30:  # false for NaN as well
+            raise InputError(f"{self.where}: {key} is {show_value(value)}, expected a finite number.")
+        return float(value)
 
     def items(self, key: str) -> list[int]:
         values = self._get(key, (list, int), "a list of whole numbers")
         values = [values] if isinstance(values, int) else values
         if any(not isinstance(value, int) or isinstance(value, bool) or value < 0 for value in values):
-            raise InputError(f"{self.where}: {key} is {values!r}, expected a list of whole numbers.")
+            raise InputError(
+                f"{self.where}: {key} is {show_value(values)}, expected a list of whole numbers."
+            )
         if len(set(values)) > 1:
             raise InputError(
-                f"{self.where}: {key} differs between layers ({sorted(set(values))}): not supported."
+                f"{self.where}: {key} differs between layers ({show_value(sorted(set(values)))}): not supported."
+            )
+        largest = LARGEST[KEYS[key]]
+        if values and values[0] > largest:
+            raise InputError(
+                f"{self.where}: {key} is {show_value(values[0])}, expected numbers from 0 to {largest:,}."
             )
         return values

@@ -8,15 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from convert import kv_parameters
 from convert.config import ModelConfig, RopeScaling
 from convert.errors import InputError
 from convert.families.table import BY_NAME
-from convert.folder.json_files import show
-from convert.turbomind.config import Shape, check_shape, counted_positions
+from convert.folder.boundary import reading
+from convert.folder.json_files import show, show_value
+from convert.hf.config_reader import LARGEST
+from convert.hf.safetensors_files import read_header, read_tensor
+from convert.turbomind.config import KEYS, Shape, check_shape, counted_positions
 
 WEIGHT_TYPES = {"float16": "fp16", "bfloat16": "bf16", "int4": "int4"}
 STATIC_KV_INT8 = 4  # quant_policy of releases up to 0.3.0; from 0.4.0 on the same number means int4
@@ -58,6 +60,7 @@ def config_ini(config: ModelConfig, shape: Shape, chat_template: str, kv_int8: b
     return "[llama]\n" + "".join(f"{key} = {value}\n" for key, value in keys.items()) + "\n"
 
 
+@reading("config.ini")
 def parse_config_ini(text: str, where: str) -> tuple[ModelConfig, Shape]:
     """The model and the packing that a config.ini states. The family is not in the file: Llama is assumed here.
 
@@ -130,8 +133,11 @@ class _Section:
             raise InputError(
                 f"{self.where}: {key} is {show(self.text(key))}, expected a whole number."
             ) from error
-        if not 0 <= value < 2**31:
-            raise InputError(f"{self.where}: {key} is {value}, expected a number from 0 to 2^31 - 1.")
+        largest = LARGEST.get(KEYS.get(key, ""), 2**31 - 1)
+        if not 0 <= value <= largest:
+            raise InputError(
+                f"{self.where}: {key} is {show_value(value)}, expected a number from 0 to {largest:,}."
+            )
         return value
 
     def real(self, key: str) -> float:
@@ -151,7 +157,7 @@ def kv_scale_files(parameters: Path, config: ModelConfig, tp: int) -> Iterator[t
     zp = (max + min) / 2, so that u8 = round((x - zp) / scale + 128). A head's range follows from its own scale and zero:
     [zero - 128 scale, zero + 127 scale]. Raises InputError where a layer is missing, has another count or is not finite.
     """
-    tensors = load_file(parameters)
+    tensors = {name: read_tensor(info) for name, info in read_header(parameters).items()}
     for layer in range(config.num_layers):
         ranges = {}
         for which in ("k", "v"):

@@ -16,6 +16,7 @@ from convert.checkpoint import BlockWeights, Checkpoint, LinearWeights, Stored
 from convert.config import ModelConfig, QuantFormat
 from convert.errors import InputError
 from convert.families.table import linear_shapes
+from convert.folder.boundary import reading
 from convert.folder.json_files import read_bytes, read_object, show
 from convert.folder.output import FolderState, folder_state, read_manifest
 from convert.folder.unchanged import Unchanged
@@ -28,9 +29,10 @@ from convert.turbomind.ini import check_kv_values, parse_config_ini
 from convert.turbomind.packing import GROUP_SIZE, Packing, misfits
 from convert.turbomind.shapes import all_shapes, embedding_shapes, kv_shapes, output_shapes
 
-CONFIG_BYTES = 2**20
+CONFIG_BYTES = 2**17  # a list of sizes for each of the most layers there may be is a tenth of it
 
 
+@reading("the workspace")
 def open_workspace(folder: Path) -> "WorkspaceCheckpoint":
     """Open a workspace of either dialect. Raises InputError when it is unfinished, damaged or contradicts itself."""
     weights = folder / "triton_models" / "weights"
@@ -130,11 +132,23 @@ class WorkspaceCheckpoint(Checkpoint):
             raise InputError(
                 f"{show(str(folder))}: the configuration contradicts itself: {'; '.join(reasons)}."
             )
+        self._refuse_more_than_there_is()
         self._shapes = all_shapes(self.packing, shape.kv_int8)
         self.check_files()
         self.watched = Unchanged(self.weight_files())
         for name in kv_shapes(self.packing) if shape.kv_int8 else ():
             check_kv_values(self._read(name), show(name))
+
+    def _refuse_more_than_there_is(self) -> None:
+        """Raises InputError where the configuration asks for more files than the folder holds, before any of them is listed."""
+        config = self.config
+        needed = config.num_layers * max(1, config.num_experts) * self.shape.tp
+        present = sum(1 for _ in self.weights.iterdir())
+        if needed > present:
+            raise InputError(
+                f"{show(str(self.path))}: {config.num_layers:,} layers, {config.num_experts:,} experts and tp {self.shape.tp:,} need "
+                f"more than {needed:,} weight files, but {show(str(self.weights))} holds {present:,}. Pack the model again."
+            )
 
     def weight_files(self) -> list[Path]:
         return sorted(path for path in self.weights.iterdir() if path.suffix not in (".yaml", ".ini"))

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from convert.config import ModelConfig
 from convert.errors import InputError
+from convert.hf.safetensors_files import read_header, read_tensor
 from convert.kv_parameters import IN_CHECKPOINT, find_kv_parameters
 from engine.config import KvMode
 from kernels.kv.int8 import dequantize_kv, kv_qparams, quantize_kv
@@ -61,11 +61,7 @@ def read_kv_params(folder: Path, config: ModelConfig) -> list[StaticKV]:
             f"{folder} has no {IN_CHECKPOINT}: static KV parameters were not made for it. "
             "Use --kv-mode dynamic, which needs none, or quantize with --kv-bits 8."
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors: Mapping[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is damaged: {error}. Quantize again or copy the file again.") from error
+    tensors: Mapping[str, Tensor] = {name: read_tensor(info) for name, info in read_header(path).items()}
     return [
         StaticKV(*(_parameter(tensors, path, f"layers.{layer}.{part}", config) for part in PARTS))
         for layer in range(config.num_layers)
