@@ -118,6 +118,10 @@ class Checkpoint(ABC):
         """Tensors of the source that no output holds, each with the reason."""
         return {}
 
+    def split(self) -> dict[str, int]:
+        """Tensors of the source that hold all experts of a block, each with the number of linears in it."""
+        return {}
+
     @abstractmethod
     def embedding(self) -> Tensor:
         """(V, H)."""

@@ -59,6 +59,9 @@ class CheckpointView(Checkpoint):
     def dropped(self) -> dict[str, str]:
         return self.inner.dropped()
 
+    def split(self) -> dict[str, int]:
+        return self.inner.split()
+
     def digest(self) -> str:
         return self.inner.digest()
 

@@ -5,6 +5,10 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
+
+from convert.readers import open_checkpoint
+from engine.model.forward import Model, causal_attend
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -164,3 +168,17 @@ def save_model(family: str, folder: Path, **changes: Any) -> Any:
     model = make_model(family, **changes)
     model.save_pretrained(folder)
     return model
+
+
+TOLERANCE = 1e-4  # absolute, on logits of size about 1: float32 sums in another order
+
+
+def logits_of(model: Model, ids: Tensor) -> Tensor:
+    """ids (B, L) -> (B, L, V)."""
+    batch, length = ids.shape
+    positions = torch.arange(length).repeat(batch)
+    return model(ids.flatten(), positions, causal_attend(batch, length, model.config)).view(batch, length, -1)
+
+
+def read(folder: Path) -> Model:
+    return Model.from_checkpoint(open_checkpoint(folder), "cpu", torch.float32)

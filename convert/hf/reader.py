@@ -212,6 +212,9 @@ class HfCheckpoint(Checkpoint):
     def dropped(self) -> dict[str, str]:
         return dict(self._dropped)
 
+    def split(self) -> dict[str, int]:
+        return {name: len(parts) for name, parts in self.fused_sources.items()}
+
     def _prefix(self, index: int) -> str:
         if not 0 <= index < self.config.num_layers:
             raise IndexError(f"block {index} of {self.config.num_layers}")

@@ -211,6 +211,28 @@ class CheckpointWriter:
                 names += [self._full(i, modules[role]) for i in sorted(found)]
         return list(dict.fromkeys([*names, *carried_modules(self.source.carried(), self.family)]))
 
+    def accounting(self) -> dict[str, Any]:
+        """What became of every tensor of the source, once all is written: how many were quantized and how many are float; by name
+        those that are carried through, those that were dropped with the reason, and 3-D tensors of experts with the number of
+        linears that stand for each."""
+        tables = [entry["tensors"] for name, entry in self.out.written().items() if name.startswith("model-")]
+        names = [name for table in tables for name in table]
+        marker = "" if self.layout is None else "." + self.layout.marker
+        packed = {name.removesuffix(marker) for name in names if marker and name.endswith(marker)}
+        floats = [
+            name
+            for name in names
+            if name.removesuffix(".bias") == name and name.rpartition(".")[0] not in packed
+        ]
+        biases = [name for name in names if name.endswith(".bias")]
+        return {
+            "quantized": len(packed),
+            "float": len(floats) + len(biases),
+            "carried": self.source.carried(),
+            "dropped": self.source.dropped(),
+            "split": self.source.split(),
+        }
+
     def _full(self, index: int, module: str) -> str:
         return self.family.block.format(i=index) + module
 

@@ -5,53 +5,28 @@ The packed folder is unpacked here by a few lines of our own and loaded by trans
 
 import json
 from pathlib import Path
-from typing import Any
 
 import family_models
 import pytest
-import tiny_models
 import tiny_runs
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from family_runs import TEXT, VOCAB, tensors_of, write_source
+from safetensors.torch import save_file
 from torch import Tensor
 
 import turbomind_quant as tmq
 from convert.readers import open_checkpoint
 from engine.model.forward import Model, causal_attend
 
-VOCAB = 264
 SHIFTS = [
     4 * place for place in (0, 4, 1, 5, 2, 6, 3, 7)
 ]  # of column j in a word: nibbles hold 0, 2, 4, 6, 1, 3, 5, 7
-TEXT = {"samples": 8, "seqlen": 48, "group_size": 32, "device": "cpu"}
-
-
-def write_source(family: str, folder: Path, **changes: Any) -> Any:
-    """The family's model with a tokenizer, channels of its norms and of its embedding planted 20 times the others."""
-    model = family_models.make_model(family, vocab_size=VOCAB, **changes)
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if "embed_tokens" in name or "layernorm" in name:
-                tensor[..., 5] *= 20
-    model.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(json.dumps(tiny_models.tokenizer_document()))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|bos|>",
-        "eos_token": "<|im_end|>",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return model
 
 
 def nibbles(words: Tensor) -> Tensor:
     """(R, C // 8) int32 -> (R, C)."""
     return torch.stack([(words >> shift) & 15 for shift in SHIFTS], -1).flatten(1)
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
 
 
 def dequantize(folder: Path, target: Path) -> None:

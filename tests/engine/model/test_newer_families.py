@@ -6,19 +6,10 @@ from typing import Any
 import family_models
 import pytest
 import torch
+from family_models import TOLERANCE, logits_of, read
 from torch import Tensor
 
-from convert.readers import open_checkpoint
 from engine.model.forward import Model, causal_attend
-
-TOLERANCE = 1e-4  # absolute, on logits of size about 1: float32 sums in another order
-
-
-def logits_of(model: Model, ids: Tensor) -> Tensor:
-    """ids (B, L) -> (B, L, V)."""
-    batch, length = ids.shape
-    positions = torch.arange(length).repeat(batch)
-    return model(ids.flatten(), positions, causal_attend(batch, length, model.config)).view(batch, length, -1)
 
 
 def greedy(model: Model, prompt: Tensor, count: int) -> list[int]:
@@ -31,10 +22,6 @@ def greedy(model: Model, prompt: Tensor, count: int) -> list[int]:
         out = model(ids, torch.arange(length), attend, lengths, torch.tensor([length - 1]))
         ids = torch.cat((ids, out.argmax(-1)))
     return ids[len(prompt) :].tolist()
-
-
-def read(folder: Path) -> Model:
-    return Model.from_checkpoint(open_checkpoint(folder), "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("family", family_models.MODELS)
