@@ -6,7 +6,7 @@ parts run it on tensors that are handed in, `Block` on layers made for inference
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from convert.checkpoint import BlockWeights
 from convert.config import ModelConfig
 from engine.model.attention import Attend, HeadNorms, window_of
+from engine.model.expert_layers import ExpertLayers, make_experts
 from engine.model.experts import route, weighted_sum
 from engine.model.layers import (
     DenseLinear,
@@ -45,6 +46,7 @@ class _Parts:
     vectors: Mapping[str, Tensor]
     ops: Ops
     reduce: Reduce | None
+    experts: ExpertLayers | None = None  # in place of the linears "experts.{e}.*"
 
 
 def _attention(parts: _Parts, h: Tensor, angles: Rotary, attend: Attend, tap: Tap | None) -> Tensor:
@@ -129,15 +131,27 @@ def _experts(parts: _Parts, h: Tensor, tap: Tap | None) -> Tensor:
     def run(expert: int, inputs: Tensor) -> Tensor:
         if tap is not None:
             tap(f"experts.{expert}.in", inputs)
-        return _gated(parts, inputs, f"experts.{expert}.", tap)
+        return _gated(_of_expert(parts, expert), inputs, f"experts.{expert}.", tap)
 
-    out = weighted_sum(h, weights, chosen, config.num_experts, run)
+    if parts.experts is not None and tap is None:
+        out = parts.experts(h, chosen, weights)
+    else:
+        out = weighted_sum(h, weights, chosen, config.num_experts, run)
     if not config.shared_intermediate_size:
         return out
     shared = _gated(parts, h, "shared.", tap)
     if config.shared_gated:
         shared = shared * torch.sigmoid(parts.linears["shared.router"](h))
     return out + shared
+
+
+def _of_expert(parts: _Parts, expert: int) -> _Parts:
+    """The parts with one expert's linears, taken out of the layer of all experts where there is one."""
+    if parts.experts is None:
+        return parts
+    gate_up, down = parts.experts.of_expert(expert)
+    names = {f"experts.{expert}.gate_up": gate_up, f"experts.{expert}.down": down}
+    return replace(parts, linears=names)
 
 
 def _router_logits(parts: _Parts, h: Tensor) -> Tensor:
@@ -273,10 +287,16 @@ class Block:
         reduce: Reduce | None = None,
     ) -> None:
         config = config.of_layer(weights.index)
+        self.experts = make_experts(weights.linears, config, dtype, device) if config.num_experts else None
+        if self.experts is not None:
+            rest = {role: part for role, part in weights.linears.items() if not role.startswith("experts.")}
+            weights = replace(weights, linears=rest)
         self.linears = _inference_layers(weights, config, dtype, device, ops)
         self.norms = _norm_weights(weights, config, dtype, device)
         vectors = {role: vector.to(device) for role, vector in weights.vectors.items()}
-        self._parts = _Parts(config, weights.index, self.linears, self.norms, vectors, ops, reduce)
+        self._parts = _Parts(
+            config, weights.index, self.linears, self.norms, vectors, ops, reduce, self.experts
+        )
         self.config, self.index = config, weights.index
 
     def forward(
@@ -317,7 +337,12 @@ class Block:
                 layer.pack()
 
     @property
+    def waits_for_host(self) -> bool:
+        """True where the host chooses what runs: experts that are no single layer."""
+        return bool(self.config.num_experts) and self.experts is None
+
+    @property
     def size_bytes(self) -> int:
-        return sum(layer.size_bytes for layer in self.linears.values()) + sum(
-            n.nbytes for n in self.norms.values()
-        )
+        experts = 0 if self.experts is None else self.experts.size_bytes
+        linears = sum(layer.size_bytes for layer in self.linears.values())
+        return experts + linears + sum(norm.nbytes for norm in self.norms.values())

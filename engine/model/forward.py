@@ -168,8 +168,10 @@ class Model:
 
     @property
     def can_capture(self) -> bool:
-        """True where a step may be captured in a CUDA graph: experts are chosen on the host, and capped scores attended to there."""
-        return not self.config.num_experts and self.config.attention_softcap is None
+        """True where a step may be captured in a CUDA graph: blocks at hand that never wait for the host, and no capped scores."""
+        if self.config.attention_softcap is not None or not isinstance(self.blocks, list):
+            return False
+        return not any(block.waits_for_host for block in self.blocks)
 
     @property
     def device(self) -> torch.device:

@@ -99,9 +99,9 @@ class Int4Linear:
     def __init__(self, weights: LinearWeights, up: LinearWeights | None, device: torch.device | str) -> None:
         from kernels.w4a16.product import pair, w4a16_linear
 
-        self.weight = _prepare(weights, device)
+        self.weight = pack_int4(weights, device)
         if up is not None:
-            self.weight = pair(self.weight, _prepare(up, device))
+            self.weight = pair(self.weight, pack_int4(up, device))
         self._product = w4a16_linear
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -154,7 +154,8 @@ def why_unpacked(group_size: int, dtype: torch.dtype, device: torch.device | str
     return "" if group_size in GROUP_SIZES else f"no kernel takes group size {group_size}"
 
 
-def _runs_packed(weights: LinearWeights, dtype: torch.dtype, device: torch.device | str) -> bool:
+def runs_packed(weights: LinearWeights, dtype: torch.dtype, device: torch.device | str) -> bool:
+    """Whether a kernel reads this linear's int4 weight as it is, for activations of `dtype` on the device."""
     return isinstance(weights.weight, Quantized) and not why_unpacked(
         weights.weight.group_size, dtype, device
     )
@@ -162,7 +163,7 @@ def _runs_packed(weights: LinearWeights, dtype: torch.dtype, device: torch.devic
 
 def make_linear(weights: LinearWeights, dtype: torch.dtype, device: torch.device | str) -> Layer:
     """A layer for inference on the device."""
-    if _runs_packed(weights, dtype, device):
+    if runs_packed(weights, dtype, device):
         return Int4Linear(weights, None, device)
     bias = None if weights.bias is None else weights.bias.to(device=device, dtype=dtype)
     return DenseLinear(dense_weight(weights.weight, dtype, device), bias)
@@ -180,7 +181,7 @@ def make_gated(
     fused = fuse_linears((gate, up))
     if fused is None:
         return None
-    if _runs_packed(gate, dtype, device):
+    if runs_packed(gate, dtype, device):
         return Int4Linear(gate, up, device) if name == "silu" else Int4Gated(fused, gated_mul, device)
     bias = None if fused.bias is None else fused.bias.to(device=device, dtype=dtype)
     return DenseGated(dense_weight(fused.weight, dtype, device), bias, gated_mul, name)
@@ -215,7 +216,8 @@ def _bias(part: LinearWeights) -> Tensor:
     return like.new_zeros(part.weight.shape[0])
 
 
-def _prepare(weights: LinearWeights, device: torch.device | str) -> "W4Weight":
+def pack_int4(weights: LinearWeights, device: torch.device | str) -> "W4Weight":
+    """The int4 weight in the order of the kernels, on the device."""
     from kernels.w4a16.product import prepare
 
     assert isinstance(weights.weight, Quantized)

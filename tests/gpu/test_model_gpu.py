@@ -39,6 +39,7 @@ CONFIGS = {
     "qk-norm": replace(CONFIG, qk_norm=True, head_dim=128),
     "window": replace(CONFIG, sliding_window=20),
     "mixtral": replace(CONFIG, quantization=QuantFormat(4, 128), num_experts=4, experts_per_token=2),
+    "mixtral-fp16": replace(CONFIG, num_experts=4, experts_per_token=2),
 }
 TOLERANCE = (
     1e-2  # relative, on logits after three blocks in fp16: 2^-11 a rounding, some dozens of them in a row
