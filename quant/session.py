@@ -11,6 +11,7 @@ import torch
 from convert.checkpoint import Checkpoint
 from convert.config import ModelConfig
 from convert.errors import InputError, UsageError
+from convert.low_bit.float_view import FloatView
 from convert.pad import pad_checkpoint
 from convert.readers import open_checkpoint
 from engine.loading import use_device
@@ -64,7 +65,14 @@ def open_float_model(
 ) -> Checkpoint:
     """The float checkpoint of a path or hub name, padded where asked. Raises InputError for one that is quantized already."""
     checkpoint = open_checkpoint(model, family=family)
-    if checkpoint.config.quantization is not None:
+    fmt = checkpoint.config.quantization
+    if (
+        fmt is not None
+        and checkpoint.kind != "workspace-0.1"
+        and fmt.method in ("gptq", "compressed-tensors")
+    ):
+        checkpoint = FloatView(checkpoint)
+    elif fmt is not None:
         raise InputError(
             f"{model} is quantized already ({checkpoint.kind}): give the float model that it was made from. `quantize pack`, `evaluate` "
             f"and `tmq serve` take it as it is."

@@ -19,6 +19,7 @@ from convert.hf.config_reader import FIELDS, LARGEST, ConfigReader
 from convert.hf.mixture import parse_mixture
 from convert.hf.rope import parse_local_theta, parse_rope, parse_rotary_dim
 from convert.linear_layouts.table import parse_quantization
+from convert.low_bit.scaled import scaled_format
 
 
 @reading("config.json")
@@ -111,7 +112,7 @@ def parse_config(
         bos_token_id=bos,
         eos_token_ids=eos,
         dtype=_dtype(raw),
-        quantization=parse_quantization(raw, true_bits),
+        quantization=None if scaled_format(raw) is not None else parse_quantization(raw, true_bits),
     )
     return config, family, notes
 

@@ -39,10 +39,12 @@ from convert.folder.state import (
 from convert.hf.config import parse_config
 from convert.hf.config_reader import LARGEST
 from convert.hf.expert_tensors import split_experts
-from convert.hf.safetensors_files import TensorInfo
+from convert.hf.safetensors_files import TensorInfo, check_finite
 from convert.hf.tensor_folder import TensorFolder
 from convert.linear_layouts.base import GROUP_SIZES, Expected
 from convert.linear_layouts.table import LAYOUTS
+from convert.low_bit.float_view import lossy_note
+from convert.low_bit.scaled import NOT_OF_WEIGHTS, SCALES, VALUES, scaled_format
 from kernels.packing import SEQUENTIAL_ORDER, unpack_columns
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -120,6 +122,7 @@ class HfCheckpoint(Checkpoint):
                 )
             config = dataclasses.replace(config, tree=tree, tie_embeddings=tied)
         self.family = family = names_of(config)
+        self._scaled = scaled_format(raw_config)
         self.fused_sources = split_experts(self.files.tensors, family, config)
         self._carried: list[str] = []
         self._dropped: dict[str, str] = {}
@@ -137,6 +140,8 @@ class HfCheckpoint(Checkpoint):
             beside,
         )
         self.watched = self.files.watched
+        if self._scaled is not None:
+            self.notes.append(lossy_note(self._scaled.label))
         self._check_tensors()
 
     def weight_files(self) -> list[Path]:
@@ -234,7 +239,7 @@ class HfCheckpoint(Checkpoint):
         bias = {"bias": self._float(module + ".bias", shape[:1])} if biased else {}
         layout, fmt = self._layout, self.config.quantization
         if layout is None or fmt is None or not self._is_packed(module):
-            return {"weight": self._float(module + ".weight", shape).t()} | bias
+            return {"weight": self._float_weight(module, shape).t()} | bias
         expected = layout.expected(shape, fmt)
         for part, (_, extents) in expected.items():
             _check_shape(self.files.tensors[f"{module}.{part}"], extents)
@@ -242,6 +247,19 @@ class HfCheckpoint(Checkpoint):
         if fmt.bits < 4:
             check_bits(module, found["words"], fmt.bits)
         return found | bias
+
+    def _float_weight(self, module: str, shape: tuple[int, int]) -> Tensor:
+        """The float weight (N, K), or what an 8-bit one with scales stands for."""
+        scale = None if self._scaled is None else self._scaled.scale_of(module, self.files.tensors)
+        if self._scaled is None or scale is None:
+            return self._float(module + ".weight", shape)
+        _check_shape(self.files.tensors[module + ".weight"], shape)
+        values = self.files.read(module + ".weight", finite=False)
+        name = module + ".weight_zero_point"
+        zero = self.files.read(name) if name in self.files.tensors else None
+        weight = self._scaled.dequantize(module, values, self.files.read(scale), zero)
+        check_finite(module + ".weight", weight)
+        return weight
 
     def _is_packed(self, module: str) -> bool:
         return self._layout is not None and f"{module}.{self._layout.marker}" in self.files.tensors
@@ -269,7 +287,11 @@ class HfCheckpoint(Checkpoint):
                     packed = self._layout.expected(shape, config.quantization)
                     table |= {f"{name}.{part}": expected for part, expected in packed.items()}
                 else:
-                    table[name + ".weight"] = (FLOATS, shape)
+                    scaled = (
+                        self._scaled is not None
+                        and self._scaled.scale_of(name, self.files.tensors) is not None
+                    )
+                    table[name + ".weight"] = (VALUES if scaled else FLOATS, shape)
         return table
 
     def _modules(self, config: ModelConfig) -> dict[str, tuple[tuple[int, int], bool]]:
@@ -324,6 +346,8 @@ class HfCheckpoint(Checkpoint):
         for name in extra:
             if name.endswith(COMPUTED):
                 self._dropped[name] = "computed, not learned"
+            elif self._scaled is not None and self._is_of_scales(name):
+                self._dropped[name] = f"{self._scaled.label}: taken into the weight, or of activations"
             elif name == head and self.config.tie_embeddings:
                 self._dropped[name] = "tied: the embedding is used"
                 self.notes.append(f"{head} is present but tied: the embedding is used")
@@ -341,6 +365,13 @@ class HfCheckpoint(Checkpoint):
                 f"{len(self._carried)} tensors are not the language model's and are carried through as they are, the first is "
                 f"{show(self._carried[0])!r}"
             )
+
+    def _is_of_scales(self, name: str) -> bool:
+        """Whether a tensor belongs to the format of an 8-bit linear of the language model."""
+        part, stem = name.rpartition(".")[2], self.family.block.partition("{i}")[0]
+        number = name.removeprefix(stem).partition(".")[0]
+        inside = name.startswith(stem) and number.isdigit() and int(number) < self.config.num_layers
+        return inside and part in (*SCALES, "weight_zero_point", *NOT_OF_WEIGHTS)
 
     def _check_group_size(self) -> None:
         """The scales of the first packed linear show the true group size."""

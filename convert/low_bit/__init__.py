@@ -1,0 +1,1 @@
+"""Sources that are published in 8 bits or fewer, read as the floats that they stand for."""
