@@ -94,7 +94,7 @@ def end_to_end(
     keeper: goes on where it was saved last, in the same bytes; None: nothing is saved or shown.
     """
     ckpt, tokens = session.checkpoint, source.tokens
-    assert tokens is not None  # QuantConfig and `CalibrationSource.check` see to it
+    assert tokens is not None  # QuantConfig and `CalibrationSource.start` see to it
     floats = [ckpt.block(index) for index in range(session.config.num_layers)]
     done, norm, report = distill(
         floats, blocks, OuterWeights.of(ckpt), session.config, quant, tokens, session.device, keeper

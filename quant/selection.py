@@ -30,6 +30,14 @@ class Selection:
     learning: Mapping[int, Overrides | None] = field(default_factory=dict)  # by block; None: not learned
 
 
+@dataclass(frozen=True)
+class FloatLinears:
+    """Linears that stay float: roles, or full names of modules, as `QuantFormat` lists them; and a sentence about each kind."""
+
+    names: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
 def selection(recipe: Recipe, config: ModelConfig) -> Selection:
     """The patterns of `recipe` on this model.
 
@@ -69,6 +77,17 @@ def skipped_modules(config: ModelConfig, quant: QuantConfig) -> list[str]:
         return []
     names = module_names(config)
     return list(dict.fromkeys(name for linear, name in names.items() if linear in skipped))
+
+
+def float_linears(config: ModelConfig, quant: QuantConfig) -> FloatLinears:
+    """The linears of the blocks that stay float16: those that the group size does not fit, and those that the recipe skips."""
+    ragged, skipped = ragged_roles(config, quant), skipped_modules(config, quant)
+    notes = [
+        f"{role} stays float16 in every layer: K is no multiple of {quant.group_size}." for role in ragged
+    ]
+    if skipped:
+        notes.append(f"{len(skipped)} modules stay float16, as the recipe asks: {', '.join(skipped)}.")
+    return FloatLinears((*ragged, *skipped), tuple(notes))
 
 
 def config_of_stack(

@@ -129,8 +129,10 @@ def error_metrics(session: Session, quant: QuantConfig, tokens: Tensor | None) -
         return None
     ckpt = session.checkpoint
     source = [ckpt.block(index) for index in range(config.num_layers)]
-    outer, identity = OuterWeights.of(ckpt), learning.metric_identity
-    return measure_sensitivity(source, outer, config, tokens, session.device, quant.seed, identity)
+    outer = OuterWeights.of(ckpt)
+    return measure_sensitivity(
+        source, outer, config, tokens, session.device, quant.seed, learning.metric_identity
+    )
 
 
 def _smoothed(

@@ -36,7 +36,7 @@ from convert.tokenizer.tokenizer import load_tokenizer
 from engine.measure.perplexity import EvalTokens, PerplexityResult, Reference, paired_difference
 from engine.model.forward import Model, compute_dtype
 from quant.config import QuantConfig
-from quant.evaluation.perplexity import Judgement, join_rows, judge, release
+from quant.evaluation.perplexity import EvalProtocol, join_rows, judge, release
 from quant.evaluation.table import cache_of
 from quant.in_memory import QuantizedModel, collect, end_to_end, measure_ranges
 from quant.session import Session
@@ -51,7 +51,7 @@ from quant.walk import Step, walk
 class Judge:
     """The texts that models are judged by, and what the float model made of them."""
 
-    texts: dict[str, tuple[EvalTokens, Judgement]]
+    texts: dict[str, tuple[EvalTokens, EvalProtocol]]
     first: dict[str, tuple[PerplexityResult, Reference]]
 
     def rows(
@@ -59,10 +59,10 @@ class Judge:
     ) -> list[dict[str, Any]]:
         """A row for each text."""
         out = []
-        for name, (tokens, how) in self.texts.items():
+        for name, (tokens, protocol) in self.texts.items():
             known = self.first.get(name)
             simulated = cache_of(*kv, ranges)
-            result, kept = judge(model, tokens, how, simulated, known[1] if known else None)
+            result, kept = judge(model, tokens, protocol, simulated, known[1] if known else None)
             if known is None:
                 self.first[name] = known = (result, kept)
             interval = None
@@ -124,10 +124,10 @@ class Bench:
         for entry in args.test:
             path, _, form = entry.partition(":")
             tokens = read_tokens(spec.path, Path(path), form == "rows", args.tokens)
-            texts[tokens.text] = (tokens, Judgement(args.window, args.windows or None, args.kl_windows))
+            texts[tokens.text] = (tokens, EvalProtocol(args.window, args.windows or None, args.kl_windows))
         if args.valid:
             tokens = read_tokens(spec.path, args.valid, False, args.tokens)
-            texts[tokens.text] = (tokens, Judgement(args.window, args.valid_windows, args.valid_windows))
+            texts[tokens.text] = (tokens, EvalProtocol(args.window, args.valid_windows, args.valid_windows))
         self.judge = Judge(texts, {})
         model = Model.from_checkpoint(self.ckpt, self.device, self.dtype)
         self.put("fp", None, self.judge.rows(model, (16, ""), None), 0.0, 0.0, [])

@@ -19,7 +19,7 @@ from convert.checkpoint import Checkpoint
 from convert.checkpoint_view import FirstBlocks
 from convert.tokenizer.tokenizer import Tokenizer
 from quant.config import QuantConfig
-from quant.evaluation.perplexity import BUILTIN, Judgement, load_eval_text, tokens_of
+from quant.evaluation.perplexity import BUILTIN, EvalProtocol, load_eval_text, tokens_of
 from quant.evaluation.table import TableRequest, evaluate_table
 from quant.progress import Progress
 from quant.recipes import FLOAT, with_settings
@@ -37,14 +37,16 @@ SMALL = "small: "
 def parts(seed: int) -> tuple[TableRequest, ...]:
     """The tables of the small model, with the calibration samples that this seed draws."""
     base = QuantConfig(group_size=GROUP_SIZE, samples=32, seqlen=256, seed=seed)
-    how, groups = Judgement(512, 4, 4), (GROUP_SIZE,)
-    widths = TableRequest(base, ("rtn", "fast", "default"), group_sizes=groups, how=how)
+    protocol, groups = EvalProtocol(512, 4, 4), (GROUP_SIZE,)
+    widths = TableRequest(base, ("rtn", "fast", "default"), group_sizes=groups, protocol=protocol)
     # their searches run the block again and again: less text
     short = replace(base, samples=8, seqlen=128)
     quick = with_settings("best", learning={"steps": 10})
-    passes = TableRequest(short, ("gptq", "gptq-r", "awq", quick), bits=(4,), group_sizes=groups, how=how)
+    passes = TableRequest(
+        short, ("gptq", "gptq-r", "awq", quick), bits=(4,), group_sizes=groups, protocol=protocol
+    )
     every = ((16, "dynamic"), (8, "dynamic"), (8, "static"))
-    caches = TableRequest(short, (FLOAT, "rtn"), bits=(4,), group_sizes=groups, kv=every, how=how)
+    caches = TableRequest(short, (FLOAT, "rtn"), bits=(4,), group_sizes=groups, kv=every, protocol=protocol)
     return widths, passes, caches
 
 

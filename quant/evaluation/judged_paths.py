@@ -13,9 +13,9 @@ from engine.measure.perplexity import EvalTokens, Reference, Watch
 from engine.model.forward import Model, compute_dtype
 from engine.model.kv_simulation import KVSimulation
 from quant.evaluation.perplexity import (
+    EvalProtocol,
     EvalText,
     Judged,
-    Judgement,
     compared,
     judge,
     release,
@@ -59,7 +59,7 @@ def open_model(path: str, text: EvalText, reading: Reading) -> OpenedModel:
 
 def judge_models(
     models: Sequence[OpenedModel],
-    how: Judgement,
+    protocol: EvalProtocol,
     reading: Reading,
     progress: Progress,
     watch: Watch | None = None,
@@ -74,7 +74,7 @@ def judge_models(
         model = Model.from_checkpoint(opened.checkpoint, device, dtype, streamed=reading.streamed)
         for note in model.notes:
             progress.say(f"note: {Path(opened.path).name}: {note}")
-        result, kept = judge(model, opened.tokens, how, opened.cache, reference, watch=watch)
+        result, kept = judge(model, opened.tokens, protocol, opened.cache, reference, watch=watch)
         reference = reference or kept
         first = rows[0].result if rows else None
         rows.append(compared(opened.path, opened.checkpoint.kind, result, first))

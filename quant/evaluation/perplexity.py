@@ -97,7 +97,7 @@ def join_rows(raw: str) -> str:
 
 
 @dataclass(frozen=True)
-class Judgement:
+class EvalProtocol:
     """How models are judged: windows of `seqlen` tokens (None: 2048, or the model's context), KL on the first `kl_windows`."""
 
     seqlen: int | None = None
@@ -141,7 +141,7 @@ def simulation(ckpt: Checkpoint, kv_bits: int, kv_mode: str) -> KVSimulation | N
 def judge(
     model: Model,
     tokens: EvalTokens,
-    how: Judgement,
+    protocol: EvalProtocol,
     kv: KVSimulation | None,
     reference: Reference | None,
     progress: Callable[[int, int], None] | None = None,
@@ -151,11 +151,11 @@ def judge(
     return perplexity_and_reference(
         model,
         tokens,
-        how.length(model.config.max_position),
-        keep=how.kl_windows if reference is None else 0,
-        windows=how.windows,
+        protocol.length(model.config.max_position),
+        keep=protocol.kl_windows if reference is None else 0,
+        windows=protocol.windows,
         kv=kv,
-        reference=reference if how.kl_windows else None,
+        reference=reference if protocol.kl_windows else None,
         progress=progress,
         watch=watch,
     )

@@ -19,7 +19,7 @@ from engine.model.kv_simulation import KVSimulation
 from kernels.kv.pages import StaticKV
 from quant.config import QuantConfig
 from quant.evaluation.peers import quantize_with
-from quant.evaluation.perplexity import Judgement, judge, release
+from quant.evaluation.perplexity import EvalProtocol, judge, release
 from quant.in_memory import quantize_in_memory
 from quant.kv.parameters import kv_parameters
 from quant.memory import gpu_peak_gib, peak_rss_gib
@@ -74,7 +74,7 @@ class TableRequest:
     group_sizes: tuple[int, ...] = (128,)
     kv: tuple[tuple[int, str], ...] = ((16, "dynamic"),)  # (bits, mode); 16 is the float cache
     peers: tuple[str, ...] = ()  # of `quant.evaluation.peers`, after our own rows
-    how: Judgement = field(default_factory=lambda: Judgement(kl_windows=32))
+    protocol: EvalProtocol = field(default_factory=lambda: EvalProtocol(kl_windows=32))
 
     def arms(self) -> Iterator[QuantConfig | None]:
         """None for the float model, then the configurations."""
@@ -177,7 +177,7 @@ class _Table:
 
     def _judge(self, model: Model, kv: KVSimulation | None) -> PerplexityResult:
         reference = None if self._float is None else self._float[1]
-        result, kept = judge(model, self.tokens, self.request.how, kv, reference)
+        result, kept = judge(model, self.tokens, self.request.protocol, kv, reference)
         if self._float is None:
             self._float = result, kept
         return result

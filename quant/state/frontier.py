@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from convert.folder.files import remove_temporaries, write_json
+from quant.stage_clock import stage
 from quant.state.saved_tensors import load_tensors, mark_of, read_record, remove_tensors, save_tensors
 
 SAVE_SHARE = 0.1  # of the run's time that saving may take
@@ -66,6 +67,12 @@ class Frontier:
     def is_due(self, tensors: dict[str, Tensor]) -> bool:
         """Whether saving these is cheap by now."""
         return self._clock.is_due(tensors)
+
+    def save_if_due(self, index: int, tensors: dict[str, Tensor]) -> None:
+        """Save the state before block `index` where that is cheap by now."""
+        if self.is_due(tensors):
+            with stage("save the hidden states"):
+                self.save(index, tensors)
 
     def save(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Save the state before block `index`, then drop older ones."""

@@ -49,11 +49,11 @@ class CalibrationSource(ABC):
     def start(
         self, session: Session, quant: QuantConfig, saved: dict[str, Tensor] | None = None
     ) -> Streams | None:
-        """Hidden states (S, L, H) before the first block, or those saved before the block where a run goes on."""
-        return None
+        """Hidden states (S, L, H) before the first block, or those saved before the block where a run goes on.
 
-    def check(self, quant: QuantConfig) -> None:  # noqa: B027
-        """Raises UsageError where the recipe cannot search on it."""
+        Raises UsageError where the recipe cannot search on this source.
+        """
+        return None
 
 
 class NoText(CalibrationSource):
@@ -101,7 +101,7 @@ class StatisticsSource(CalibrationSource):
         saved = self.folder.block(index)
         return BlockSource(saved.inputs, dict(saved.ranges))
 
-    def check(self, quant: QuantConfig) -> None:
+    def start(self, session: Session, quant: QuantConfig, saved: dict[str, Tensor] | None = None) -> None:
         check_statistics_use(quant)
 
 

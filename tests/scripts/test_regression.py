@@ -11,7 +11,7 @@ from tiny_runs import write_runnable, write_text
 from convert.readers import open_checkpoint
 from convert.tokenizer.tokenizer import load_tokenizer
 from quant.config import QuantConfig
-from quant.evaluation.perplexity import Judgement
+from quant.evaluation.perplexity import EvalProtocol
 from quant.evaluation.table import TableRequest
 
 RUNS = (
@@ -55,7 +55,7 @@ def test_a_method_that_is_broken_is_noticed(tmp_path, monkeypatch, one_thread):
     tokenizer = load_tokenizer(ckpt.tokenizer_dir)
     text = write_text(tmp_path / "text.txt")
     base = QuantConfig(group_size=32, samples=4, seqlen=32)
-    request = TableRequest(base, ("fast",), (4,), (32,), how=Judgement(128, 4, 4))
+    request = TableRequest(base, ("fast",), (4,), (32,), protocol=EvalProtocol(128, 4, 4))
     monkeypatch.setattr(regression, "parts", lambda seed: (request,))
     monkeypatch.setattr(regression, "SMALL_BLOCKS", 2)
     rows = regression.record_rows([regression.compute(ckpt, tokenizer, text, 0, lambda line: None)])

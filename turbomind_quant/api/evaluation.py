@@ -16,8 +16,8 @@ from quant.estimate import refuse_ragged
 from quant.evaluation.page import write_page
 from quant.evaluation.peers import check_peers
 from quant.evaluation.perplexity import (
+    EvalProtocol,
     EvalText,
-    Judgement,
     load_eval_text,
     tokens_of,
 )
@@ -96,7 +96,7 @@ def table(
         bits=chosen(bits, "--bits", BITS),
         group_sizes=groups,
         kv=tuple(_cache(name) for name in chosen(kv_bits, "--kv-bits", CACHES)),
-        how=Judgement(eval_seqlen, windows, kl_windows),
+        protocol=EvalProtocol(eval_seqlen, windows, kl_windows),
     )
     words = load_eval_text(dataset, None if text is None else fspath(text))
     with Progress("evaluate table", progress) as run:

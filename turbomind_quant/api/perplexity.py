@@ -9,7 +9,7 @@ from convert.errors import InputError, UsageError
 from engine.config import Dtype, KvMode
 from quant.evaluation.disagreement import Disagreement, DisagreementSearch
 from quant.evaluation.judged_paths import OpenedModel, Reading, judge_models, open_model
-from quant.evaluation.perplexity import Judged, Judgement, load_eval_text, protocol_line
+from quant.evaluation.perplexity import EvalProtocol, Judged, load_eval_text, protocol_line
 from quant.progress import Listener, Progress
 from turbomind_quant.api.choices import StrPath, check_one, check_positive
 from turbomind_quant.api.llm import LLM
@@ -98,12 +98,12 @@ def perplexity(
     check_windows(windows, kl_windows)
     check_one(kv_bits, "--kv-bits", (16, 8, 4))
     check_one(kv_mode, "--kv-mode", get_args(KvMode))
-    how = Judgement(seqlen, windows, kl_windows if len(paths) > 1 else 0)
+    protocol = EvalProtocol(seqlen, windows, kl_windows if len(paths) > 1 else 0)
     reading = Reading(device, dtype, family, trust_remote_code, streamed, kv_bits, kv_mode)
     words = load_eval_text(dataset, None if text is None else fspath(text))
     with Progress("evaluate ppl", progress) as run:
         models = [open_model(fspath(path), words, reading) for path in paths]
-        rows, _ = judge_models(models, how, reading, run)
+        rows, _ = judge_models(models, protocol, reading, run)
     return PerplexityReport(tuple(rows), protocol_line([row.result for row in rows]))
 
 
@@ -147,7 +147,7 @@ def compare(
         models = [open_model(fspath(path), words, reading) for path in (a, b)]
         _check_comparable(*models)
         (first, second), reference = judge_models(
-            models, Judgement(seqlen, windows, kl_windows), reading, run, search
+            models, EvalProtocol(seqlen, windows, kl_windows), reading, run, search
         )
         found = search.places(reference.ids, models[0].tokenizer.decode)
         texts = _texts_of_both((a, b), prompt, max_tokens, reading) if prompt else ()

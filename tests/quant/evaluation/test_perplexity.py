@@ -10,7 +10,7 @@ from convert.errors import InputError, UsageError
 from convert.readers import open_checkpoint
 from engine.measure.perplexity import EvalTokens
 from engine.model.forward import Model
-from quant.evaluation.perplexity import Judgement, compared, join_rows, judge, load_eval_text
+from quant.evaluation.perplexity import EvalProtocol, compared, join_rows, judge, load_eval_text
 
 
 def test_the_built_in_sample_is_the_default_and_of_some_length():
@@ -54,9 +54,9 @@ def test_the_interval_comes_from_the_same_windows(tmp_path, one_thread):
     model = Model.from_checkpoint(ckpt, "cpu", torch.float32)
     ids = torch.randint(0, 256, (600,), generator=torch.Generator().manual_seed(0))
     tokens = EvalTokens(ids, False, "text", "digest", "tokenizer")
-    first, _ = judge(model, tokens, Judgement(64, 4), None, None)
-    again, _ = judge(model, tokens, Judgement(64, 4), None, None)
-    other, _ = judge(model, tokens, Judgement(64, 3), None, None)
+    first, _ = judge(model, tokens, EvalProtocol(64, 4), None, None)
+    again, _ = judge(model, tokens, EvalProtocol(64, 4), None, None)
+    other, _ = judge(model, tokens, EvalProtocol(64, 3), None, None)
     same = compared("again", "hf", again, first).against
     assert same is not None and same.difference == same.low == same.high == 0
     assert compared("other", "hf", other, first).against is None  # other windows: no paired interval

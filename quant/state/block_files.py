@@ -1,20 +1,21 @@
-"""Quantized blocks held in the work folder until an end-to-end pass has changed their scales and norms for good."""
+"""Quantized blocks in the work folder, where they wait until an end-to-end pass has changed their scales and norms for good."""
 
 from pathlib import Path
 
 from torch import Tensor
 
 from convert.checkpoint import BlockWeights, LinearWeights
+from convert.config import QuantFormat
 from convert.errors import InputError
 from kernels.int4 import Quantized
 from quant.state.saved_tensors import load_tensors, save_tensors, whole_facts
 
 
-class HeldBlocks:
+class BlockFiles:
     """Writes and reads blocks as they are, one file each, with a digest beside it."""
 
-    def __init__(self, folder: Path, bits: int, group_size: int) -> None:
-        self.folder, self.bits, self.group_size = folder, bits, group_size
+    def __init__(self, folder: Path, fmt: QuantFormat) -> None:
+        self.folder, self.fmt = folder, fmt
 
     def has_block(self, index: int) -> bool:
         """Whether the block is there, whole."""
@@ -49,7 +50,7 @@ class HeldBlocks:
                 weight = tensors[f"weight/{role}"]
             else:
                 codes, scales, zeros = (tensors[f"{kind}/{role}"] for kind in ("codes", "scales", "zeros"))
-                weight = Quantized(codes, scales, zeros, self.group_size, self.bits)
+                weight = Quantized(codes, scales, zeros, self.fmt.group_size, self.fmt.bits)
             linears[role] = LinearWeights(weight, tensors.get(f"bias/{role}"))
         norms = {name.removeprefix("norm/"): t for name, t in tensors.items() if name.startswith("norm/")}
         vectors = {
@@ -58,4 +59,4 @@ class HeldBlocks:
         return BlockWeights(index, linears, norms, vectors, saved.facts["norm_offset"])
 
     def _path(self, index: int) -> Path:
-        return self.folder / f"held-{index:05d}.safetensors"
+        return self.folder / f"block-{index:05d}.safetensors"
