@@ -184,7 +184,7 @@ def estimate(
     """
     text = TextChoice(calib_data, text_column, samples, seqlen, seed, allow_fewer, trust_remote_code)
     check_one(command, "command", ("awq", "calibrate"))
-    quant = text.config(preset, bits, group_size, kv_bits, distill, keep_ragged)
+    quant = text.config(preset, bits, group_size, kv_bits, distill, keep_ragged, symmetric)
     if command == "calibrate" and (stats is not None or pad or quant != text.config()):
         raise UsageError(
             "calibrate only reads text: leave out the settings of a search, or ask for command='awq'."
