@@ -13,6 +13,8 @@ from convert.gguf.parts import open_parts
 from convert.gguf.reader import gguf_file_in
 from convert.hf.tensor_folder import TensorFolder
 from convert.readers import open_checkpoint
+from convert.verdict.artefact import artefact_of
+from convert.verdict.judge import Verdict, judge, parse_engine
 from kernels.int4 import bits_per_weight
 
 
@@ -29,7 +31,10 @@ class TensorLine:
 
 @dataclass(frozen=True)
 class InspectReport:
-    """What there is. `parameters` counts weights of the unpacked model; `problem` says why it cannot be opened, if so."""
+    """What there is. `parameters` counts weights of the unpacked model; `problem` says why it cannot be opened, if so.
+
+    `verdict`: whether the engine that was asked for loads it.
+    """
 
     path: str
     kind: str
@@ -42,13 +47,27 @@ class InspectReport:
     tensors: tuple[TensorLine, ...] = ()
     notes: tuple[str, ...] = ()
     problem: str | None = None
+    verdict: Verdict | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def inspect_path(path: Path, family: str | None = None) -> InspectReport:
-    """List a checkpoint. Raises InputError where there is nothing to list, or statistics of `quantize calibrate`."""
+def inspect_path(
+    path: Path, family: str | None = None, engine: str | None = None, tp: int = 1
+) -> InspectReport:
+    """List a checkpoint, and judge whether `engine` ("name" or "name:version") loads it on `tp` ranks.
+
+    Raises InputError where there is nothing to list, or statistics of `quantize calibrate`.
+    """
+    named = None if engine is None else parse_engine(engine)
+    report = _listed(path, family)
+    if named is None or report.problem is not None:
+        return report
+    return replace(report, verdict=judge(artefact_of(path, family=family), *named, tp))
+
+
+def _listed(path: Path, family: str | None) -> InspectReport:
     if path.is_file() and path.suffix.lower() == ".gguf":
         return _inspect_gguf(path)
     if not path.is_dir():

@@ -16,7 +16,7 @@ from convert.turbomind.unpack import UnpackResult, unpack_workspace
 from convert.turbomind.writer import PackResult
 from convert.verify import VerifyReport, verify_path
 from quant.progress import Listener, Progress
-from turbomind_quant.api.choices import StrPath
+from turbomind_quant.api.choices import StrPath, check_positive
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,18 @@ def verify(
         return verify_path(Path(path), origin, family=family, strict=strict, progress=run.step)
 
 
-def inspect(path: StrPath, *, family: str | None = None) -> InspectReport:
+def inspect(
+    path: StrPath, *, engine: str | None = None, tp: int = 1, family: str | None = None
+) -> InspectReport:
     """What `path` is: family, sizes, tensors, bits of any checkpoint, .gguf file or workspace.
+
+    Args:
+        engine: "lmdeploy", "vllm", "sglang", "transformers", "llama.cpp" or "mlx", also with ":version": the report then holds a
+            `verdict`, whether that engine loads it.
+        tp: GPUs that share the model there.
+        family: read the model as this family, whatever its config.json says.
 
     A model that is listed but cannot be used has a `problem`. Raises InputError where there is nothing to list.
     """
-    return inspect_path(Path(path), family)
+    check_positive(tp, "--tp", 1)
+    return inspect_path(Path(path), family, engine, tp)

@@ -5,16 +5,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from convert.errors import UsageError
+from convert.config import ModelConfig
+from convert.errors import InputError, UsageError
+from convert.families.table import linear_shapes, stays_float
 from convert.folder.files import check_output_place
 from convert.folder.output import OutputFolder, folder_state, read_manifest
 from convert.tokenizer.tokenizer import check_tokenizer
+from convert.verdict.artefact import Artefact
+from convert.verdict.judge import judge, parse_engine
 from engine.config import Dtype
 from quant.config import QuantConfig
 from quant.preflight import announce, notes_of
 from quant.progress import Listener, Progress
 from quant.recipes import Recipe
 from quant.run import quantize_model
+from quant.selection import is_quantized
 from quant.state.fingerprint import run_fingerprint
 from quant.statistics.calibrate import calibrate as write_statistics
 from quant.statistics.calibrate import open_statistics
@@ -88,6 +93,7 @@ def quantize(
     pad: bool = False,
     keep_ragged: bool = QuantConfig.keep_ragged,
     symmetric: bool = QuantConfig.symmetric,
+    engine: str | None = None,
     kv_bits: int = QuantConfig.kv_bits,
     distill: bool = QuantConfig.distill,
     calib_data: str | None = None,
@@ -116,6 +122,7 @@ def quantize(
         stats: folder of `calibrate`, in place of text (preset "fast" alone).
         pad: zero-pad the model exactly, so that the group fits every linear. keep_ragged: leave those that it does not fit in float16.
         symmetric: every zero point is 8, for formats and engines that know no other (GPTQ in most, Q4_0); costs some quality.
+        engine: one that must load the result ("vllm", "lmdeploy:0.7.3", ...; see `inspect`): checked before the work begins.
         kv_bits: 8 also writes parameters for an int8 KV cache. distill: an end-to-end pass at the end, for models that fit whole.
         calib_data: txt, jsonl or parquet file, folder, "wikitext2", "c4", "pileval" or a hub dataset; None: the model writes its own.
         text_column: of jsonl, parquet and hub datasets. allow_fewer: go on where the text holds fewer samples than asked for.
@@ -132,7 +139,7 @@ def quantize(
     quant = text.config(preset, bits, group_size, kv_bits, distill, keep_ragged, symmetric)
     folder = Path(out)
     with Progress(f"awq {quant.recipe.name}", progress) as run:
-        prepared = _checked(ModelChoice(model, device, dtype, family), quant, text, stats, pad, run)
+        prepared = _checked(ModelChoice(model, device, dtype, family), quant, text, stats, pad, run, engine)
         announce(prepared.session, prepared.plan, folder)
         return _quantized(prepared, folder, stats, restart)
 
@@ -159,6 +166,7 @@ def estimate(
     pad: bool = False,
     keep_ragged: bool = QuantConfig.keep_ragged,
     symmetric: bool = QuantConfig.symmetric,
+    engine: str | None = None,
     kv_bits: int = QuantConfig.kv_bits,
     distill: bool = QuantConfig.distill,
     calib_data: str | None = None,
@@ -194,7 +202,7 @@ def estimate(
         if command == "calibrate":
             prepared = prepare_calibration(choice.open(run), text)
         else:
-            prepared = _checked(choice, quant, text, stats, pad, run)
+            prepared = _checked(choice, quant, text, stats, pad, run, engine)
         for note in notes_of(prepared.session):
             run.say(note)
     if out is None:
@@ -210,8 +218,10 @@ def _checked(
     stats: StrPath | None,
     pad: bool,
     run: Progress,
+    engine: str | None,
 ) -> Prepared:
     """The model opened, and every choice checked against it and against the others."""
+    named = None if engine is None else parse_engine(engine)
     if stats is not None:
         _check_statistics(quant, text, pad)
     if pad and quant.keep_ragged:
@@ -221,11 +231,33 @@ def _checked(
     has_text = reads_text(quant, stats is not None)
     idle = "" if has_text or stats is not None else idle_text_options(quant.recipe.name, text)
     session = model.open(run, pad_to=quant.group_size if pad else None)
+    if named is not None:
+        _check_engine(session.config, quant, *named, run)
     if not has_text:  # else it is loaded for the text
         check_tokenizer(session.checkpoint.tokenizer_dir)
     if idle:
         run.say(f"note: {idle}")
     return prepare_quantization(session, quant, text, stats is not None)
+
+
+def _check_engine(config: ModelConfig, quant: QuantConfig, engine: str, version: str, run: Progress) -> None:
+    """Raises InputError where the engine would not load the result; says what stands against it otherwise."""
+    floats = {
+        f"{index}.{role}"
+        for index in range(config.num_layers)
+        for role in linear_shapes(config.of_layer(index))
+        if not stays_float(role) and not is_quantized(config, quant, index, role)
+    }
+    planned = Artefact(
+        "awq", config, quant.group_size, quant.bits, quant.symmetric, frozenset(floats), quant.kv_bits == 8
+    )
+    verdict = judge(planned, engine, version)
+    failed = [finding for finding in verdict.findings if finding.outcome == "fails"]
+    if failed:
+        told = "; ".join(f"{finding.reason} ({finding.remedy})" for finding in failed)
+        raise InputError(f"{engine} {version} would not load this AWQ checkpoint: {told}.")
+    for text in (*(f"{f.reason} ({f.remedy})" for f in verdict.findings), *verdict.notes):
+        run.say(f"note: {engine} {version}: {text}")
 
 
 def _check_statistics(quant: QuantConfig, text: TextChoice, pad: bool) -> None:

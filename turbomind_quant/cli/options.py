@@ -198,8 +198,18 @@ text_options: Callable[[Any], Any] = together(
 calibrate_options: Callable[[Any], Any] = together(text_options, model_options)
 
 
+engine_option: Callable[[Any], Any] = click.option(
+    "--for",
+    "engine",
+    metavar="ENGINE[:VERSION]",
+    help="Will it load there? lmdeploy, vllm, sglang, transformers, llama.cpp or mlx.",
+)
+
+
 class QuantizeOptions(CalibrateOptions):
     """All settings of `quantize awq`."""
+
+    engine: str | None
 
     preset: str
     bits: int
@@ -233,6 +243,7 @@ quantize_options: Callable[[Any], Any] = together(
         is_flag=True,
         help="Zero-pad the model so that the group fits every linear: exactly the same function.",
     ),
+    engine_option,
     click.option("--keep-ragged", is_flag=True, help="Leave linears that the group does not fit in float16."),
     click.option(
         "--symmetric",

@@ -14,6 +14,7 @@ from turbomind_quant.cli.options import (
     QuantizeOptions,
     calibrate_options,
     dry_run_option,
+    engine_option,
     family_option,
     json_option,
     quantize_options,
@@ -260,17 +261,23 @@ def verify(path: str, source: str | None, strict: bool, family: str | None, as_j
 
 @quantize.command(short_help="Show what PATH is: family, sizes, tensors, bits.")
 @click.argument("path")
+@engine_option
+@click.option(
+    "--tp", default=1, show_default=True, type=click.IntRange(min=1), help="GPUs that share it there."
+)
 @together(family_option, json_option, debug_option)
-def inspect(path: str, family: str | None, as_json: bool) -> None:
-    """Show what PATH is: family, sizes, tensors, bits. Any checkpoint, .gguf file or workspace.
+def inspect(path: str, engine: str | None, tp: int, family: str | None, as_json: bool) -> None:
+    """Show what PATH is: family, sizes, tensors, bits; with --for, whether that engine loads it, and if not, what to do.
 
-    Exit code 3 where it is listed but cannot be used.
+    Exit code 3 where it is listed but cannot be used, or the engine does not load it.
 
     \b
     Example:  quantize inspect ./my-model
+              quantize inspect my-model-4bit --for lmdeploy:0.7.3 --tp 2
     """
     from turbomind_quant.cli.views.formats import inspect_view
 
-    report = tmq.inspect(path, family=family)
-    code = 0 if report.problem is None else tmq.InputError.exit_code
+    report = tmq.inspect(path, engine=engine, tp=tp, family=family)
+    fails = report.verdict is not None and report.verdict.outcome == "fails"
+    code = tmq.InputError.exit_code if fails or report.problem is not None else 0
     show(report.to_json(), lambda: inspect_view(report), as_json, code)

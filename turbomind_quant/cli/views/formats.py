@@ -3,6 +3,7 @@
 from convert.inspect import InspectReport
 from convert.turbomind.unpack import UnpackResult
 from convert.turbomind.writer import PackResult
+from convert.verdict.judge import Verdict
 from convert.verify import VerifyReport
 from turbomind_quant.api.formats import PackEstimate
 from turbomind_quant.cli.views.durations import duration
@@ -76,4 +77,15 @@ def inspect_view(report: InspectReport) -> list[str]:
     lines += [f"note: {note}" for note in report.notes]
     if report.problem is not None:
         lines.append(f"cannot be used: {report.problem}")
-    return lines
+    return [*lines, *([] if report.verdict is None else verdict_view(report.verdict))]
+
+
+def verdict_view(verdict: Verdict) -> list[str]:
+    """The outcome, then each reason with its remedy and the file of the engine that says so."""
+    told = {"loads": "loads", "caveat": "loads, with a caveat", "fails": "does not load"}
+    where = f"{verdict.engine} {verdict.version}" + (f" on {verdict.tp} GPUs" if verdict.tp > 1 else "")
+    lines = [f"{where}: {told[verdict.outcome]}"]
+    for finding in verdict.findings:
+        mark = "FAIL" if finding.outcome == "fails" else "note"
+        lines += [f"  {mark} {finding.reason}", f"       {finding.remedy}", f"       (from {finding.source})"]
+    return lines + [f"  note {note}" for note in verdict.notes]
