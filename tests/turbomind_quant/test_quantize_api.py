@@ -29,7 +29,7 @@ def made(place: Path, events: list[tmq.ProgressEvent], one_thread: None) -> tmq.
     return tmq.quantize(
         place / "model",
         place / "made",
-        calib_data=str(place / "text.txt"),
+        calib_data=place / "text.txt",
         kv_bits=8,
         progress=events.append,
         **SMALL,
@@ -69,9 +69,7 @@ def test_silent_without_a_listener(place: Path, capfd: pytest.CaptureFixture[str
 def test_an_estimate_writes_nothing_and_is_the_plan_of_the_run(
     place: Path, made: tmq.QuantizeResult, events: list[tmq.ProgressEvent]
 ) -> None:
-    found = tmq.estimate(
-        place / "model", place / "later", calib_data=str(place / "text.txt"), kv_bits=8, **SMALL
-    )
+    found = tmq.estimate(place / "model", place / "later", calib_data=place / "text.txt", kv_bits=8, **SMALL)
     assert found.output_state == "absent" and not (place / "later").exists()
     said = [event.text for event in events if event.kind == "note"]
     assert all(line in said for line in found.plan.lines())
@@ -81,7 +79,7 @@ def test_an_estimate_writes_nothing_and_is_the_plan_of_the_run(
 
 
 def test_statistics_serve_a_search(place: Path) -> None:
-    text = {"calib_data": str(place / "text.txt"), "samples": 4, "seqlen": 32}
+    text = {"calib_data": place / "text.txt", "samples": 4, "seqlen": 32}
     kept = tmq.calibrate(place / "model", place / "stats", device="cpu", **text)
     assert kept.num_layers == LAYERS and kept.calibration["samples"] == 4
     assert tmq.verify(kept.path).kind == "statistics"

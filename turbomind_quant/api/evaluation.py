@@ -62,7 +62,7 @@ def table(
     text: StrPath | None = None,
     windows: int | None = None,
     eval_seqlen: int | None = None,
-    calib_data: str | None = None,
+    calib_data: StrPath | None = None,
     text_column: str = "text",
     samples: int = QuantConfig.samples,
     seqlen: int | None = None,

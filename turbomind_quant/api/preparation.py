@@ -6,6 +6,7 @@ Nothing is written before all that can be refused has been refused.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import fspath
 from pathlib import Path
 
 from calib_data.blocks import CalibrationSet
@@ -50,7 +51,7 @@ class ModelChoice:
 class TextChoice:
     """Which calibration text a caller asks for, and how. `seqlen` None: the default, at most the model's context."""
 
-    calib_data: str | None
+    calib_data: StrPath | None
     text_column: str
     samples: int
     seqlen: int | None
@@ -60,7 +61,7 @@ class TextChoice:
 
     def config(
         self,
-        preset: str | Recipe = QuantConfig.preset,
+        preset: StrPath | Recipe = QuantConfig.preset,
         bits: int = QuantConfig.bits,
         group_size: int = QuantConfig.group_size,
         kv_bits: int = QuantConfig.kv_bits,
@@ -70,7 +71,7 @@ class TextChoice:
     ) -> QuantConfig:
         """These amounts of text with the other settings of a run. Raises UsageError for a value that is none of the choices."""
         return QuantConfig(
-            preset=find_recipe(preset),
+            preset=find_recipe(preset if isinstance(preset, Recipe) else fspath(preset)),
             bits=bits,
             group_size=group_size,
             samples=self.samples,
@@ -84,8 +85,9 @@ class TextChoice:
 
     def request(self, quant: QuantConfig) -> TextRequest:
         """The text to read, with the length that fits the model."""
+        source = None if self.calib_data is None else fspath(self.calib_data)
         return TextRequest(
-            self.calib_data, quant.samples, quant.seqlen, quant.seed, self.text_column, self.allow_fewer
+            source, quant.samples, quant.seqlen, quant.seed, self.text_column, self.allow_fewer
         )
 
     def tokenizer(self, session: Session) -> Tokenizer:

@@ -73,7 +73,7 @@ def throughput(
     kv_bits: Sequence[int] = (16,),
     kv_mode: KvMode = "dynamic",
     context_len: int | None = None,
-    random_weights: str | None = None,
+    random_weights: StrPath | None = None,
     weights: Sequence[str] = ("fp16", "int4"),
     group_size: int = 128,
     memory_cap: float | None = None,
@@ -182,7 +182,7 @@ def _trace(file: StrPath | None, requests: int | None, seed: int) -> list[TraceE
 def _sources(
     paths: Sequence[StrPath],
     family: str | None,
-    shape: str | None,
+    shape: StrPath | None,
     weights: Sequence[str],
     group_size: int,
 ) -> list[tuple[str, ModelSource]]:
@@ -192,9 +192,10 @@ def _sources(
             "nothing to measure: give a PATH, or --random-weights with 7b, 13b, 70b or a config.json."
         )
     sources = [(str(path), ModelSource(str(path), family=family)) for path in paths]
-    for kind in chosen(weights, "--weights", ("fp16", "int4")) if shape is not None else ():
-        random = ModelSource(random_weights=shape, weights=kind, group_size=group_size)
-        sources.append((f"{shape} {kind} (random)", random))
+    if shape is not None:
+        for kind in chosen(weights, "--weights", ("fp16", "int4")):
+            random = ModelSource(random_weights=fspath(shape), weights=kind, group_size=group_size)
+            sources.append((f"{shape} {kind} (random)", random))
     return sources
 
 
