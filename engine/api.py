@@ -34,6 +34,7 @@ class SamplingParams:
     logprobs: int | None = None  # None: none; 0: of the chosen token; n: and of the n likeliest
     logit_bias: tuple[tuple[int, float], ...] = ()
     prompt_logprobs: int | None = None  # as logprobs, for the tokens of the prompt
+    json_schema: str | None = None  # JSON of a schema: tokens are drawn so that the text follows it
 
     def __post_init__(self) -> None:
         if self.max_tokens < 0:

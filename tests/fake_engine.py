@@ -49,8 +49,9 @@ class FakeEngine:
                     elif str(len(request.prompt_ids)) in self.fails:
                         reason, error = "error", "The step of this request failed."
                     else:
-                        text = self.word(request, done)
-                        done, self.generated = done + 1, self.generated + 1
+                        if total:
+                            text = self.word(request, done)
+                            done, self.generated = done + 1, self.generated + 1
                         stops = [s for s in sampling.stop if s in sent + text]
                         reason = "stop" if stops else "length" if done == total else None
                         if stops:
@@ -64,13 +65,22 @@ class FakeEngine:
                         logprobs = (TokenLogprob(done, text.encode(), -0.5, top),)
                     yield Event(
                         request_id, (done,) if text else (), text, logprobs, reason, error,
-                        len(request.prompt_ids), done,
+                        len(request.prompt_ids), done, self.scores(request) if done <= 1 else (),
                     )  # fmt: skip
                     if reason:
                         return
         finally:
             self.live.pop(request_id, None)
             self.aborted.discard(request_id)
+
+    def scores(self, request: Request) -> tuple[TokenLogprob, ...]:
+        """Token i of a prompt has the log-probability -i / 8."""
+        count = request.sampling.prompt_logprobs
+        if count is None:
+            return ()
+        raw, ids = FakeTokenizer().token_bytes, request.prompt_ids
+        top = tuple((i + 65, raw(i + 65), -1.0 - i) for i in range(count))
+        return tuple(TokenLogprob(token, raw(token), -i / 8, top, i) for i, token in enumerate(ids) if i)
 
     def abort(self, request_id: str) -> None:
         if request_id in self.live:
@@ -99,7 +109,10 @@ class FakeTokenizer:
     def encode_plain(self, text: str, add_bos: bool | None = None) -> list[int]:
         return ([] if add_bos is False else [1]) + [10 + byte for byte in text.encode()]
 
-    def apply_chat_template(self, messages: list[dict[str, str]]) -> list[int]:
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id - 10]) if token_id >= 10 else b"<%d>" % token_id
+
+    def apply_chat_template(self, messages, add_generation_prompt=True, tools=None, variables=None):  # type: ignore[no-untyped-def]
         ids = []
         for message in messages:
             ids += [2, *(10 + b for b in (message["role"] + "\n" + message["content"]).encode()), 3]

@@ -4,13 +4,14 @@ import time
 
 from engine.api import Engine
 from serve.config import ServeConfig
-from serve.http.errors import ApiError
+from serve.http.errors import ApiError, unsupported
 from serve.http.generation.admission import Admission
 from serve.http.generation.prompts import Prompts
 from serve.http.generation.runs import Runs
 from serve.http.generation.sessions import Sessions
 from serve.http.health import Health
 from serve.http.metrics import Metrics
+from serve.http.protocol.messages import ResponseFormat
 from serve.http.protocol.sampling import OpenAISampling
 from serve.prompts.encoder import Encoder, ThreadEncoder, Tokenizer
 from serve.prompts.pool import WorkerPool
@@ -51,6 +52,13 @@ class Service:
         """Refuse token ids of other fields than the prompt that the vocabulary lacks."""
         for field, ids in body.named_tokens:
             self.prompts.check_tokens(ids, field)
+
+    async def schema(self, asked: ResponseFormat | None) -> str | None:
+        """The JSON schema that an answer must follow, checked; None for plain text."""
+        text = None if asked is None else asked.schema_text()
+        if text is not None:
+            raise unsupported("response_format")
+        return text
 
     @property
     def delivery_s(self) -> float:

@@ -25,6 +25,8 @@ class Tokenizer(Protocol):
 
     def encode_plain(self, text: str, add_bos: bool | None = None) -> list[int]: ...
 
+    def token_bytes(self, token_id: int) -> bytes: ...
+
     def apply_chat_template(
         self,
         messages: Messages,
@@ -70,6 +72,10 @@ class Encoder(Protocol):
         self, messages: Messages, tools: Tools, variables: Mapping[str, Any], client: str = ""
     ) -> list[int]: ...
 
+    async def pieces(self, ids: Sequence[int], client: str = "") -> list[bytes]:
+        """The bytes that each token stands for."""
+        ...
+
     async def close(self) -> None: ...
 
 
@@ -101,6 +107,9 @@ class ThreadEncoder:
         return await self._beside(
             lambda: self._tokenizer.apply_chat_template(messages, tools=tools, variables=variables)
         )
+
+    async def pieces(self, ids: Sequence[int], client: str = "") -> list[bytes]:
+        return await self._beside(lambda: [self._tokenizer.token_bytes(i) for i in ids])
 
     async def close(self) -> None:
         """Nothing to end: the threads end with their work."""

@@ -8,7 +8,7 @@ import asyncio
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,13 +92,20 @@ class WorkerPool:
         return self._traits
 
     async def text(self, text: str, add_bos: bool | None, client: str = "") -> list[int]:
-        return await self._ids({"text": text, "add_bos": add_bos}, client)
+        ids: list[int] = (await self._do({"text": text, "add_bos": add_bos}, client))["ids"]
+        return ids
+
+    async def pieces(self, ids: Sequence[int], client: str = "") -> list[bytes]:
+        return [
+            piece.encode("latin-1") for piece in (await self._do({"pieces": list(ids)}, client))["pieces"]
+        ]
 
     async def chat(
         self, messages: Messages, tools: Tools, variables: Mapping[str, Any], client: str = ""
     ) -> list[int]:
         job = {"messages": list(messages), "tools": list(tools or []), "variables": dict(variables)}
-        return await self._ids(job, client)
+        ids: list[int] = (await self._do(job, client))["ids"]
+        return ids
 
     async def close(self) -> None:
         """End all workers, busy or not."""
@@ -108,7 +115,7 @@ class WorkerPool:
         await asyncio.gather(*(worker.end() for worker in list(self._alive)))
         self._alive.clear()
 
-    async def _ids(self, job: dict[str, Any], client: str) -> list[int]:
+    async def _do(self, job: dict[str, Any], client: str) -> dict[str, Any]:
         turns = self._turns.setdefault(client, _Turns(asyncio.Semaphore(max(1, self._count - 1))))
         if turns.jobs >= JOBS_PER_CLIENT:
             raise Busy
@@ -117,10 +124,9 @@ class WorkerPool:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         answer = await asyncio.shield(task)
-        if "ids" not in answer:
+        if "error" in answer:
             raise WorkerFailed("a job failed") if answer["error"] is None else InputError(answer["error"])
-        ids: list[int] = answer["ids"]
-        return ids
+        return answer
 
     async def _run(self, job: bytes, turns: _Turns, client: str) -> dict[str, Any]:
         try:

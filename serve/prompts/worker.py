@@ -43,6 +43,8 @@ def main() -> int:
 def _answer(tokenizer: Tokenizer, line: str) -> dict[str, Any]:
     job = json.loads(line)
     try:
+        if "pieces" in job:
+            return {"pieces": [tokenizer.token_bytes(i).decode("latin-1") for i in job["pieces"]]}
         if "text" in job:
             return {"ids": tokenizer.encode_plain(job["text"], job["add_bos"])}
         ids = tokenizer.apply_chat_template(

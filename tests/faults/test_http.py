@@ -185,7 +185,9 @@ FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "H79-response_format": (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
     "H79-audio": (CHAT, {"audio": {"voice": "alloy"}}, "audio"),
     "H79-suffix": (TEXT, {"suffix": "end"}, "suffix"),
-    "H79-echo": (TEXT, {"echo": True}, "echo"),
+    "H79-echo": (TEXT, {"echo": 1}, "echo"),
+    "H75-max_tokens-negative-text": (TEXT, {"max_tokens": -1}, "max_tokens"),
+    "H75-prompt_logprobs": (TEXT, {"prompt_logprobs": 21}, "prompt_logprobs"),
     "H79-best_of": (TEXT, {"best_of": 3}, "best_of"),
     "H79-image": (CHAT, {"messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}]}]}, "image_url"),
@@ -229,7 +231,7 @@ def test_unknown_model(server: LiveServer, path: str) -> None:
 class BadTemplates(FakeTokenizer):
     """Templates as strangers write them."""
 
-    def apply_chat_template(self, messages: list[dict[str, str]]) -> list[int]:
+    def apply_chat_template(self, messages, *more, **named):  # type: ignore[no-untyped-def]
         match messages[-1]["content"]:
             case "raise":
                 raise InputError("the chat template refuses these messages: roles must alternate.")

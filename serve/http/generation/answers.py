@@ -1,6 +1,5 @@
 """Bodies of answers in OpenAI's shape, whole and streamed. Pure functions of events; TypedDicts are for OpenAPI."""
 
-import codecs
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -9,13 +8,23 @@ from typing_extensions import TypedDict
 
 from engine.api import Event, TokenLogprob
 
-_MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks
+MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks
+
+
+class PromptDetails(TypedDict):
+    cached_tokens: int
+
+
+class CompletionDetails(TypedDict):
+    reasoning_tokens: int
 
 
 class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
 
 
 class ChatMessage(TypedDict):
@@ -110,11 +119,13 @@ class Gathered:
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
         self.finish_reason = ""
 
     def add(self, event: Event) -> None:
         self.texts.append(event.text)
         self.logprobs.extend(event.logprobs)
+        self.prompt_logprobs.extend(event.prompt_logprobs)
         self.finish_reason = event.finish_reason or ""
 
     @property
@@ -127,6 +138,8 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Usage:
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 
@@ -139,7 +152,7 @@ def token_name(raw: bytes) -> str:
 
 
 def _chat_token(raw: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": token_name(raw), "logprob": max(logprob, _MIN_LOGPROB), "bytes": list(raw)}
+    return {"token": token_name(raw), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(raw)}
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
@@ -150,36 +163,6 @@ def chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
             for t in tokens
         ],
         "refusal": None,
-    }
-
-
-def _named(token: TokenLogprob) -> dict[str, float]:
-    """The alternatives by name. Of tokens with one name, as "A" and the byte 0x41, all but the chosen or first one go by their id."""
-    named: dict[str, float] = {}
-    own = token_name(token.raw)
-    for token_id, raw, logprob in token.top:
-        name = token_name(raw)
-        if token_id != token.token_id and (name == own or name in named):
-            name = f"token_id:{token_id}"
-        named[name] = max(logprob, _MIN_LOGPROB)
-    return named
-
-
-def text_logprobs(tokens: Sequence[TokenLogprob], offset: int = 0) -> dict[str, Any]:
-    """The `logprobs` object of a completion choice. `offset`: characters of the text before `tokens`.
-
-    A token inside a character has the offset of that character.
-    """
-    offsets = []
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(utf8.decode(token.raw))
-    return {
-        "tokens": [token_name(t.raw) for t in tokens],
-        "token_logprobs": [max(t.logprob, _MIN_LOGPROB) for t in tokens],
-        "top_logprobs": [_named(t) for t in tokens],
-        "text_offset": offsets,
     }
 
 

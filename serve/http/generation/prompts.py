@@ -62,6 +62,10 @@ class Prompts:
             self._encoder.text(prompt, add_bos, client), param, "This prompt cannot be tokenized"
         )
 
+    async def pieces(self, ids: Sequence[int]) -> list[bytes]:
+        """The bytes that each token of a prompt stands for."""
+        return await self._made(self._encoder.pieces(ids), "prompt", "This prompt cannot be echoed")
+
     def check_tokens(self, ids: Sequence[int], param: str) -> None:
         """Refuse token ids that the vocabulary lacks."""
         vocab = self._encoder.vocab_size

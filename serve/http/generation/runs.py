@@ -115,6 +115,7 @@ class Run:
         log.warning("A client reads too slowly: its answer is given up with %d tokens unread.", self.unread)
         self.given_up.set()
         self.close()
+        self.fail(ApiError(408, "The answer was read too slowly.", code="read_too_slowly"))
 
     def stop(self) -> None:
         """Ask the engine to end all sequences; their last events still come."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from starlette.background import BackgroundTask
 from starlette.requests import Request
@@ -12,6 +12,16 @@ from starlette.types import Receive, Scope, Send
 from serve.http.disconnect import ClientGone, abort_connection, while_connected
 from serve.http.errors import ApiError
 from serve.http.generation.runs import Run
+
+
+class Holder(Protocol):
+    """What has a run, and more that its answer needs."""
+
+    @property
+    def run(self) -> Run: ...
+
+
+Started = TypeVar("Started", bound=Run | Holder)
 
 
 class RunStream(Response):
@@ -52,17 +62,17 @@ class RunStream(Response):
 
 async def answer_whole(
     request: Request,
-    start: Callable[[], Coroutine[Any, Any, Run]],
-    gather: Callable[[Run], Awaitable[Response]],
+    start: Callable[[], Coroutine[Any, Any, Started]],
+    gather: Callable[[Started], Awaitable[Response]],
     timeout_s: float,
 ) -> Response:
-    """Start a run, gather it into one response, close it. Raises ClientGone where nobody waits any more."""
+    """Start a run, or something that holds one, gather it into one response, close it. Raises ClientGone where nobody waits any more."""
 
     async def work() -> Response:
-        run = await start()
+        started = await start()
         try:
-            return await gather(run)
+            return await gather(started)
         finally:
-            run.close()
+            (started if isinstance(started, Run) else started.run).close()
 
     return await while_connected(request.receive, work(), timeout_s)

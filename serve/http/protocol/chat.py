@@ -98,6 +98,12 @@ class CompletionRequest(OpenAISampling):
     add_special_tokens: bool | None = Field(None, description="false: no BOS before the prompt.")
     suffix: Empty = None
 
+    @property
+    def prompt_scores(self) -> int | None:
+        """Alternatives wanted for each token of the prompt; None where the prompt is not judged."""
+        wanted = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in wanted if count is not None), default=None)
+
     def prompts(self) -> list[str | list[int]]:
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]

@@ -4,7 +4,8 @@ import json
 import math
 
 from engine.api import TokenLogprob
-from serve.http.generation.answers import chat_logprobs, text_logprobs
+from serve.http.generation.answers import chat_logprobs
+from serve.http.generation.scores import text_logprobs
 
 
 def test_a_probability_of_zero_stays_json() -> None:

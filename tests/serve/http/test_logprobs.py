@@ -13,7 +13,8 @@ from engine.api import TokenLogprob
 from engine.config import EngineConfig
 from serve.config import ServeConfig
 from serve.http.app import create_app
-from serve.http.generation.answers import chat_logprobs, text_logprobs, token_name
+from serve.http.generation.answers import chat_logprobs, token_name
+from serve.http.generation.scores import text_logprobs
 from serve.local import open_model
 
 NI = "你".encode()  # e4 bd a0

@@ -37,7 +37,13 @@ LMDEPLOY = {
 def test_chat_request_of_lmdeploy_as_documented(api: TestClient, messages: Any, more: dict[str, Any]) -> None:
     reply = api.post("/v1/chat/completions", json={**LMDEPLOY, "messages": messages, **more})
     assert reply.status_code == 200
-    assert reply.json()["usage"] == {"prompt_tokens": 13, "completion_tokens": 8, "total_tokens": 21}
+    assert reply.json()["usage"] == {
+        "prompt_tokens": 13,
+        "completion_tokens": 8,
+        "total_tokens": 21,
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
 
 
 def turn(api: TestClient, prompt: str, **fields: Any) -> dict[str, Any]:
