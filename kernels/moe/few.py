@@ -15,7 +15,8 @@ from kernels.moe.weights import ExpertWeights
 from kernels.w4a16.layout import BLOCK
 from kernels.w4a16.unpack import centred, scale_of, zero_of
 
-MAX_PAIRS = 1024
+PADDED_PAIRS = (64, 256, 1024)  # a kernel is compiled for each of these numbers of pairs
+MAX_PAIRS = PADDED_PAIRS[-1]
 
 
 @triton.jit
@@ -128,7 +129,7 @@ def store_pairs(
     tl.store(out + offset, value.to(out.dtype.element_ty), mask=live[:, None] & (column[None, :] < width))
 
 
-@triton.jit(do_not_specialize=["A"])
+@triton.jit(do_not_specialize=["A", "TOPK", "KB"])
 def moe_few(
     x, chosen, weights, words, params, out,
     A, TOPK, N, K, KB, stride_x, stride_words, stride_params,
@@ -230,6 +231,6 @@ def launch_few(
         weight.words.stride(0), 0 if weight.params is None else weight.params.stride(0),
         GROUP=weight.group_size, EVEN_N=weight.rows % tile.bn == 0, EVEN_K=weight.in_features % BLOCK == 0,
         PAIRED=weight.is_paired, WEIGHTED=weights is not None, BY_PAIR=by_pair,
-        BP=max(16, triton.next_power_of_2(pairs)), EIGHTS=tile.eighths, BN=tile.bn,
+        BP=next(size for size in PADDED_PAIRS if size >= pairs), EIGHTS=tile.eighths, BN=tile.bn,
         ASM=not triton.knobs.runtime.interpret, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

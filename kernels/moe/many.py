@@ -36,7 +36,7 @@ def _int4_block(acc, w, x_ptr, live, k, left, param_ptr, N,
     return acc
 
 
-@triton.jit(do_not_specialize=["A", "blocks"])
+@triton.jit(do_not_specialize=["A", "blocks", "TOPK", "KB"])
 def moe_many(
     x, order, block_expert, block_first, ends, weights, words, params, out,
     A, blocks, TOPK, N, K, KB, stride_x, stride_words, stride_params,
