@@ -23,18 +23,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 sys.path.insert(0, str(ROOT))
 
-import torch
-from kernel_timing import Peaks, measure_peaks, quiet_capture, time_graph, wait_or_stop
-from provenance import provenance
-from torch import Tensor
+import torch  # noqa: E402
+from kernel_timing import Peaks, measure_peaks, quiet_capture, time_graph, wait_or_stop  # noqa: E402
+from provenance import provenance  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-from kernels.int4 import Quantized
-from kernels.moe.few import MAX_PAIRS, FewTile, launch_few
-from kernels.moe.many import ManyTile, launch_many
-from kernels.moe.product import Entry, Tile, moe_mlp, moe_reference, run_tiles
-from kernels.moe.sorting import sort_pairs
-from kernels.moe.weights import ExpertWeights, stack
-from kernels.w4a16.layout import W4Weight, pair, prepare, restore
+from kernels.int4 import Quantized  # noqa: E402
+from kernels.moe.few import MAX_PAIRS, FewTile, launch_few  # noqa: E402
+from kernels.moe.many import ManyTile, launch_many  # noqa: E402
+from kernels.moe.product import Entry, Tile, moe_mlp, moe_reference, run_tiles  # noqa: E402
+from kernels.moe.sorting import sort_pairs  # noqa: E402
+from kernels.moe.weights import ExpertWeights, stack  # noqa: E402
+from kernels.w4a16.layout import W4Weight, pair, prepare, restore  # noqa: E402
 
 SHAPES = {  # experts, experts of a token, hidden size, intermediate size of an expert
     "qwen3-30b": (128, 8, 2048, 768),
