@@ -12,6 +12,15 @@ from serve.chat.backends import Messages, Piece
 from serve.chat.settings import ChatSettings
 from serve.http.errors import ApiError
 
+_NO_SUCH_PATH = (404, 405, 501)
+_UNKNOWN = (
+    "stream_options",
+    "extra_forbidden",
+    "extra fields",
+    "extra inputs",
+    "unknown field",
+    "unrecognized",
+)
 _TIMEOUT = httpx.Timeout(
     connect=10.0, read=600.0, write=60.0, pool=10.0
 )  # read: to the first token of a long prompt
@@ -37,6 +46,7 @@ class HttpBackend:
 
     def __init__(self, client: httpx.AsyncClient, name: str, context_length: int | None) -> None:
         self._client, self._name, self._context_length = client, name, context_length
+        self._asks_usage = True  # until the server says that it knows no stream_options
 
     @staticmethod
     async def connect(url: str, api_key: str | None = None, model: str | None = None) -> "HttpBackend":
@@ -57,9 +67,12 @@ class HttpBackend:
         )
         try:
             reply = await client.get("models")
+            if model is not None and reply.status_code in _NO_SUCH_PATH:
+                return HttpBackend(client, model, None)  # it does not list its models
             if reply.status_code != 200:
                 said = _told(reply.content) or _beginning(reply.content)
-                raise ApiError(reply.status_code, f"{base}/models answers {reply.status_code}: {said}")
+                hint = " Name its model with --model." if reply.status_code in _NO_SUCH_PATH else ""
+                raise ApiError(reply.status_code, f"{base}/models answers {reply.status_code}: {said}{hint}")
             cards = {str(card["id"]): card for card in reply.json()["data"]}
             name = model or next(iter(cards))
         except httpx.HTTPError as e:
@@ -95,7 +108,6 @@ class HttpBackend:
             "model": self._name,
             "messages": list(messages),
             "stream": True,
-            "stream_options": {"include_usage": True},
             "temperature": settings.temperature,
             "top_p": settings.top_p,
         }
@@ -108,17 +120,32 @@ class HttpBackend:
             body["max_tokens"] = settings.max_tokens
         if settings.seed is not None:
             body["seed"] = settings.seed
+        if self._asks_usage:
+            body["stream_options"] = {"include_usage": True}
         try:
             async with self._client.stream("POST", "chat/completions", json=body) as reply:
-                if reply.status_code != 200:
-                    raise ApiError(reply.status_code, _refusal(reply.status_code, await reply.aread()))
-                async for piece in _pieces(reply):
+                said = b"" if reply.status_code == 200 else await reply.aread()
+                if reply.status_code == 200:
+                    async for piece in _pieces(reply):
+                        yield piece
+                    return
+            if self._asks_usage and reply.status_code in (400, 422) and _knows_not(said):
+                self._asks_usage = False
+                async for piece in self.answer(messages, settings):
                     yield piece
+                return
+            raise ApiError(reply.status_code, _refusal(reply.status_code, said))
         except httpx.HTTPError as e:
             raise ApiError(503, f"The connection to the server failed: {str(e) or type(e).__name__}.") from e
 
     async def close(self) -> None:
         await self._client.aclose()
+
+
+def _knows_not(body: bytes) -> bool:
+    """Whether a refusal is about a field that the server does not know."""
+    text = body.decode("utf-8", "replace").lower()
+    return any(word in text for word in _UNKNOWN)
 
 
 def _told(body: bytes) -> str | None:

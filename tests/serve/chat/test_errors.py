@@ -181,3 +181,50 @@ def test_bytes_that_are_no_text_do_no_harm(engine: FakeEngine) -> None:
     assert result.exit_code == 0, result.output
     expected = FakeTokenizer().apply_chat_template([{"role": "user", "content": "世\ufffd"}])
     assert engine.requests[0].prompt_ids == tuple(expected)
+
+
+STRICT = [
+    (
+        422,
+        b'{"object": "error", "message": {"detail": [{"type": "extra_forbidden", "loc": ["body", "stream_options"]}]}}',
+    ),
+    (400, b'{"error": {"message": "Unrecognized request argument supplied: stream_options"}}'),
+    (400, b'{"detail": "Extra inputs are not permitted"}'),
+]
+DONE = b'data: {"choices": [{"index": 0, "delta": {"content": "Hello"}, "finish_reason": "stop"}]}\n\ndata: [DONE]\n\n'
+
+
+@pytest.mark.parametrize("refusal", STRICT, ids=["mistral", "azure", "pydantic"])
+def test_a_server_that_knows_no_stream_options_is_asked_without_them(refusal: tuple[int, bytes]) -> None:
+    asked: list[bool] = []
+
+    class Strict(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._send(*MODELS)
+
+        def do_POST(self) -> None:
+            asked.append(b"stream_options" in self.rfile.read(int(self.headers["Content-Length"])))
+            self._send(*(refusal if asked[-1] else (200, DONE)))
+
+        def _send(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Strict) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        result = ask("client", f"http://127.0.0.1:{server.server_port}", text="one\ntwo")
+        server.shutdown()
+    assert result.exit_code == 0 and "Hello" in result.stdout, result.output
+    assert asked[:2] == [True, False] and not any(asked[2:])  # the server is asked once
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+def test_a_server_that_lists_no_models_is_asked_for_the_named_one(status: int) -> None:
+    with answering((200, DONE), models=(status, b"nothing here")) as url:
+        assert_only(ask("client", url), 3 if status < 500 else 4, "Name its model with --model.")
+        result = ask("client", url, "--model", "mine")
+    assert result.exit_code == 0 and "Hello" in result.stdout, result.output
