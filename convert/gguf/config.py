@@ -1,7 +1,6 @@
 """The metadata of a GGUF file as a config.json: sizes, RoPE, special tokens. A row for each architecture that is read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,32 +10,11 @@ from torch import Tensor
 from convert.config import RopeScaling
 from convert.errors import InputError
 from convert.folder.json_files import show, show_value
+from convert.gguf.architectures import ARCHITECTURES, GgufArchitecture
 from convert.gguf.kinds import refuse_other_kinds
 from convert.gguf.metadata import llama3_factors
 from convert.gguf.parts import GgufModel
 from convert.tokenizer.sentencepiece import CONTROL
-
-
-@dataclass(frozen=True)
-class GgufArchitecture:
-    """A row for each architecture that is read. `permuted`: llama.cpp stores the rows of q and k as interleaved pairs."""
-
-    architecture: str
-    model_type: str
-    permuted: bool
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    mixture: tuple[str, str] | None = None  # architecture and model_type of the same with experts
-
-
-ARCHITECTURES = {
-    "llama": GgufArchitecture(
-        "LlamaForCausalLM", "llama", permuted=True, mixture=("MixtralForCausalLM", "mixtral")
-    ),
-    "qwen2": GgufArchitecture("Qwen2ForCausalLM", "qwen2", permuted=False, qkv_bias=True),
-    "qwen3": GgufArchitecture("Qwen3ForCausalLM", "qwen3", permuted=False, qk_norm=True),
-}
-
 
 TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>")
 YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_attn_factor": "attention_factor"}
@@ -77,7 +55,8 @@ def gguf_config(
     if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
         raise InputError(f"{show(file)}: head counts that differ by layer are not supported.")
     head_dim = fields.get(f"{arch}.attention.key_length", hidden // heads)
-    if fields.get(f"{arch}.rope.dimension_count", head_dim) != head_dim:
+    rotated = fields.get(f"{arch}.rope.dimension_count", head_dim)
+    if rotated != head_dim and not row.partial_rotary:
         raise InputError(f"{show(file)}: only part of each head is rotated; that is not supported.")
     matrices = [t.tensor_type.name for n, t in tensors.items() if len(t.shape) == 2]
     dtype = {frozenset({"F16"}): "float16", frozenset({"BF16"}): "bfloat16"}.get(
@@ -86,7 +65,6 @@ def gguf_config(
     config: dict[str, Any] = {
         "architectures": [row.architecture],
         "model_type": row.model_type,
-        "hidden_act": "silu",
         "hidden_size": hidden,
         "intermediate_size": need("feed_forward_length"),
         "num_hidden_layers": need("block_count"),
@@ -98,9 +76,12 @@ def gguf_config(
         "rms_norm_eps": _short(need("attention.layer_norm_rms_epsilon")),
         "rope_theta": _short(fields.get(f"{arch}.rope.freq_base", 10000.0)),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": row.model_type == "llama" and "blk.0.attn_q.bias" in tensors,
+        "attention_bias": row.may_have_bias and "blk.0.attn_q.bias" in tensors,
         "dtype": dtype,
     }
+    config |= _particulars(arch, row, fields, config)
+    if rotated != head_dim:
+        config["partial_rotary_factor"] = rotated / head_dim
     scaling = _rope_scaling(file, arch, fields, tensors, config)
     if scaling is not None:
         config["rope_scaling"] = scaling
@@ -116,6 +97,23 @@ def gguf_config(
     if ends:
         config["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     return config
+
+
+def _particulars(
+    arch: str, row: GgufArchitecture, fields: Mapping[str, Any], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the row of the architecture adds to config.json."""
+    found = dict(row.constants)
+    for name, key in row.keys.items():
+        value = fields.get(f"{arch}.{name}")
+        if value is not None:
+            found[key] = _short(value) if isinstance(value, float) else value
+    if row.wide_layers is not None:
+        # llama.cpp's own rule: the largest model of the series divides by the width of its heads if they filled the hidden state
+        is_largest = config["num_hidden_layers"] == row.wide_layers
+        filled = config["hidden_size"] // config["num_attention_heads"]
+        found["query_pre_attn_scalar"] = filled if is_largest else config["head_dim"]
+    return found
 
 
 def end_ids(fields: Mapping[str, Any]) -> list[int]:
@@ -142,6 +140,8 @@ def _rope_scaling(
     kind = fields.get(f"{arch}.rope.scaling.type")
     factor = fields.get(f"{arch}.rope.scaling.factor")
     original = fields.get(f"{arch}.rope.scaling.original_context_length")
+    if "rope_factors_long.weight" in tensors and "rope_factors_short.weight" in tensors:
+        return _longrope(arch, fields, tensors)
     if "rope_freqs.weight" in tensors:
         return _llama3_scaling(file, torch.from_numpy(np.array(tensors["rope_freqs.weight"].data)), config)
     if kind in (None, "none"):
@@ -158,6 +158,21 @@ def _rope_scaling(
             value = fields.get(f"{arch}.rope.scaling.{name}")
             if value is not None:
                 scaling[key] = _short(value)
+    return scaling
+
+
+def _longrope(arch: str, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Phi-3's two lists of divisors, which are tensors in the file."""
+    scaling: dict[str, Any] = {"rope_type": "longrope"}
+    for length in ("short", "long"):
+        values = np.array(tensors[f"rope_factors_{length}.weight"].data, dtype=np.float32)
+        scaling[f"{length}_factor"] = [_short(value) for value in values.flatten().tolist()]
+    original = fields.get(f"{arch}.rope.scaling.original_context_length")
+    if original is not None:
+        scaling["original_max_position_embeddings"] = original
+    attention = fields.get(f"{arch}.rope.scaling.attn_factor")
+    if attention:
+        scaling["attention_factor"] = _short(attention)
     return scaling
 
 

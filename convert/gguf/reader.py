@@ -29,8 +29,9 @@ from convert.folder.files import (
 from convert.folder.json_files import show
 from convert.folder.state import read_signed, self_digest
 from convert.folder.temporary import LOCK, remove_abandoned, whole_folder
-from convert.gguf.config import GgufArchitecture, read_config
-from convert.gguf.names import EMBEDDING, EXPERTS, FINAL_NORM, HEAD
+from convert.gguf.architectures import GgufArchitecture
+from convert.gguf.config import read_config
+from convert.gguf.names import EMBEDDING, FINAL_NORM, HEAD
 from convert.gguf.parts import open_parts, part_paths
 from convert.gguf.tokenizer import write_tokenizer
 from convert.gguf.understood import check_metadata
@@ -38,7 +39,7 @@ from convert.hf.config import parse_config
 from convert.hf.safetensors_files import check_finite
 from convert.hf.tensor_folder import INDEX_NAME
 
-LAYOUT_VERSION = 2  # of the folder that is written; part of its name in the cache
+LAYOUT_VERSION = 3  # of the folder that is written; part of its name in the cache
 LIST_NAME = "unpacked.list"  # the digests of the files of an unpacked model; no pattern of a loader or copier takes it
 
 
@@ -54,12 +55,6 @@ BLOCK_TENSORS = {  # name in a GGUF file -> module of the families that are read
     "ffn_down": "mlp.down_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate_inp": "block_sparse_moe.gate",
-}
-STACKED_TENSORS = {
-    EXPERTS["gate"]: "block_sparse_moe.experts.{e}.w1",
-    EXPERTS["up"]: "block_sparse_moe.experts.{e}.w3",
-    EXPERTS["down"]: "block_sparse_moe.experts.{e}.w2",
 }
 OTHER_TENSORS = {
     EMBEDDING: "model.embed_tokens.weight",
@@ -191,23 +186,26 @@ def _write_shards(
 ) -> None:
     layers = config["num_hidden_layers"]
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    used = {"rope_freqs.weight"}
+    used = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+    modules = {**BLOCK_TENSORS, **row.tensors}
     weight_map: dict[str, str] = {}
     for index in range(layers + 1):
         shard = f"model-{index:05d}-of-{layers:05d}.safetensors"
         loaded: dict[str, Tensor] = {}
         if index < layers:
-            for source, target in BLOCK_TENSORS.items():
+            for source, target in modules.items():
                 for part in ("weight", "bias"):
                     name = f"blk.{index}.{source}.{part}"
                     if name not in tensors:
                         continue
                     used.add(name)
                     value = _load(tensors[name])
+                    if source.endswith("norm"):
+                        value = value - row.norm_offset
                     if row.permuted and source in heads:
                         value = unpermute(value, heads[source])
                     loaded[f"model.layers.{index}.{target}.{part}"] = value
-            for source, target in STACKED_TENSORS.items():
+            for source, target in row.stacked.items():
                 name = f"blk.{index}.{source}.weight"
                 if name in tensors:
                     used.add(name)
@@ -217,7 +215,8 @@ def _write_shards(
             for name, target in OTHER_TENSORS.items():
                 if name in tensors:
                     used.add(name)
-                    loaded[target] = _load(tensors[name])
+                    value = _load(tensors[name])
+                    loaded[target] = value - row.norm_offset if name == FINAL_NORM else value
         atomic_write(folder / shard, safetensors_chunks(loaded))
         weight_map |= dict.fromkeys(loaded, shard)
     unknown = sorted(set(tensors) - used)

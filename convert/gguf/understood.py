@@ -8,7 +8,7 @@ from typing import Any
 
 from convert.errors import InputError
 from convert.folder.json_files import show, show_value
-from convert.gguf.config import GgufArchitecture
+from convert.gguf.architectures import GgufArchitecture
 
 READ = {  # by convert.gguf.config
     "context_length",
@@ -57,7 +57,7 @@ def check_metadata(
     unknown = []
     for name, value in fields.items():
         key = name.removeprefix(f"{arch}.")
-        if key == name or key in READ or key in WITHOUT_EFFECT:
+        if key == name or key in READ or key in row.keys or key in row.read or key in WITHOUT_EFFECT:
             continue
         allowed = neutral.get(key, (0, None, "", "none"))
         if not any(_equal(value, other) for other in allowed):
