@@ -15,7 +15,7 @@ from kernels.int4 import bits_per_weight
 from quant.config import QuantConfig
 from quant.learn.distill import window_of
 from quant.search.experts import SCALE_ROWS
-from quant.selection import is_quantized, ragged_roles
+from quant.selection import is_quantized, ragged_roles, skipped_modules
 from quant.statistics.chunks import chunk_samples
 
 GIB = 2**30
@@ -51,9 +51,11 @@ class Plan:
     pass_bytes: int = 0  # of the end-to-end pass, 0 where there is none
     pass_steps: int = 0
     learns_rounding: bool = False
+    skipped: tuple[str, ...] = ()  # modules that the recipe leaves in float16
 
     @property
     def peak_bytes(self) -> int:
+        """Memory at the fullest moment: a block's search, the model that writes its text, or the end-to-end pass."""
         return max(
             self.block_bytes + self.stream_bytes + self.gram_bytes + self.batch_bytes,
             self.generation_bytes,
@@ -62,9 +64,11 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
+        """The output and the working state next to it."""
         return self.output_bytes + self.work_bytes
 
     def to_json(self) -> dict[str, Any]:
+        """The plan as plain JSON data."""
         return asdict(self) | {"peak_bytes": self.peak_bytes, "disk_bytes": self.disk_bytes}
 
     def lines(self) -> list[str]:
@@ -91,6 +95,8 @@ class Plan:
         lines.append(
             f"disk: {_gib(self.output_bytes)} output{size}, up to {_gib(self.work_bytes)} of working state meanwhile"
         )
+        if self.skipped:
+            lines.append(f"{len(self.skipped)} modules stay float16, as the recipe asks")
         if self.bits is not None and self.bits < 4:
             lines.append(
                 f"int{self.bits} codes are held in 4-bit nibbles: for evaluation, they save nothing over int4"
@@ -253,6 +259,7 @@ def plan_quantization(
         pass_bytes=pass_bytes(config, quant) if quant.distill else 0,
         pass_steps=quant.recipe.distillation.steps if quant.distill else 0,
         learns_rounding=quant.recipe.learning is not None,
+        skipped=tuple(skipped_modules(config, quant)),
     )
 
 

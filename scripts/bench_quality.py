@@ -181,9 +181,9 @@ class Bench:
         done = end_to_end(self.session, arm.quant, made.blocks, source)
         seconds = before + self._elapsed(started)
         assert done.divergence is not None and source.tokens is not None
+        notes = ["calibration KL {kl_first:.4f} -> {kl_last:.4f}".format(**done.divergence)]
         if self.args.kv and done.ranges is None:
             done = replace(done, ranges=measure_ranges(self.session, done.blocks, source.tokens))
-        notes = ["calibration KL {kl_first:.4f} -> {kl_last:.4f}".format(**done.divergence)]
         self._judge(arm, arm.quant.recipe.name + "+distill", done, seconds, notes)
 
     def _elapsed(self, started: float) -> float:

@@ -44,6 +44,7 @@ class EvalText:
 
     @property
     def digest(self) -> str:
+        """sha256 of the UTF-8 bytes, in hexadecimal."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
@@ -105,6 +106,7 @@ class EvalProtocol:
     kl_windows: int = 0
 
     def length(self, max_position: int) -> int:
+        """Tokens of a window for a model with this context."""
         return min(SEQLEN, max_position) if self.seqlen is None else self.seqlen
 
 
@@ -118,6 +120,7 @@ class Judged:
     against: PairedDifference | None = None
 
     def to_json(self) -> dict[str, Any]:
+        """The result as plain JSON data."""
         difference = None
         if self.against is not None:
             difference = {"ppl": self.against.difference, "ci95": [self.against.low, self.against.high]}

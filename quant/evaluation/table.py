@@ -52,6 +52,7 @@ class Row:
     peak_gib: float
 
     def to_json(self) -> dict[str, Any]:
+        """The row as plain JSON data."""
         return asdict(self)
 
     @property

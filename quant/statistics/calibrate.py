@@ -115,10 +115,12 @@ class StatisticsFolder:
     facts: dict[str, Any]
 
     def block(self, index: int) -> SavedStatistics:
+        """The statistics of block `index`. Raises InputError where the file is damaged."""
         return load_statistics(self.path / block_file(index))
 
     @property
     def digest(self) -> str:
+        """The manifest's digest of the whole folder."""
         return str(self.facts["digest"])
 
 

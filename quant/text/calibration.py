@@ -33,7 +33,8 @@ class ModelTokenizer(Tokenizes, Protocol):
     bos_id: int | None  # the BOS that the model's own rule puts before a text; None where it puts none
 
     @property
-    def special_ids(self) -> frozenset[int]: ...
+    def special_ids(self) -> frozenset[int]:
+        """Ids of control tokens, which are no ordinary text."""
 
 
 def vocabulary_of(ckpt: Checkpoint, tokenizer: ModelTokenizer) -> Vocabulary:

@@ -269,6 +269,7 @@ def test_skipped_modules_are_float_listed_and_reported(made) -> None:
     assert "model.layers.2.mlp.down_proj.qweight" in names
     manifest = read_manifest(place / "out").data
     assert any("4 modules stay float16, as the recipe asks" in text for text in manifest["warnings"])
+    assert "4 modules stay float16, as the recipe asks" in done.stderr  # of the plan, before the work
     assert "model.layers.1.mlp.down_proj" in done.stdout
     assert manifest["recipe"]["skip"][0] == "model.layers.1.mlp.down_proj"
     assert manifest["config"]["preset"] == manifest["recipe"]["name"] == "mine"
