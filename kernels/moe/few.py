@@ -30,19 +30,19 @@ def dot(w, x, acc, ASM: tl.constexpr):
 
 @triton.jit
 def int4_rows(
-    words, params, x, rows, live, n, N, K, KB, stride_x,
+    words, scale_zero, x, rows, live, n, N, K, KB, stride_x,
     GROUP: tl.constexpr, EVEN_K: tl.constexpr, EIGHTS: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Sums over K of one expert's rows n (BN,) for tokens `rows`, tuples of (8,): a tuple of (BN, 8) float32.
 
-    words and params point at the expert; as in `w4_split`, q - z is exact in the dot and the scale multiplies the float32
+    words and scale_zero point at the expert; as in `w4_split`, q - z is exact in the dot and the scale multiplies the float32
     sum of a group.
     """
     BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
     c = tl.arange(0, 32)
     k = c[:, None]
     word_ptr = words + n[:, None] * 32 + c[None, :]
-    param_ptr = params + n
+    param_ptr = scale_zero + n
     sums = ()
     for _eighth in tl.static_range(EIGHTS):
         sums = sums + (tl.zeros([BN, 8], tl.float32),)
@@ -131,8 +131,8 @@ def store_pairs(
 
 @triton.jit(do_not_specialize=["A", "TOPK", "KB"])
 def moe_few(
-    x, chosen, weights, words, params, out,
-    A, TOPK, N, K, KB, stride_x, stride_words, stride_params,
+    x, chosen, weights, words, scale_zero, out,
+    A, TOPK, N, K, KB, stride_x, stride_words, stride_scale,
     GROUP: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr,
     PAIRED: tl.constexpr, WEIGHTED: tl.constexpr, BY_PAIR: tl.constexpr,
     BP: tl.constexpr, EIGHTS: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
@@ -140,7 +140,7 @@ def moe_few(
     """out[a, n] = f(sum_k x[a // TOPK, k] * w[e, n, k]) * weights[a] for every pair a, e = chosen[a]; f of `store_pairs`.
 
     x (T, K) fp16 or bf16, rows stride_x apart; chosen (A,) int32; weights (A,) float32, read where WEIGHTED; words
-    (E, KB, N, 32) int16 and params (E, KB * P, N) int32, stride_words and stride_params elements an expert, or for GROUP 0
+    (E, KB, N, 32) int16 and scale_zero (E, KB * P, N) int32, stride_words and stride_scale elements an expert, or for GROUP 0
     words (E, N, K) in the dtype of x; out (A, N), or (A, N / 2) where PAIRED, dtype of x.
     Rounding: sums in float32, one rounding at the end.
     Program (tile, slot): rows tile * BN ..; slot is an expert, or with BY_PAIR the first pair of one; programs without a
@@ -177,7 +177,7 @@ def moe_few(
             live = live + (want < count,)
         if GROUP:
             sums = int4_rows(
-                words + expert.to(tl.int64) * stride_words, params + expert.to(tl.int64) * stride_params,
+                words + expert.to(tl.int64) * stride_words, scale_zero + expert.to(tl.int64) * stride_scale,
                 x, rows, live, n, N, K, KB, stride_x, GROUP, EVEN_K, EIGHTS, BN, ASM,
             )  # fmt: skip
         else:

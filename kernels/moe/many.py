@@ -38,8 +38,8 @@ def _int4_block(acc, w, x_ptr, live, k, left, param_ptr, N,
 
 @triton.jit(do_not_specialize=["A", "blocks", "TOPK", "KB"])
 def moe_many(
-    x, order, block_expert, block_first, ends, weights, words, params, out,
-    A, blocks, TOPK, N, K, KB, stride_x, stride_words, stride_params,
+    x, order, block_expert, block_first, ends, weights, words, scale_zero, out,
+    A, blocks, TOPK, N, K, KB, stride_x, stride_words, stride_scale,
     GROUP: tl.constexpr, EVEN_N: tl.constexpr, EVEN_K: tl.constexpr, PAIRED: tl.constexpr, WEIGHTED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,7 @@ def moe_many(
         c = tl.arange(0, 32)
         k = c[:, None]
         word_ptr = words + expert.to(tl.int64) * stride_words + n[:, None] * 32 + c[None, :]
-        param_ptr = params + expert.to(tl.int64) * stride_params + n
+        param_ptr = scale_zero + expert.to(tl.int64) * stride_scale + n
         x_ptr = x + rows[None, :] * stride_x + k
         for b in range(0, KB):
             w = tl.load(word_ptr)
