@@ -14,6 +14,7 @@ from convert.config import ModelConfig
 from convert.errors import InputError
 from convert.families.table import stays_float
 from engine.model.block import Tap
+from kernels.int4 import SCALE_MAX
 from quant import recipes
 from quant.block_states import FloatBlock
 from quant.block_task import BlockInputs, BlockResult, BlockTask
@@ -86,7 +87,7 @@ def solve_block(task: BlockTask) -> BlockResult:
 def check_block(block: BlockWeights, config: ModelConfig, quant: QuantConfig) -> FloatBlock:
     """The block as one that can be quantized.
 
-    Raises InputError for weights that are not finite or quantized already, and for K that is no multiple of the group.
+    Raises InputError for weights that are not finite, beyond the format or quantized already, and for K that is no multiple of the group.
     """
     found = FloatBlock.of(block)
     for role, part in found.linears.items():
@@ -94,6 +95,13 @@ def check_block(block: BlockWeights, config: ModelConfig, quant: QuantConfig) ->
         if bad:
             raise InputError(
                 f"Block {block.index}, {role}: {bad} weights are NaN or infinite. The checkpoint is damaged."
+            )
+        limit = SCALE_MAX * (2**quant.bits - 1)
+        beyond = int((part.weight.abs() > limit).sum())
+        if beyond and is_quantized(config, quant, block.index, role):
+            raise InputError(
+                f"Block {block.index}, {role}: {beyond} weights lie beyond {limit:,.0f}, the largest that {quant.bits} bits and a float16 scale "
+                "hold: they would be stored as something else. The checkpoint is damaged or its training diverged."
             )
         if quant.keep_ragged or stays_float(role) or is_quantized(config, quant, block.index, role):
             continue

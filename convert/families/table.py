@@ -4,6 +4,7 @@ Knows no files. `rows.py` has the rows, `family.py` says what a row and a role a
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from convert.config import ModelConfig
 from convert.errors import InputError
 from convert.families.family import Family
+from convert.families.other_maths import LOOKALIKES
 from convert.families.rows import FAMILIES
 
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -43,9 +45,14 @@ def family_of(raw: Mapping[str, Any], override: str | None = None) -> Family:
             if model_type in family.model_types:
                 return family
     found = names[0] if names else str(model_type or "none")
-    known = {family.architecture.lower(): family for family in FAMILIES}
+    if found in LOOKALIKES:
+        raise InputError(
+            f"config.json: architecture {found!r} is not a known family: it has {LOOKALIKES[found]}, so no --family computes it. Known "
+            f"families: {', '.join(BY_NAME)}."
+        )
+    known = {_stem(family.architecture): family for family in FAMILIES}
     known.update({family.name: family for family in FAMILIES})
-    near = difflib.get_close_matches(found.lower(), known, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(_stem(found), known, n=1, cutoff=0.75)
     hint = f" The nearest known one is {known[near[0]].architecture}" if near else " Nothing known is near it"
     flag = f" (--family {known[near[0]].name})" if near else ""
     code = (
@@ -57,6 +64,11 @@ def family_of(raw: Mapping[str, Any], override: str | None = None) -> Family:
         f"config.json: architecture {found[:80]!r} is not a known family.{hint}{flag}.{code} Known families: "
         f"{', '.join(BY_NAME)}. If the model computes exactly what one of them does, name it with --family."
     )
+
+
+def _stem(architecture: str) -> str:
+    """What tells architectures apart: without the ending that nearly all share, also where it is misspelt."""
+    return re.sub(r"(_?for)?[ca]+us?[al]+(lm|ml)$|lmheadmodel$", "", architecture.lower())
 
 
 def names_of(config: ModelConfig) -> Family:

@@ -12,6 +12,7 @@ from convert.config import ModelConfig, RopeScaling
 from convert.errors import InputError
 from convert.families.containers import container_of, language_part
 from convert.families.family import Family
+from convert.families.other_maths import refuse_lookalike, refuse_unread_keys
 from convert.families.table import family_named, family_of
 from convert.folder.boundary import reading
 from convert.folder.json_files import show_value
@@ -64,8 +65,11 @@ def parse_config(
     layers = read.integer("num_layers")
     max_position = read.integer("max_position")
     theta, scaling = parse_rope(read, max_position)
-    if scaling is not None and scaling.kind == "yarn" and max_position <= scaling.original_max_position:
-        max_position = int(scaling.original_max_position * scaling.factor)
+    if (
+        scaling is not None and scaling.kind == "yarn"
+    ):  # config.json may still state a context shorter than the stretched one
+        stretched = int(min(scaling.original_max_position * scaling.factor, LARGEST["max_position"]))
+        max_position = max(max_position, stretched)
     if family.name == "qwen" and scaling is None and read.boolean("use_dynamic_ntk"):
         scaling = RopeScaling("qwen_ntk", 1.0, max_position)  # max_position is seq_length so far
         if raw.get("max_position_embeddings") is not None:
@@ -189,6 +193,8 @@ def _window(read: ConfigReader, layers: int) -> tuple[int | None, tuple[int, ...
 
 def _refuse_other_maths(raw: Mapping[str, Any], family: Family) -> None:
     """Keys that would change what the family computes, with the only values that our forward pass has."""
+    refuse_lookalike(raw, family)
+    refuse_unread_keys(raw, family, FIELDS)
     key = family.keys.get("activation", "hidden_act")
     activation = raw.get(key, family.defaults.get("activation"))
     names = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_tanh")}[family.activation]
@@ -260,4 +266,6 @@ def updated_config(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, Any
         implied = {"num_kv_heads": config.num_heads, "head_dim": config.hidden_size // config.num_heads}
         if key in document or implied.get(field) != value:
             document[key] = value
+    if "tie_word_embeddings" in document:  # it may say so of a head that is another one
+        document["tie_word_embeddings"] = config.tie_embeddings
     return document

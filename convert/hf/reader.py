@@ -39,7 +39,7 @@ from convert.folder.state import (
 from convert.hf.config import parse_config
 from convert.hf.config_reader import LARGEST
 from convert.hf.expert_tensors import split_experts
-from convert.hf.safetensors_files import TensorInfo, check_finite
+from convert.hf.safetensors_files import TensorInfo, check_finite, read_tensor
 from convert.hf.tensor_folder import TensorFolder
 from convert.linear_layouts.base import GROUP_SIZES, Expected
 from convert.linear_layouts.table import LAYOUTS
@@ -55,6 +55,12 @@ NAMES: dict[torch.dtype, Literal["float16", "bfloat16", "float32"]] = {
     torch.float64: "float32",
 }
 # Tensors that older checkpoints hold and that are computed, not learned.
+PREFIXES = {  # before the names that a family has -> how they came there
+    "_orig_mod.": "saved from a compiled model (torch.compile)",
+    "module.": "saved from a data-parallel wrapper",
+    "base_model.model.": "saved from a LoRA wrapper (peft) that was not merged",
+    "model.": "saved from a wrapper around the model",
+}
 COMPUTED = (
     "rotary_emb.inv_freq",
     "attn.bias",
@@ -77,6 +83,11 @@ def open_hf(folder: Path, family_name: str | None = None) -> "HfCheckpoint":
             empty = not any(folder.iterdir())
         except OSError as error:
             raise InputError(f"{show(str(folder))} cannot be listed: {error.strerror}.") from error
+        if (folder / "adapter_config.json").is_file() or (folder / "adapter_model.safetensors").is_file():
+            raise InputError(
+                f"{show(str(folder))} holds a LoRA adapter, not a model: merge it into its base model first (peft: "
+                "`merge_and_unload`, then `save_pretrained`), and give that folder."
+            )
         what = "is empty" if empty else "holds no config.json"
         raise InputError(
             f"{show(str(folder))} {what}: expected a model folder with config.json and *.safetensors."
@@ -129,6 +140,12 @@ class HfCheckpoint(Checkpoint):
         embedding = self.files.tensors.get(family.embedding + ".weight")
         if embedding is not None and embedding.dtype in NAMES:
             config = dataclasses.replace(config, dtype=NAMES[embedding.dtype])
+        if config.tie_embeddings and self._has_another_head(config):
+            config = dataclasses.replace(config, tie_embeddings=False)
+            notes = [
+                *notes,
+                f"{family.lm_head}.weight is not the embedding, although config.json ties them: it is the head",
+            ]
         fmt = config.quantization
         self._layout = None if fmt is None else LAYOUTS[fmt.method]
         super().__init__(
@@ -143,6 +160,18 @@ class HfCheckpoint(Checkpoint):
         if self._scaled is not None:
             self.notes.append(lossy_note(self._scaled.label))
         self._check_tensors()
+
+    def _has_another_head(self, config: ModelConfig) -> bool:
+        """Whether the files hold a head of the right shape with other values than the embedding: a head that was trained apart."""
+        embedding, head = (
+            self.files.tensors.get(f"{name}.weight") for name in (self.family.embedding, self.family.lm_head)
+        )
+        shape = (config.vocab_size, config.hidden_size)
+        if embedding is None or head is None or embedding.shape != shape or head.shape != shape:
+            return False
+        if not (embedding.dtype in FLOATS and head.dtype in FLOATS):
+            return False
+        return not torch.equal(read_tensor(embedding).float(), read_tensor(head).float())
 
     def weight_files(self) -> list[Path]:
         return list(self.files.paths)
@@ -328,6 +357,7 @@ class HfCheckpoint(Checkpoint):
                 "tie_word_embeddings to true where the model has one shared matrix."
             )
         if missing:
+            self._refuse_other_prefix(missing)
             listed = ", ".join(show(name) for name in missing[:4])
             raise InputError(
                 f"{show(str(self.path))} lacks {len(missing)} tensors of {len(expected)} that a {self.config.family} model "
@@ -339,6 +369,22 @@ class HfCheckpoint(Checkpoint):
             _check_shape(present[name], shape)
         self._check_dtypes(expected)
         self._sort_others([name for name in present if name not in expected])
+
+    def _refuse_other_prefix(self, missing: list[str]) -> None:
+        """Raises InputError where the tensors are there under other names: saved by a wrapper, or without the root of the names."""
+        present, name = self.files.tensors, missing[0]
+        for prefix, told in PREFIXES.items():
+            if prefix + name in present:
+                raise InputError(
+                    f"{show(str(self.path))} names its tensors {show(prefix + name)!r} where {show(name)!r} is expected: it was {told}. "
+                    "Save the plain model again (`save_pretrained`), or rename the tensors."
+                )
+        root = name.partition(".")[0] + "."
+        if name.removeprefix(root) in present:
+            raise InputError(
+                f"{show(str(self.path))} names its tensors {show(name.removeprefix(root))!r} where {show(name)!r} is expected: it was saved "
+                "without its head, as a base model. Save the whole model (`...ForCausalLM`), or rename the tensors and bring the head."
+            )
 
     def _sort_others(self, extra: list[str]) -> None:
         """What the language model does not need: carried through, or dropped with the reason."""

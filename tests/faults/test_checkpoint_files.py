@@ -404,10 +404,16 @@ def test_A11_tied_head_absent_but_not_tied(model: Path) -> None:
 
 
 def test_A11_tied_head_present(model: Path) -> None:
+    """A head in the file that equals the embedding stays tied to it; one that differs is the head, whatever config.json says."""
     edit_config(model, tie_word_embeddings=True)
     ckpt = open_checkpoint(model)
-    assert any("tied" in note for note in ckpt.notes)
-    assert torch.equal(ckpt.lm_head(), ckpt.embedding())
+    assert not ckpt.config.tie_embeddings and not torch.equal(ckpt.lm_head(), ckpt.embedding())
+    assert any("is not the embedding" in note for note in ckpt.notes)
+    tensors = random_tensors("llama")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    write_model(model, tensors=tensors, tie_word_embeddings=True)
+    ckpt = open_checkpoint(model)
+    assert ckpt.config.tie_embeddings and any("present but tied" in note for note in ckpt.notes)
 
 
 def test_A11_biases_that_the_config_denies(model: Path) -> None:
