@@ -5,8 +5,9 @@ before the hidden states after it, and a block without all of them is done again
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from convert import kv_parameters as kv_file
@@ -24,6 +25,7 @@ from quant.state.block_files import BlockFiles
 from quant.state.block_record import HeadRanges, all_ranges
 from quant.state.end_to_end import PassWork
 from quant.state.frontier import Frontier, Resumption
+from quant.state.write_behind import WriteBehind
 from quant.text.sources import CalibrationSource, saved_streams
 from quant.walk import walk
 
@@ -49,13 +51,17 @@ def quantize_model(
     begin = time.monotonic()
     floats = float_linears(session.config, quant)
     writer = AwqWriter(folder, session.checkpoint, QuantFormat(quant.bits, quant.group_size, floats.names))
-    with stage("check the tensors outside the blocks"):
-        writer.rest()  # read once now: damage there would show after the last block
+    with stage("read the tensors outside the blocks"):
+        rest = writer.rest()  # now: damage there would show after the last block
     # An end-to-end pass changes every block once more: until then they wait in files, so that a kill in it mixes nothing.
     waiting = BlockFiles(folder.work, writer.fmt) if quant.distill else None
     frontier = Frontier(folder.work)
     resumed = frontier.resume((waiting or writer).has_block)
-    records = _quantize_blocks(session, quant, source, waiting or writer, frontier, resumed)
+    with WriteBehind() as behind:
+        if waiting is None:  # an end-to-end pass changes the final norm
+            behind.put(partial(writer.write_rest, rest))
+        del rest
+        records = _quantize_blocks(session, quant, source, waiting or writer, frontier, resumed, behind)
     session.checkpoint.check_unchanged()
     ranges, divergence = all_ranges(records), None
     if waiting is not None:
@@ -80,24 +86,34 @@ def _quantize_blocks(
     store: AwqWriter | BlockFiles,
     frontier: Frontier,
     resumed: Resumption,
+    behind: WriteBehind,
 ) -> Records:
     """The blocks that are not done yet into `store`; the records of all."""
     progress, layers = session.progress, session.config.num_layers
     records = resumed.records
     progress.start(layers, resumed.first, frontier.notes)
     for step in walk(session, quant, source, resumed.first, resumed.tensors):
-        with stage("write the block"):
-            store.write_block(step.index, step.result.weights)
         records.append(step.record())
-        frontier.record(step.index, records[-1])
-        if step.index + 1 < layers:
-            frontier.save_if_due(step.index + 1, saved_streams(step.result.streams))
+        with stage("write the block"):
+            write = store.prepare_block(step.index, step.result.weights)
+            behind.put(partial(_write_block, write, frontier, step.index, records[-1]))
+        saved = saved_streams(step.result.streams)
+        if step.index + 1 < layers and frontier.is_due(saved):
+            behind.wait()  # a saved state speaks of blocks that are whole
+            frontier.save_if_due(step.index + 1, saved)
         progress.layer(step.index, step.result.reports, step.warnings)
         block_done()
+    behind.wait()
     if quant.distill and resumed.first < layers:
         frontier.save(layers, {})  # a pass that is interrupted finds all blocks done
     progress.stop()
     return records
+
+
+def _write_block(write: Callable[[], None], frontier: Frontier, index: int, record: dict[str, Any]) -> None:
+    """The files of a block, then its record: a block with a record is whole."""
+    write()
+    frontier.record(index, record)
 
 
 def _distill_waiting(

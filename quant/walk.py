@@ -17,8 +17,8 @@ from quant.kv.key_smoothing import key_channels, key_factors, smooth_channels, s
 from quant.kv.parameters import folded_ranges
 from quant.learn.model_forward import OuterWeights
 from quant.learn.sensitivity import fits_whole, measure_sensitivity
+from quant.read_ahead import blocks_from
 from quant.session import Session
-from quant.stage_clock import stage
 from quant.state.block_record import HeadRanges, range_record, report_record
 from quant.statistics.block import BlockStatistics
 from quant.statistics.chunks import ChunkMemory
@@ -79,9 +79,8 @@ def walk(
     streams = source.start(session, quant, saved)
     metrics = error_metrics(session, quant, source.tokens)
     memory = ChunkMemory(session.device, None if streams is None else streams.quantized.shape[1])
-    for index in range(first, layers):
-        with stage("read weights"):
-            weights = session.checkpoint.block(index)
+    for weights in blocks_from(session.checkpoint, first, session.device):
+        index = weights.index
         given = source.block(index, streams)
         task = partial(quantize_step, session, quant, weights, given, metrics[index] if metrics else None)
         step, note = memory.run(task, f"layer {index}")
@@ -101,7 +100,8 @@ def quantize_step(
     if quant.kv_bits != 16 and given.inputs is not None:
         weights, given, moved = _smoothed(session, weights, given)
     seen = BlockStatistics(weights.index)
-    tap = seen.tap_ranges if isinstance(given.inputs, Streams) else None
+    # with a float cache nobody asks for ranges, and a pass is saved
+    tap = seen.tap_ranges if isinstance(given.inputs, Streams) and quant.kv_bits != 16 else None
     result = quantize_block(
         weights,
         session.config,

@@ -170,6 +170,8 @@ class Bench:
         remarks = Remarks()
         steps = walk(self.session, quant, source if quant.needs_text else NoText())
         made = collect(remarks.of(steps))
+        if self.args.kv and made.ranges is None and source.tokens is not None and quant.needs_text:
+            made = replace(made, ranges=measure_ranges(self.session, made.blocks, source.tokens))
         seconds = self._elapsed(started)
         self._judge(arm, quant.recipe.name, made, seconds, remarks.notes())
         for following in arm.passes:

@@ -4,7 +4,7 @@ Packed linears lie as one of `convert.linear_layouts` has them, float ones as (N
 number: it stores what it is given. N out features, K in features.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class CheckpointWriter:
         self.config: ModelConfig = source.config
         self.float_dtype = "float16"
         self.family: Family = names_of(self.config)
+        self._has_rest = False
 
     def shard_name(self, index: int) -> str:
         """Block `index` -> its file; `num_layers` -> the file of embedding, final norm and head."""
@@ -75,7 +76,12 @@ class CheckpointWriter:
 
     def write_block(self, index: int, block: BlockWeights) -> None:
         """Store one block. Raises InputError for values beyond float16, ResourceError on a full disk."""
-        self.out.save_tensors(self.shard_name(index), self.block_tensors(index, block))
+        self.prepare_block(index, block)()
+
+    def prepare_block(self, index: int, block: BlockWeights) -> Callable[[], None]:
+        """Pack one block now, into memory of the CPU. What comes back stores it as `write_block` does, in any thread."""
+        tensors = {name: tensor.cpu() for name, tensor in self.block_tensors(index, block).items()}
+        return lambda: self.out.save_tensors(self.shard_name(index), tensors)
 
     def write_stored(self, index: int) -> None:
         """Store one block of the source as it holds it: the codes of its linears are moved, never chosen again."""
@@ -135,9 +141,15 @@ class CheckpointWriter:
             rest[self.family.lm_head + ".weight"] = self.source.lm_head()
         return self.store_floats(rest)
 
+    def write_rest(self, tensors: Mapping[str, Tensor]) -> None:
+        """Store what lies outside the blocks, as `rest` gives it: the last shard. `finish_files` then writes it no more."""
+        self.out.save_tensors(self.shard_name(self.config.num_layers), tensors)
+        self._has_rest = True
+
     def finish_files(self) -> None:
         """Write the last shard, index, config.json, and copy tokenizer, template, generation config and code (never run)."""
-        self.out.save_tensors(self.shard_name(self.config.num_layers), self.rest())
+        if not self._has_rest:
+            self.write_rest(self.rest())
         self._write_carried()
         self._write_index()
         self.out.write_json("config.json", self.config_document())

@@ -16,12 +16,19 @@ except ImportError:  # CPU-only installs: the torch references below do the work
 
 _ROWS = 32  # weights of a column that one program holds; one warp, so that sums over the block stay inside it
 
+_LAZY_BLOCKS = 8  # blocks of columns whose errors are spread over the rest together
+
 
 def _block_size(cols: int) -> int:
     for size in (64, 32, 16):
         if cols % size == 0:
             return size
     raise ValueError(f"K = {cols} is not a multiple of 16: the column sweep needs whole blocks.")
+
+
+def _span(cols: int, block: int, is_cuda: bool) -> int:
+    """Columns after which what follows is updated by one product: on a GPU several blocks, so that it is read and written less often."""
+    return min(_LAZY_BLOCKS * block, cols) if is_cuda else block
 
 
 def _check(cols: int, rows: int, square: Tensor, *parts: Tensor) -> None:
@@ -56,23 +63,43 @@ def gptq_sweep(weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, max_
     block = _block_size(cols)
     lower = factor.t().contiguous() if weight.is_cuda else factor
     codes = torch.empty_like(weight)
-    errors = torch.empty(block, rows, device=weight.device)
-    for start in range(0, cols, block):
-        end = start + block
-        if weight.is_cuda:
-            _gptq_block[(triton.cdiv(rows, _ROWS),)](
-                weight, lower, scale, zero, codes, errors, start, rows, cols, max_code, BLOCK=block, ROWS=_ROWS, num_warps=1
-            )  # fmt: skip
-        else:
-            for j in range(start, end):
-                torch.div(weight[j], scale[j], out=codes[j])
-                codes[j].clamp_(-zero[j], max_code - zero[j]).round_()
-                torch.addcmul(weight[j], codes[j], scale[j], value=-1, out=errors[j - start])
-                if j + 1 < end:
-                    weight[j + 1 : end].addr_(factor[j, j + 1 : end], errors[j - start], alpha=-1)
-        if end < cols:
-            weight[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+    span = _span(cols, block, weight.is_cuda)
+    errors = torch.empty(span, rows, device=weight.device)
+    for first in range(0, cols, span):
+        last = min(first + span, cols)
+        for start in range(first, last, block):
+            end, part = start + block, errors[start - first : start - first + block]
+            if weight.is_cuda:
+                _gptq_block[(triton.cdiv(rows, _ROWS),)](
+                    weight, lower, scale, zero, codes, part, start, rows, cols, max_code, BLOCK=block, ROWS=_ROWS, num_warps=1
+                )  # fmt: skip
+            else:
+                _gptq_block_torch(weight, factor, scale, zero, codes, part, start, max_code)
+            if end < last:
+                weight[end:last].addmm_(factor[start:end, end:last].t(), part, alpha=-1)
+        if last < cols:
+            weight[last:].addmm_(factor[first:last, last:].t(), errors[: last - first], alpha=-1)
     return codes
+
+
+def _gptq_block_torch(
+    weight: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    start: int,
+    max_code: int,
+) -> None:
+    """What `_gptq_block` does: the columns from `start` on, as many as `errors` has rows."""
+    end = start + len(errors)
+    for j in range(start, end):
+        torch.div(weight[j], scale[j], out=codes[j])
+        codes[j].clamp_(-zero[j], max_code - zero[j]).round_()
+        torch.addcmul(weight[j], codes[j], scale[j], value=-1, out=errors[j - start])
+        if j + 1 < end:
+            weight[j + 1 : end].addr_(factor[j, j + 1 : end], errors[j - start], alpha=-1)
 
 
 def descent_sweep(
@@ -94,25 +121,49 @@ def descent_sweep(
     block = _block_size(cols)
     inverse = 1 / gram.diagonal()
     steps = inverse.tolist() if not codes.is_cuda else []
-    moves = torch.empty(block, rows, device=codes.device)
-    for start in range(0, cols, block):
-        end = start + block
-        if codes.is_cuda:
-            _descent_block[(triton.cdiv(rows, _ROWS),)](
-                codes, gradient, gram, inverse, scale, zero, moves, start, rows, cols, max_code,
-                BLOCK=block, ROWS=_ROWS, num_warps=1,
-            )  # fmt: skip
-        else:
-            local = gradient[start:end].clone()
-            for j in range(start, end):
-                old = codes[j]
-                new = torch.addcdiv(old, local[j - start], scale[j], value=-steps[j])
-                new.clamp_(-zero[j], max_code - zero[j]).round_()
-                torch.mul(new - old, scale[j], out=moves[j - start])
-                codes[j] = new
-                if j + 1 < end:
-                    local[j + 1 - start :].addr_(gram[j, j + 1 : end], moves[j - start])
-        gradient.addmm_(gram[:, start:end], moves)
+    span = _span(cols, block, codes.is_cuda)
+    moves = torch.empty(span, rows, device=codes.device)
+    for first in range(0, cols, span):
+        last = min(first + span, cols)
+        for start in range(first, last, block):
+            part = moves[start - first : start - first + block]
+            if codes.is_cuda:
+                _descent_block[(triton.cdiv(rows, _ROWS),)](
+                    codes, gradient, gram, inverse, scale, zero, part, start, rows, cols, max_code,
+                    BLOCK=block, ROWS=_ROWS, num_warps=1,
+                )  # fmt: skip
+            else:
+                _descent_block_torch(codes, gradient, gram, steps, scale, zero, part, start, max_code)
+            if span > block:  # inside the span at once, outside it once for all of its blocks
+                gradient[first:last].addmm_(gram[first:last, start : start + block], part)
+        outside = (slice(0, first), slice(last, cols)) if span > block else (slice(0, cols),)
+        for rest in outside:
+            if rest.start < rest.stop:
+                gradient[rest].addmm_(gram[rest, first:last], moves[: last - first])
+
+
+def _descent_block_torch(
+    codes: Tensor,
+    gradient: Tensor,
+    gram: Tensor,
+    steps: list[float],
+    scale: Tensor,
+    zero: Tensor,
+    moves: Tensor,
+    start: int,
+    max_code: int,
+) -> None:
+    """What `_descent_block` does: the columns from `start` on, as many as `moves` has rows."""
+    end = start + len(moves)
+    local = gradient[start:end].clone()
+    for j in range(start, end):
+        old = codes[j]
+        new = torch.addcdiv(old, local[j - start], scale[j], value=-steps[j])
+        new.clamp_(-zero[j], max_code - zero[j]).round_()
+        torch.mul(new - old, scale[j], out=moves[j - start])
+        codes[j] = new
+        if j + 1 < end:
+            local[j + 1 - start :].addr_(gram[j, j + 1 : end], moves[j - start])
 
 
 if triton is not None:

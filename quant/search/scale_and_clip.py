@@ -16,7 +16,7 @@ from quant.search.scales.folding import Fold
 from quant.search.stack import Judge, QuantizedStack, Stack, round_to, round_to_nearest
 from quant.settings import Effort, SolverSteps
 from quant.stage_clock import stage
-from quant.statistics.gram import InputStatistics
+from quant.statistics.gram import InputStatistics, fast_products
 
 
 def scale_and_clip(
@@ -57,6 +57,7 @@ def shrink_factors(effort: Effort, steps: int, bits: int, device: torch.device) 
     return (banded_pairs if effort.banded else shrink_pairs)(steps, lowest, device)
 
 
+@fast_products()
 @stage("channel scales")
 def choose_scale(
     stack: Stack, stats: InputStatistics, fold: Fold, effort: Effort, config: QuantConfig

@@ -18,11 +18,12 @@ from quant.search.scales.folding import Fold
 from quant.search.stack import Judge, QuantizedStack, Stack, round_to_nearest
 from quant.settings import Effort, SolverSteps
 from quant.stage_clock import stage
-from quant.statistics.gram import InputStatistics, damped, loss_rows
+from quant.statistics.gram import InputStatistics, damped, fast_products, loss_rows
 
 _TINY = 1e-30
 
 
+@fast_products()
 @stage("solve, apart from its steps")
 def solve(
     stack: Stack,

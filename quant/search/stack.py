@@ -15,7 +15,7 @@ from quant.search.rounding.compensation import DAMPING
 from quant.search.rounding.descent import expand
 from quant.search.scales.clip import group_ranges
 from quant.stage_clock import stage
-from quant.statistics.gram import InputStatistics, damped, loss_rows
+from quant.statistics.gram import InputStatistics, damped, fast_products, loss_rows
 
 
 @dataclass
@@ -69,6 +69,7 @@ def round_to(weight: Tensor, scale: Tensor, zero: Tensor, config: QuantConfig) -
     return codes - zero.repeat_interleave(config.group_size, dim=1)
 
 
+@fast_products()
 def free_codes(solution: QuantizedStack, weight: Tensor, stats: InputStatistics) -> Tensor:
     """Where each centred code would go if it alone were free and real: r - (D G)_j / (G_jj s_j), D = w^ - w: (N, K)."""
     gram = damped(stats.gram / solution.column_scale[:, None] / solution.column_scale, DAMPING)

@@ -1,5 +1,6 @@
 """Quantized blocks in the work folder, where they wait until an end-to-end pass has changed their scales and norms for good."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -23,6 +24,10 @@ class BlockFiles:
 
     def write_block(self, index: int, block: BlockWeights) -> None:
         """Save one block. Raises ResourceError on a full disk."""
+        self.prepare_block(index, block)()
+
+    def prepare_block(self, index: int, block: BlockWeights) -> Callable[[], None]:
+        """Copy one block now, to memory of the CPU. What comes back saves it as `write_block` does, in any thread."""
         tensors: dict[str, Tensor] = {f"norm/{role}": norm for role, norm in block.norms.items()}
         tensors |= {f"vector/{role}": vector for role, vector in block.vectors.items()}
         for role, part in block.linears.items():
@@ -34,7 +39,9 @@ class BlockFiles:
                 tensors[f"zeros/{role}"] = part.weight.zeros
             else:
                 tensors[f"weight/{role}"] = part.weight
-        save_tensors(self._path(index), tensors, roles=list(block.linears), norm_offset=block.norm_offset)
+        copied, path = {name: tensor.cpu() for name, tensor in tensors.items()}, self._path(index)
+        roles, offset = list(block.linears), block.norm_offset
+        return lambda: save_tensors(path, copied, roles=roles, norm_offset=offset)
 
     def read_block(self, index: int) -> BlockWeights:
         """The block as it was written. Raises InputError where it is absent or damaged."""

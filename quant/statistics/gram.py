@@ -140,6 +140,17 @@ def fast_products() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """float32 products in float32: for factorizations inside `fast_products`."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def outer_sum(left: Tensor, right: Tensor) -> Tensor:
     """left^T right (A, B) float32 of (M, A) and (M, B): operands in their own dtype, sums in float32."""
     if left.is_cuda and left.dtype in (torch.float16, torch.bfloat16):
@@ -187,7 +198,8 @@ def damped(gram: Tensor, damping: float) -> Tensor:
 def reversed_factors(gram: Tensor, damping: float) -> Iterator[tuple[Tensor, float]]:
     """L (K, K) with J G J = L L^T, J the reversal and G damped, for each rung of a ladder of dampings where there is one."""
     for step in (1, 3, 10, 30, 100, 1000):
-        lower, info = torch.linalg.cholesky_ex(damped(gram, damping * step).flip(0, 1).contiguous())
+        with exact_products():
+            lower, info = torch.linalg.cholesky_ex(damped(gram, damping * step).flip(0, 1).contiguous())
         if not int(info):
             yield lower, damping * step
 
@@ -200,7 +212,8 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float] | None:
     """
     for lower, used in reversed_factors(gram, damping):
         eye = torch.eye(len(gram), device=gram.device)
-        factor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
+        with exact_products():
+            factor = torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1)
         factor = factor / factor.diagonal()[:, None]
         if bool(factor.isfinite().all()):
             return factor.contiguous(), used

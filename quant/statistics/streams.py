@@ -15,8 +15,10 @@ from quant.statistics.chunks import chunks
 
 def embed_tokens(ckpt: Checkpoint, tokens: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     """tokens (S, L) int64 -> hidden states (S, L, H) before the first block."""
-    rows = ckpt.embedding()[tokens.flatten()].to(device=device, dtype=dtype)
-    return (rows * ckpt.config.embedding_scale).view(*tokens.shape, rows.shape[1])
+    used, places = tokens.flatten().unique(return_inverse=True)
+    # the rows of the text alone go to the device, each once
+    rows = ckpt.embedding()[used].to(device=device, dtype=dtype) * ckpt.config.embedding_scale
+    return rows[places.to(device)].view(*tokens.shape, rows.shape[1])
 
 
 def advance(

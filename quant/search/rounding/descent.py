@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.int4 import round_scale
 from kernels.products import linear, times_symmetric
+from kernels.search.group_forms import group_forms
 from kernels.search.sweeps import descent_sweep
 from quant.search.rounding.compensation import act_order, per_weight
 from quant.stage_clock import stage
@@ -60,15 +61,22 @@ def refit_scales(weight: Tensor, gram: Tensor, codes: Tensor, scale: Tensor, rid
         at = slice(start, start + step)
         u = codes[at].view(-1, groups, size)
         target = (u * times_symmetric(weight[at], gram).view(u.shape)).sum(-1).double()  # (n, G)
-        normal = torch.empty(len(u), groups, groups, dtype=torch.float64, device=weight.device)
-        for i in range(groups):
-            product = torch.matmul(u[:, i], gram[i * size : (i + 1) * size]).view(u.shape)
-            normal[:, i] = (u * product).sum(-1)
+        normal = group_forms(codes[at], gram, size).double()  # (n, G, G)
         weight_of_old = ridge * normal.diagonal(dim1=1, dim2=2) + 1e-12
         normal += torch.diag_embed(weight_of_old)
         target += weight_of_old * scale[at].double()
-        solved = torch.linalg.solve_ex(normal, target[..., None])[0][..., 0].float()
+        solved = _solve(normal, target).float()
         old = scale[at]
         usable = solved.isfinite() & (solved > 0.5 * old) & (solved < 2 * old)
         out[at] = round_scale(torch.where(usable, solved, old))
     return out
+
+
+def _solve(normal: Tensor, target: Tensor) -> Tensor:
+    """Solutions (n, G) of n positive definite systems (n, G, G); rows whose matrix is not come back as NaN or anything else."""
+    if not normal.is_cuda:
+        solved: Tensor = torch.linalg.solve_ex(normal, target[..., None])[0][..., 0]
+        return solved
+    lower, failed = torch.linalg.cholesky_ex(normal)
+    found = torch.cholesky_solve(target[..., None], lower)[..., 0]
+    return torch.where((failed == 0)[:, None], found, torch.full_like(found, torch.nan))
