@@ -58,7 +58,7 @@ def quantize_block(
     if recipe.text != "none" and inputs is None:
         raise InputError(f"The preset {recipe.name} needs calibration text.")
     if isinstance(inputs, Mapping) and recipe.text == "text":
-        known = ", ".join(row.name for row in recipes.rows() if row.text == "statistics")
+        known = ", ".join(recipes.names_on_statistics())
         raise InputError(
             f"The preset {recipe.name} needs the calibration text itself: of all presets, {known} searches on statistics."
         )

@@ -1,6 +1,6 @@
 """`QuantConfig`: everything a user chooses about a quantization run, checked once. Command-line defaults are read from here."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from convert.errors import UsageError
@@ -76,4 +76,4 @@ class QuantConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The choices as plain values; of the recipe its name (`Recipe.to_json` has the rest)."""
-        return asdict(replace(self, preset="default")) | {"preset": self.recipe.name}
+        return {part.name: getattr(self, part.name) for part in fields(self)} | {"preset": self.recipe.name}

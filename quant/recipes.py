@@ -188,6 +188,11 @@ def rows() -> tuple[Recipe, ...]:
     return tuple(_ROWS.values())
 
 
+def names_on_statistics() -> tuple[str, ...]:
+    """The recipes that also search on saved statistics, in place of text."""
+    return tuple(row.name for row in rows() if row.text == "statistics")
+
+
 def methods() -> tuple[str, ...]:
     """What rows of a table may be called: the float model, every recipe, those that read text with an end-to-end pass too."""
     return (FLOAT, *_ROWS, *(row.name + DISTILLED for row in rows() if row.text != "none"))

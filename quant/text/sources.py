@@ -14,7 +14,7 @@ from convert.errors import UsageError
 from quant.block_task import BlockInputs, Streams
 from quant.config import QuantConfig
 from quant.kv.key_smoothing import Channels
-from quant.recipes import rows
+from quant.recipes import names_on_statistics
 from quant.session import Session
 from quant.stage_clock import stage
 from quant.statistics.calibrate import StatisticsFolder
@@ -127,7 +127,7 @@ def check_statistics_use(quant: QuantConfig) -> None:
         )
     recipe = quant.recipe
     if recipe.text != "statistics":
-        known = ", ".join(row.name for row in rows() if row.text == "statistics")
+        known = " or ".join(names_on_statistics())
         reason = "needs the calibration text itself" if recipe.text == "text" else "reads no text"
         raise UsageError(
             f"--stats goes with --preset {known} alone: {recipe.name} {reason}. Leave --stats out, or choose --preset {known}."

@@ -1,7 +1,9 @@
 """Recipes are rows: one that a program adds is in help, tables, plan and fingerprint, and quantizes a model."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +19,9 @@ from quant.block_states import QuantizedBlock
 from quant.block_task import BlockResult, BlockTask, LinearReport
 from quant.config import QuantConfig
 from quant.estimate import plan_quantization
+from quant.recipe_file import load_recipe
 from quant.recipes import Recipe
-from quant.selection import is_quantized
+from quant.selection import config_of_stack, is_quantized, skipped_modules
 from quant.session import Session
 from quant.state.fingerprint import run_fingerprint
 from turbomind_quant.cli.quantize import quantize as quantize_command
@@ -130,3 +133,33 @@ def test_a_setting_changed_in_python_gives_another_recipe_and_other_bytes(tmp_pa
     with pytest.raises(UsageError, match="default has no learning"):
         recipes.with_settings("default", learning={"steps": 3})
     assert files_of(tmp_path) == {}
+
+
+def test_the_recipes_of_the_document_are_what_it_says(tmp_path, monkeypatch) -> None:
+    """docs/RECIPES.md: its YAML is read and fits a model; its Python program runs."""
+    text = (Path(recipes.__file__).parents[1] / "docs" / "RECIPES.md").read_text("utf8")
+    blocks = dict(re.findall(r"^```(yaml|python)\n(.*?)^```", text, re.M | re.S))
+    (tmp_path / "careful.yaml").write_text(blocks["yaml"])
+    recipe = load_recipe(tmp_path / "careful.yaml")
+    config = open_checkpoint(write_runnable(tmp_path / "my-model", layers=30)).config
+    quant = QuantConfig(preset=recipe, group_size=32)
+    assert skipped_modules(config, quant) == [
+        "model.layers.0.mlp.down_proj",
+        *(f"model.layers.29.self_attn.{part}_proj" for part in "qkv"),
+    ]
+    stack = config_of_stack(quant, config, 1, ("o",)).recipe.steps
+    assert stack is not None and stack.toward_float == 0.5 and recipe.effort_on("cpu").sweeps == 2
+    monkeypatch.chdir(tmp_path)
+    try:
+        exec(compile(blocks["python"], "docs/RECIPES.md", "exec"), {})
+        assert (
+            recipes.recipe_named("careful").steps
+            == recipes.with_settings("default", steps={"rounds": 4}).steps
+        )
+        made = open_checkpoint(tmp_path / "my-model-shrunk").block(0).linears["up"].weight
+        source = open_checkpoint(tmp_path / "my-model").block(0).linears["up"].weight
+        assert isinstance(made, Quantized)
+        torch.testing.assert_close(made.dequantize(), quantize(source.float() * 0.95, 4, 32).dequantize())
+    finally:
+        for name in ("careful", "shrunk"):
+            recipes.unregister(name)

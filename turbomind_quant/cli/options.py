@@ -236,7 +236,8 @@ quantize_options: Callable[[Any], Any] = together(
     click.option(
         "--stats",
         metavar="STATS",
-        help="Statistics of `quantize calibrate`, in place of text (--preset fast alone).",
+        help="Statistics of `quantize calibrate`, in place of text "
+        f"(--preset {' or '.join(recipes.names_on_statistics())} alone).",
     ),
     click.option(
         "--pad",

@@ -2,6 +2,7 @@
 
 from rich.console import RenderableType
 
+from quant.recipes import names_on_statistics
 from turbomind_quant.api.results import CalibrateResult, EstimateResult, QuantizeResult
 from turbomind_quant.cli.views.durations import duration
 from turbomind_quant.cli.views.layers import role_table
@@ -19,7 +20,7 @@ def calibrate_view(model: str, result: CalibrateResult) -> list[RenderableType]:
     """Where the statistics are, and what to do next."""
     return [
         f"statistics of {result.num_layers} layers in {result.path}",
-        f"next: quantize awq {model} -o OUT --preset fast --stats {result.path}",
+        f"next: quantize awq {model} -o OUT --preset {names_on_statistics()[0]} --stats {result.path}",
     ]
 
 
