@@ -12,8 +12,18 @@ from convert.errors import InputError
 from convert.families.family import Family
 from convert.folder.json_files import show, show_value
 
-# Architectures whose tensors have the names and shapes of a known family, while their mathematics differ.
+# Architectures that no row computes, each with what it has and no row has. Many have tensors of the names and shapes of a known
+# family.
 LOOKALIKES = {
+    "GptOssForCausalLM": "attention sinks, and experts that are published in MXFP4",
+    "DeepseekV2ForCausalLM": "attention over latent vectors",
+    "DeepseekV3ForCausalLM": "attention over latent vectors",
+    "DeepseekV32ForCausalLM": "attention over latent vectors, for chosen tokens alone",
+    "Qwen3NextForCausalLM": "linear attention in most layers",
+    "Gemma3nForConditionalGeneration": "embeddings in every layer, and layers that share keys and values",
+    "GraniteMoeForCausalLM": "experts in fused tensors of an order of their own",
+    "PhimoeForCausalLM": "a router that masks by a threshold, and norms with biases",
+    "Llama4ForConditionalGeneration": "layers without RoPE and another attention",
     "SmolLM3ForCausalLM": "layers without RoPE",
     "Ernie4_5ForCausalLM": "RoPE on interleaved pairs",
     "Ernie4_5_ForCausalLM": "RoPE on interleaved pairs",

@@ -50,7 +50,7 @@ class ConfigReader:
         key = self.key(field) if key is None else key
         value = self.raw.get(key)
         if value is None:
-            value = self.family.defaults.get(field, fallback)
+            value = self.family.defaults.get(key, self.family.defaults.get(field, fallback))
         if value is None:
             raise InputError(
                 f"config.json: the key {key} is missing; a {self.family.name} model needs it. Copy config.json again."

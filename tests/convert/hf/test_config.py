@@ -2,6 +2,7 @@
 
 import json
 
+import family_models
 import pytest
 import transformers
 from tiny_models import CONFIGS
@@ -40,6 +41,71 @@ def test_absent_keys_mean_what_transformers_takes_them_for(family: str) -> None:
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
     assert ours.bos_token_id == theirs.bos_token_id
     assert ours.num_experts == getattr(theirs, "num_local_experts", 0)
+
+
+NEEDED = {
+    "hidden_size": 1024,
+    "intermediate_size": 96,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 32,
+    "vocab_size": 40000,
+}
+
+
+@pytest.mark.parametrize("family", family_models.MODELS)
+def test_absent_keys_of_newer_families_too(family: str) -> None:
+    architecture = family_models.MODELS[family][0]
+    theirs = getattr(transformers, architecture).config_class(**NEEDED)
+    ours = parse_config(NEEDED | {"architectures": [architecture]})[0]
+    rope = theirs.rope_parameters
+    rope = rope.get("full_attention", rope)
+    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 1024 // 32)
+    assert ours.max_position == theirs.max_position_embeddings
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.rope_theta == rope["rope_theta"]
+    share = rope.get("partial_rotary_factor", 1.0)
+    assert (ours.rotary_dim or ours.head_dim) == int(ours.head_dim * share)
+    assert ours.tie_embeddings == theirs.tie_word_embeddings
+    assert ours.bos_token_id == theirs.bos_token_id
+    ends = theirs.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
+    assert list(ours.eos_token_ids) == [end for end in ends if end < NEEDED["vocab_size"]]
+    kinds = getattr(theirs, "layer_types", None) or []
+    sliding = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
+    assert (ours.window_layers or ()) == sliding
+    if sliding:
+        assert ours.sliding_window == theirs.sliding_window
+    assert ours.attention_softcap == getattr(theirs, "attn_logit_softcapping", None)
+    assert ours.logit_softcap == getattr(theirs, "final_logit_softcapping", None)
+    scale = (
+        getattr(theirs, "attention_multiplier", None)
+        or getattr(theirs, "query_pre_attn_scalar", ours.head_dim) ** -0.5
+    )
+    assert ours.softmax_scale == pytest.approx(scale)
+    if ours.num_experts:
+        experts = getattr(theirs, "num_experts", None) or theirs.num_local_experts
+        assert ours.num_experts == experts and ours.experts_per_token == theirs.num_experts_per_tok
+        assert ours.expert_size == theirs.moe_intermediate_size
+        assert ours.router.renormalize == theirs.norm_topk_prob
+        shared = getattr(theirs, "shared_expert_intermediate_size", None)
+        assert ours.shared_intermediate_size == (
+            shared or getattr(theirs, "n_shared_experts", 0) * theirs.moe_intermediate_size
+        )
+        assert len(ours.dense_layers) == getattr(theirs, "first_k_dense_replace", 0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("GptOssForCausalLM", "attention sinks.*MXFP4"),
+        ("DeepseekV3ForCausalLM", "latent vectors"),
+        ("Llama4ForConditionalGeneration", "layers without RoPE"),
+    ],
+)
+def test_architectures_that_are_not_read_are_refused_with_the_reason(architecture: str, reason: str) -> None:
+    with pytest.raises(InputError, match=rf"{architecture}' is not a known family: it has .*{reason}"):
+        parsed(architectures=[architecture])
 
 
 SCALINGS = {
