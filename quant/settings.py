@@ -85,9 +85,7 @@ class Efforts:
     """The effort on each kind of device. A CPU judges channel scales on fewer rows and ranges; the steps are the same."""
 
     cpu: Effort = Effort(10, score_rows=128, score_steps=3, clip_steps=6, banded=True, rounds=1, sweeps=1)
-    gpu: Effort = Effort(
-        20, score_rows=1 << 30, score_steps=5, clip_steps=11, banded=False, rounds=4, sweeps=3
-    )
+    gpu: Effort = Effort(20, score_rows=1024, score_steps=5, clip_steps=11, banded=False, rounds=4, sweeps=2)
 
     def on(self, device_type: str) -> Effort:
         """The effort on a device of this type ("cpu", "cuda")."""

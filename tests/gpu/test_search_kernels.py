@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.search.clip import choose_ranges
+from kernels.search.group_forms import group_forms
 from kernels.search.sweeps import descent_sweep, gptq_sweep
 from quant.search.scales.clip import shrink_pairs
 from quant.statistics.gram import inverse_factor
@@ -56,3 +57,24 @@ def test_ranges_are_those_of_the_reference(group_size: int, symmetric: bool) -> 
     # TF32 has a 10-bit significand: two pairs closer than that may change places
     assert float((index != on_gpu[0].cpu()).float().mean()) < 0.01
     torch.testing.assert_close(on_gpu[1].cpu(), loss, rtol=1e-2, atol=1e-2 * float(loss.mean()))
+
+
+@pytest.mark.parametrize(("rows", "cols", "size"), [(100, 576, 64), (333, 1408, 128), (64, 96, 32)])
+def test_forms_of_groups_are_those_of_the_reference(rows: int, cols: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    codes = torch.randint(-8, 8, (rows, cols), generator=generator).float()
+    x = torch.randn(2 * cols, cols, generator=generator)
+    gram = x.t() @ x / len(x)
+    wanted = group_forms(codes.double(), gram.double(), size)
+    found = group_forms(codes.cuda(), gram.cuda(), size).cpu().double()
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+def test_sweeps_over_many_blocks_round_as_the_reference_does() -> None:
+    """More columns than are updated together: what follows a span is updated by one product."""
+    gram, weight, scale, zero = problem(1408, 64)
+    found = inverse_factor(gram, 0.01)
+    assert found is not None
+    codes = gptq_sweep(weight.clone(), found[0], scale, zero, 15)
+    on_gpu = gptq_sweep(weight.cuda(), found[0].cuda(), scale.cuda(), zero.cuda(), 15).cpu()
+    assert float((codes != on_gpu).float().mean()) < 0.02
