@@ -17,14 +17,11 @@ from convert.folder.files import combined_digest, file_digests
 from convert.folder.source_files import SourceFiles
 from convert.folder.state import FolderState, folder_state, read_manifest
 from convert.folder.unchanged import Unchanged
+from convert.linear import Stored as Stored
 from kernels.int4 import Quantized
 from kernels.packing import SEQUENTIAL_ORDER, pack_columns, unpack_columns
 
 Kind = Literal["hf", "awq", "compressed-tensors", "gptq", "mlx", "gguf", "workspace-0.6.5", "workspace-0.1"]
-
-# A linear as files hold it, output features last: `weight` (K, N) float, or `words` (K, N // 8) int32, eight codes each in
-# sequential order, with `scales` (G, N) float16 and `zeros` (G, N) uint8; and `bias` (N,) where there is one.
-Stored = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

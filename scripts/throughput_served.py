@@ -49,8 +49,8 @@ def serve(first: dict[str, Any]) -> int:
     from engine.model.random_weights import shape_named
     from engine.process.parent import ProcessEngine
     from serve.config import ServeConfig
-    from serve.http.limits import Limits
     from serve.http.server import bind, serve_forever, set_up_logging
+    from serve.limits import Limits
 
     first["config"]["graph_batches"] = tuple(first["config"]["graph_batches"])
     source, config = ModelSource(**first["source"]), EngineConfig(**first["config"])

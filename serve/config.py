@@ -3,7 +3,7 @@
 import ipaddress
 from dataclasses import dataclass, field
 
-from serve.http.limits import Limits
+from serve.limits import Limits
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from convert.checkpoint import Stored
 from convert.config import ModelConfig
 from convert.families.family import Fused
 from convert.families.table import linear_shapes
+from convert.linear import Stored
 from kernels.packing import SEQUENTIAL_ORDER, pack_columns, unpack_columns
 
 

@@ -9,7 +9,7 @@ from engine.api import Engine, EngineDied, Request, SamplingParams
 from serve.chat.settings import ChatSettings
 from serve.http.errors import ApiError, unavailable
 from serve.http.generation.prompts import Prompts
-from serve.http.limits import Limits
+from serve.limits import Limits
 from serve.prompts.encoder import ThreadEncoder, Tokenizer
 
 Messages = Sequence[dict[str, str]]

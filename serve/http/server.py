@@ -11,7 +11,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -21,7 +21,6 @@ from fastapi import FastAPI
 
 from convert.errors import ResourceError
 from engine.api import Engine
-from serve.chat.backends import Backend
 from serve.config import ServeConfig
 from serve.http.app import create_app
 from serve.http.connections import limited_protocol
@@ -87,7 +86,7 @@ def bind(config: ServeConfig) -> socket.socket:
     return listener
 
 
-class _Server(uvicorn.Server):
+class DrainingServer(uvicorn.Server):
     """uvicorn with our way to end. `runs` are told to end, where there are any."""
 
     def __init__(self, config: uvicorn.Config, drain_s: float, runs: Runs | None = None) -> None:
@@ -174,22 +173,13 @@ def serve_forever(
 ) -> int:
     """Answer requests on `listener` until a signal or the death of the engine. Returns the exit code."""
     _raise_file_limit(config.limits.connections)
-    server: _Server | None = None
+    server: DrainingServer | None = None
 
     def on_death() -> None:
         if server is not None:
             server.engine_died()
 
     app = create_app(engine, tokenizer, config, on_death)
-    server = _Server(uvicorn_config(app, config), config.drain_s, app.state.service.runs)
-    server.run(sockets=[listener])
-    return server.exit_code
-
-
-def serve_page(backends: Sequence[Backend], config: ServeConfig, listener: socket.socket) -> int:
-    """Show the web page on `listener` until a signal. Returns the exit code."""
-    from serve.page.app import create_page
-
-    server = _Server(uvicorn_config(create_page(backends, config), config), 1.0)
+    server = DrainingServer(uvicorn_config(app, config), config.drain_s, app.state.service.runs)
     server.run(sockets=[listener])
     return server.exit_code

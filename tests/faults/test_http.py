@@ -16,8 +16,8 @@ from live_server import LiveServer, live_server
 from convert.errors import InputError, ResourceError
 from serve.config import ServeConfig
 from serve.http.auth import read_keys
-from serve.http.limits import Limits
 from serve.http.server import _LineFormatter, bind
+from serve.limits import Limits
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 JSON = {"Content-Type": "application/json"}

@@ -20,7 +20,7 @@ from fake_engine import WORDS, FakeEngine, FakeTokenizer
 from live_server import LiveServer, live_server
 
 from serve.config import ServeConfig
-from serve.http.limits import Limits
+from serve.limits import Limits
 
 CHAT = "/v1/chat/completions"
 SOAK = int(os.environ.get("TMQ_SOAK_REQUESTS", "2000"))  # 10000 for the full figure

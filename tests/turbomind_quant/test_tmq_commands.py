@@ -165,7 +165,7 @@ def test_a_page_of_servers_says_where_it_is(monkeypatch: pytest.MonkeyPatch) -> 
         return 0
 
     monkeypatch.setattr("serve.chat.client.HttpBackend.connect", connect)
-    monkeypatch.setattr("serve.http.server.serve_page", serve_page)
+    monkeypatch.setattr("serve.page.server.serve_page", serve_page)
     result = invoke("web", "http://127.0.0.1:1", "http://127.0.0.1:2", "--server-port", "0")
     assert result.exit_code == 0, result.output
     assert seen["backends"] == ["http://127.0.0.1:1", "http://127.0.0.1:2"]

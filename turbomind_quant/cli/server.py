@@ -12,7 +12,7 @@ from convert.errors import UsageError
 from engine.config import EngineConfig
 from engine.source import ModelSource
 from serve.config import ServeConfig
-from serve.http.limits import Limits
+from serve.limits import Limits
 from turbomind_quant.cli.commands import debug_option
 from turbomind_quant.cli.notices import announce, need, waiting
 from turbomind_quant.cli.options import together
@@ -150,8 +150,9 @@ def web(
     need("serve", "fastapi", "uvicorn", "httpx")
     from serve.chat.backends import EngineBackend
     from serve.chat.client import HttpBackend
-    from serve.http.server import bind, serve_page, set_up_logging
+    from serve.http.server import bind, set_up_logging
     from serve.local import open_model
+    from serve.page.server import serve_page
 
     if len(sources) > 4:
         raise UsageError(f"{len(sources)} models were given: the page has room for 4.")

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import click
 
 from convert.errors import UsageError
-from serve.http.limits import Limits
+from serve.limits import Limits
 from turbomind_quant.cli.options import together
 from turbomind_quant.cli.serve_options import gathered
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from convert.errors import TmqError
 from serve.http.errors import ApiError
-from serve.http.limits import Limits
+from serve.limits import Limits
 from serve.prompts.encoder import Encoder, Messages, TemplateTraits, Tools
 from serve.prompts.pool import Busy
 

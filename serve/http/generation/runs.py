@@ -13,8 +13,8 @@ from dataclasses import replace
 from engine.api import Engine, EngineDied, Event, Request, SamplingParams
 from serve.http.errors import ApiError, unavailable
 from serve.http.generation.admission import Admission
-from serve.http.limits import SEED_MAX, SEED_MIN, Limits
 from serve.http.metrics import Metrics
+from serve.limits import SEED_MAX, SEED_MIN, Limits
 
 log = logging.getLogger("tmq.serve")
 

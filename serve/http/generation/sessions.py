@@ -11,7 +11,7 @@ from typing import Any
 
 from serve.http.errors import ApiError
 from serve.http.generation.runs import Run
-from serve.http.limits import Limits
+from serve.limits import Limits
 
 Key = tuple[str, int]  # client and session id
 

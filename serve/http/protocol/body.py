@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from serve.http import limits
+from serve import limits
 
 Ignored = "Accepted for compatibility; has no effect here."
 NothingAsked = "Not supported: refused unless null or empty."

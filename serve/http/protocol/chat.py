@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from serve.http import limits
+from serve import limits
 from serve.http.protocol.body import Body, Empty, Ignored, Off, On, TokenId, Unsupported
 from serve.http.protocol.messages import Message, NamedTool, ResponseFormat, Tool, plain_messages
 from serve.http.protocol.sampling import OpenAISampling

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from serve.http import limits
+from serve import limits
 from serve.http.protocol.body import Body, Empty, Off, ShortText
 from serve.http.protocol.messages import Message, plain_messages
 from serve.http.protocol.sampling import Sampling

@@ -15,10 +15,10 @@ from serve.http.generation.answers import SSE_DONE, Gathered, TextCompletion, ss
 from serve.http.generation.runs import Run
 from serve.http.generation.scores import Echo, prompt_scores, text_logprobs
 from serve.http.generation.streams import RunStream, answer_whole
-from serve.http.limits import MAX_SCORES
 from serve.http.protocol.chat import CompletionRequest
 from serve.http.routes.json_route import JsonRoute, errors
 from serve.http.service import Service
+from serve.limits import MAX_SCORES
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
 

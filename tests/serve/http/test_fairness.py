@@ -17,7 +17,7 @@ from serve.config import ServeConfig
 from serve.http.app import create_app
 from serve.http.auth import KeyCheck, read_keys
 from serve.http.errors import ApiError
-from serve.http.limits import Limits
+from serve.limits import Limits
 
 CHAT, TEXT, TURN = "/v1/chat/completions", "/v1/completions", "/v1/chat/interactive"
 KEYS = ("alice", "bob")

@@ -19,7 +19,7 @@ from tiny_models import tokenizer_document
 from convert.errors import InputError, TmqError
 from convert.tokenizer.tokenizer import load_tokenizer
 from serve.config import ServeConfig
-from serve.http.limits import Limits
+from serve.limits import Limits
 from serve.prompts.encoder import TemplateTraits
 from serve.prompts.pool import Busy, WorkerFailed, WorkerPool
 

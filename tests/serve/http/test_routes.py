@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from serve.config import ServeConfig
 from serve.http.app import create_app
-from serve.http.limits import Limits
+from serve.limits import Limits
 
 LMDEPLOY = {
     "temperature": 0.7,

@@ -11,8 +11,8 @@ from fake_engine import FakeEngine
 from live_server import live_server
 
 from serve.config import ServeConfig
-from serve.http.limits import Limits
 from serve.http.watchdog import LoopWatch
+from serve.limits import Limits
 
 
 def test_a_loop_that_beats_is_left_alone_and_one_that_stops_is_ended() -> None:
