@@ -39,6 +39,7 @@ def open_model(source: ModelSource | str, config: EngineConfig) -> Iterator[Loca
     source = ModelSource(source) if isinstance(source, str) else source
     ckpt = open_checkpoint(source.path, family=source.family)
     tokenizer = load_tokenizer(ckpt.tokenizer_dir, source.trust_remote_code)
+    ckpt.notes += [note for note in tokenizer.notes if note not in ckpt.notes]
     tokenizer.check_fits(ckpt.config.vocab_size)
     with ProcessEngine.start(source, config) as engine:
         name = engine.stats().model or Path(source.path).name

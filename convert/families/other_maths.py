@@ -144,6 +144,8 @@ def _understood(family: Family, fields: Mapping[str, str]) -> set[str]:
         known |= _MULTIPLIERS
     if family.mixture is not None:
         known |= {value for value in vars(family.mixture).values() if isinstance(value, str)}
+    else:
+        known = {key for key in known if not _EXPERTS.search(key)}
     return known | set(family.defaults)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from convert.errors import InputError
 from convert.folder.boundary import reading
 from convert.folder.json_files import INDEX_LIMIT, parse_object, read_bytes, read_object, show
+from convert.tokenizer.added_tokens import complete_tokens, special_names
 from convert.tokenizer.sentencepiece import parse_model, sentencepiece_document
 from convert.tokenizer.tiktoken import tiktoken_document
 
@@ -28,6 +29,9 @@ class TokenizerFiles:
     config: dict[str, Any]
     add_bos: bool | None
     eos_ids: tuple[int, ...]  # from generation_config.json and config.json
+    names: Mapping[
+        str, Any
+    ]  # the special tokens by name, as tokenizer_config.json or special_tokens_map.json states them
     chat_template: str | None
 
 
@@ -54,7 +58,10 @@ def read_tokenizer_files(folder: Path, trust_remote_code: bool = False) -> Token
         add_bos = False
     else:
         document = _from_code(folder, config, trust_remote_code)
-    return TokenizerFiles(document, config, add_bos, _eos_ids(folder), _chat_template(folder, config))
+    special = _optional(folder / "special_tokens_map.json")
+    complete_tokens(document, config, _optional(folder / "added_tokens.json"), special)
+    names = special_names(config, special)
+    return TokenizerFiles(document, config, add_bos, _eos_ids(folder), names, _chat_template(folder, config))
 
 
 def has_tokenizer_file(folder: Path) -> bool:

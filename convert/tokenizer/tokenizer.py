@@ -44,7 +44,10 @@ def check_tokenizer(folder: Path) -> int | None:
 
 
 class Tokenizer:
-    """Token ids are those of the model. `bos_id` is the BOS that the model's rule puts before a text, None where none."""
+    """Token ids are those of the model. `bos_id` is the BOS that the model's rule puts before a text, None where none.
+
+    `notes`: remarks for the user.
+    """
 
     def __init__(self, files: TokenizerFiles, name: str = "") -> None:
         with reading(f"the tokenizer of {name}"):
@@ -81,8 +84,13 @@ class Tokenizer:
                 f"{show(name)}: the tokenizer decodes neither bytes nor sentencepiece tokens; it is not supported."
             )
         self._strips_space = not self._byte_level and _mentions(document.get("decoder"), "Strip", "Metaspace")
-        names = {key: _token_text(files.config.get(f"{key}_token")) for key in ("bos", "eos", "pad", "unk")}
+        names = {key: _token_text(files.names.get(f"{key}_token")) for key in ("bos", "eos", "pad", "unk")}
         self.token_names = {key: text for key, text in names.items() if text is not None}
+        self.notes = [
+            f"the tokenizer names {show(text)!r} as its {key} token, which is no single id of it: it stays text"
+            for key, text in self.token_names.items()
+            if self._id_of(text) is None
+        ]
         self.bos_id = self._bos_rule(files)
         eos = self._id_of(names["eos"])
         self.eos_token_ids = tuple(dict.fromkeys([*files.eos_ids, *([] if eos is None else [eos])]))

@@ -182,7 +182,7 @@ def test_unknown_architecture(case: str, architecture: str, near: str, model: Pa
 
 
 @pytest.mark.parametrize(
-    "method", ["eetq", "compressed-tensors", "bitsandbytes", "awq-gemv", "fp8"], ids=lambda m: f"A05-{m}"
+    "method", ["eetq", "compressed-tensors", "bitsandbytes", "awq-gemv", "hqq"], ids=lambda m: f"A05-{m}"
 )
 def test_other_quantization(method: str, model: Path) -> None:
     quant = {"quant_method": method, "bits": 4, "group_size": 32}

@@ -91,8 +91,11 @@ class TextChoice:
         )
 
     def tokenizer(self, session: Session) -> Tokenizer:
-        """The model's own tokenizer."""
-        return load_tokenizer(session.checkpoint.tokenizer_dir, trust_remote_code=self.trust_remote_code)
+        """The model's own tokenizer; its remarks join those of the checkpoint."""
+        notes = session.checkpoint.notes
+        found = load_tokenizer(session.checkpoint.tokenizer_dir, trust_remote_code=self.trust_remote_code)
+        notes += [note for note in found.notes if note not in notes]
+        return found
 
 
 @dataclass(frozen=True)
