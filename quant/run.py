@@ -74,6 +74,7 @@ def quantize_model(
     with stage("write what lies outside the blocks"):
         writer.finish_files()
     facts = manifest_facts(session, quant, source, records, notes, divergence)
+    facts["tensors"] = writer.accounting()
     seconds = time.monotonic() - begin
     folder.finish(facts, report_facts(seconds, resumed.first, frontier.notes))
     return RunResult(seconds, resumed.first)
