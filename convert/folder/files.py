@@ -25,6 +25,7 @@ from torch import Tensor
 from convert.errors import InputError, ResourceError
 from convert.folder.json_files import open_regular, read_failure, show
 from convert.folder.paths import create_file, refuse_link
+from convert.folder.processors import usable_processors
 
 TEMP_SUFFIX = ".tmq-tmp"  # by this ending we know the temporary files as ours
 CHUNK = 2**20  # bytes read at a time: they are still in the cache when they are hashed
@@ -166,8 +167,8 @@ def sha256_file(path: Path) -> str:
 
 
 def worker_count() -> int:
-    """Threads for work on many files: the cores this process may use and two that wait for the disk, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)) + 2)
+    """Threads for work on many files: the processors this process may use and two that wait for the disk, at most 8."""
+    return min(8, usable_processors() + 2)
 
 
 def file_digests(paths: Iterable[Path]) -> dict[Path, str]:

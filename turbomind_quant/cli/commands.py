@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from convert.errors import InterruptedRunError, TmqError
+from convert.folder.processors import choose_threads
 
 F = TypeVar("F", bound=Callable[..., Any])
 BUG = 70
@@ -48,6 +49,7 @@ class Commands(click.Group):
     ) -> Any:
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, False, **extra)
+        choose_threads(os.environ)  # before torch is imported: it reads them then
         sys.exit(self._guarded(list(sys.argv[1:] if args is None else args), prog_name, complete_var, extra))
 
     def resolve_command(
