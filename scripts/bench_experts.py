@@ -153,7 +153,8 @@ def product(weight: ExpertWeights, case: Case, tile: Tile, rows: list[Tensor]) -
 
 def tune(weights: tuple[ExpertWeights, ExpertWeights], case: Case, until: float) -> dict[str, Any]:
     """The fastest tile of each product for this case, and its time."""
-    found: dict[str, Any] = {"shape": case.shape, "tokens": case.tokens, "pairs": case.pairs}
+    count, _, hidden, size = SHAPES[case.shape]
+    found: dict[str, Any] = {"experts": count, "hidden": hidden, "inner": size, "pairs": case.pairs}
     inner = [
         torch.randn(case.pairs, weights[0].out_features, device="cuda").half() * 0.1 for _ in range(CHOICES)
     ]
@@ -184,7 +185,7 @@ def tune(weights: tuple[ExpertWeights, ExpertWeights], case: Case, until: float)
 def entry_of(found: dict[str, Any]) -> Entry:
     from kernels.moe.product import parse_entries
 
-    return parse_entries([{name: found[name] for name in ("pairs", "gate_up", "down")}])[0]
+    return parse_entries([found])[0]
 
 
 def roof_us(case: Case, weight_bytes: float, peaks: Peaks) -> float:

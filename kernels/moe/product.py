@@ -5,9 +5,11 @@ T tokens, k experts of a token, A = T * k pairs, E experts, H hidden size, I int
 
 import functools
 import json
+import math
 import re
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +27,22 @@ Tile = FewTile | ManyTile
 
 
 @dataclass(frozen=True)
+class Size:
+    """Sizes of a layer that decide which tiles suit it."""
+
+    experts: int
+    hidden: int
+    inner: int
+
+
+@dataclass(frozen=True)
 class Entry:
-    """Up to `pairs_per_expert` pairs for each expert on average (and `pairs` in all): the tiles of both products."""
+    """The tiles of both products for up to `pairs` pairs of tokens and experts, as found on a layer of this size."""
 
     pairs: int
     gate_up: Tile
     down: Tile
+    size: Size = Size(8, 4096, 14336)
 
 
 # Used where a GPU has no table of its own: safe sizes for any device with tensor cores.
@@ -54,7 +66,8 @@ def moe_mlp(
     _check(x, chosen, weights, gate_up, down)
     if x.device.type == "cpu":
         return moe_reference(x, chosen, weights, gate_up, down)
-    return run_tiles(x, chosen, weights, gate_up, down, pick(_table(x.device), chosen.numel()))
+    size = Size(gate_up.experts, gate_up.in_features, down.in_features)
+    return run_tiles(x, chosen, weights, gate_up, down, pick(_table(x.device), chosen.numel(), size))
 
 
 def run_tiles(
@@ -131,28 +144,46 @@ def _check(x: Tensor, chosen: Tensor, weights: Tensor, gate_up: ExpertWeights, d
             )
 
 
-def parse_entries(rows: list[dict[str, object]]) -> tuple[Entry, ...]:
-    """Rows {"pairs", "gate_up": {"kernel": "few" | "many", ...}, "down": {...}} of a tile table, by rising pairs."""
-    return tuple(Entry(int(str(row["pairs"])), _tile(row["gate_up"]), _tile(row["down"])) for row in rows)
+def parse_entries(rows: list[dict[str, Any]]) -> tuple[Entry, ...]:
+    """Rows {"experts", "hidden", "inner", "pairs", "gate_up": {"kernel": "few" | "many", ...}, "down": {...}} of a tile table."""
+    return tuple(
+        Entry(
+            row["pairs"],
+            _tile(row["gate_up"]),
+            _tile(row["down"]),
+            Size(row["experts"], row["hidden"], row["inner"]),
+        )
+        for row in rows
+    )
 
 
-def _tile(row: object) -> Tile:
-    assert isinstance(row, dict), row
+def _tile(row: dict[str, Any]) -> Tile:
     fields = {key: value for key, value in row.items() if key != "kernel"}
     return FewTile(**fields) if row["kernel"] == "few" else ManyTile(**fields)
 
 
-def pick(table: tuple[Entry, ...], pairs: int) -> Entry:
-    """The first entry that is meant for so many pairs of tokens and experts."""
-    return next((entry for entry in table if pairs <= entry.pairs), table[-1])
+@functools.lru_cache(maxsize=4096)
+def pick(table: tuple[Entry, ...], pairs: int, size: Size) -> Entry:
+    """The entry of the most similar layer (by ratios of sizes) with the smallest number of pairs that is enough, else its last."""
+
+    def distance(entry: Entry) -> float:
+        wanted = (size.experts, size.hidden * size.inner)
+        found = (entry.size.experts, entry.size.hidden * entry.size.inner)
+        return sum(abs(math.log(a / b)) for a, b in zip(wanted, found, strict=True))
+
+    nearest = min(table, key=distance).size
+    alike = sorted((entry for entry in table if entry.size == nearest), key=lambda entry: entry.pairs)
+    chosen = next((entry for entry in alike if pairs <= entry.pairs), alike[-1])
+    if pairs <= MAX_PAIRS or not any(isinstance(tile, FewTile) for tile in (chosen.gate_up, chosen.down)):
+        return chosen
+    return DEFAULTS[-1]
 
 
 @functools.cache
 def table_for(name: str) -> tuple[Entry, ...]:
-    """Tiles of the GPU called `name` from tuned/NAME.json, or the defaults."""
-    file = resources.files("kernels") / "tuned" / (re.sub(r"[^a-z0-9]+", "-", name.lower()) + ".json")
-    rows = json.loads(file.read_text()).get("experts") if file.is_file() else None
-    return parse_entries(rows) if rows else DEFAULTS
+    """Tiles of the GPU called `name` ("NVIDIA H200" -> tuned/nvidia-h200.json), or the defaults."""
+    file = resources.files("kernels.moe") / "tuned" / (re.sub(r"[^a-z0-9]+", "-", name.lower()) + ".json")
+    return parse_entries(json.loads(file.read_text())["entries"]) if file.is_file() else DEFAULTS
 
 
 @functools.cache

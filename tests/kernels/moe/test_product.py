@@ -11,9 +11,19 @@ import triton
 from torch import Tensor
 
 from kernels.int4 import Quantized
-from kernels.moe.few import FewTile
+from kernels.moe.few import MAX_PAIRS, FewTile
 from kernels.moe.many import ManyTile
-from kernels.moe.product import DEFAULTS, Entry, moe_mlp, moe_reference, parse_entries, pick, run_tiles
+from kernels.moe.product import (
+    DEFAULTS,
+    Entry,
+    Size,
+    moe_mlp,
+    moe_reference,
+    parse_entries,
+    pick,
+    run_tiles,
+    table_for,
+)
 from kernels.moe.sorting import most_blocks, sort_pairs
 from kernels.moe.weights import ExpertWeights, stack, stack_floats
 from kernels.w4a16.layout import pair, prepare, restore
@@ -171,14 +181,35 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         FewTile(16, 4, 1)
 
 
-def test_the_table_names_tiles_by_pairs() -> None:
+def test_the_table_names_tiles_by_layer_and_pairs() -> None:
+    few = {"kernel": "few", "bn": 64, "warps": 2, "stages": 3, "eighths": 2}
+    many = {"kernel": "many", "bm": 16, "bn": 64, "warps": 4, "stages": 2}
+    sizes = ((128, 2048, 768), (8, 4096, 14336))
     rows = [
-        {"pairs": 8, "gate_up": {"kernel": "few", "bn": 64, "warps": 2, "stages": 3},
-         "down": {"kernel": "many", "bm": 16, "bn": 64, "warps": 4, "stages": 2}},
-        {"pairs": 100, "gate_up": {"kernel": "few", "bn": 64, "warps": 4, "stages": 3, "eighths": 2},
-         "down": {"kernel": "few", "bn": 64, "warps": 4, "stages": 3}},
-    ]  # fmt: skip
+        {
+            "experts": e,
+            "hidden": h,
+            "inner": i,
+            "pairs": pairs,
+            "gate_up": few,
+            "down": many if e == 8 else few,
+        }
+        for e, h, i in sizes
+        for pairs in (8, 100)
+    ]
     table = parse_entries(rows)
-    assert pick(table, 8) == table[0] and pick(table, 9) == table[1] and pick(table, 1000) == table[1]
-    assert table[0].down == ManyTile(16, 64, 4, 2)
-    assert pick(DEFAULTS, 1 << 20) == DEFAULTS[-1]
+    small, large = Size(*sizes[0]), Size(*sizes[1])
+    assert pick(table, 8, small) == table[0] and pick(table, 9, small) == table[1]
+    assert pick(table, 9, large) == table[3] and table[3].down == ManyTile(16, 64, 4, 2)
+    assert pick(table, 9, Size(60, 2048, 1408)) == table[1]
+    assert pick(table, 1025, small) == DEFAULTS[-1]  # the kernel for few tokens takes no more pairs
+
+
+def test_tables_on_record_choose_a_kernel_that_takes_the_pairs() -> None:
+    for name in ("NVIDIA H200", "a GPU without a table"):
+        table = table_for(name)
+        for size in (Size(128, 2048, 768), Size(8, 4096, 14336), Size(64, 2048, 1408)):
+            for pairs in (1, 8, 1000, 1024, 1025, 5000, 1 << 20):
+                entry = pick(table, pairs, size)
+                few = isinstance(entry.gate_up, FewTile) or isinstance(entry.down, FewTile)
+                assert not few or pairs <= MAX_PAIRS
