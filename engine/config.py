@@ -35,6 +35,7 @@ class EngineConfig:
     warm_up: bool = True  # on a GPU: capture all graphs and compile all kernels before the first request
     memory_cap_bytes: int | None = None  # upper limit of what torch allocates on the GPU
     tp: int = 1
+    log_level: Literal["info", "warning"] = "info"  # of the notes that the engine's processes write to stderr
     seed: int = 0  # source of the seeds of requests that bring none
 
     def __post_init__(self) -> None:

@@ -57,6 +57,8 @@ def main() -> int:
     ignore_signals()
     first = json.loads(sys.stdin.readline())
     first["config"]["graph_batches"] = tuple(first["config"]["graph_batches"])
+    level = first["config"]["log_level"].upper()
+    logging.basicConfig(level=level, format=log_format("engine"), stream=sys.stderr)
     inbox: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(sys.stdin, inbox), daemon=True).start()
     try:
@@ -119,5 +121,4 @@ def _stats(core: EngineCore) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format=log_format("engine"), stream=sys.stderr)
     sys.exit(main())

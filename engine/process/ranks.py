@@ -191,6 +191,8 @@ def main() -> int:
     ignore_signals()
     first = json.loads(sys.stdin.readline())
     first["config"]["graph_batches"] = tuple(first["config"]["graph_batches"])
+    level = first["config"]["log_level"].upper()
+    logging.basicConfig(level=level, format=log_format("rank"), stream=sys.stderr)
     config = EngineConfig(**first["config"])
     plans: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(sys.stdin, plans), daemon=True).start()
@@ -211,5 +213,4 @@ def _listen(lines: Iterable[str], plans: "queue.SimpleQueue[str | None]") -> Non
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format=log_format("rank"), stream=sys.stderr)
     sys.exit(main())

@@ -66,6 +66,8 @@ def test_python_m_is_tmq() -> None:
         ("tmq qua", {"quantize"}),
         ("tmq evaluate ", {"compare", "ppl", "report", "table", "throughput"}),
         ("tmq quantize awq --kv", {"--kv-bits"}),
+        ("tmq quantize awq --preset be", {"best"}),
+        ("tmq quantize pack --format g", {"gguf", "gptq"}),
     ],
 )
 def test_a_shell_completes_names(words: str, completions: set[str]) -> None:

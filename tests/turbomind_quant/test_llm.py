@@ -94,6 +94,14 @@ def test_what_does_not_fit_is_a_usage_error(llm: tmq.LLM) -> None:
         llm.chat("hello", temprature=0.5)  # type: ignore[call-arg]
 
 
+def test_nothing_is_printed(tmp_path: Path, model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Not the engine's notes either, such as the one on int4 weights on a CPU."""
+    made = tmq.quantize(model, tmp_path / "int4", preset="rtn", group_size=32, device="cpu")
+    with tmq.LLM(made.path, device="cpu", instance_num=1) as llm:
+        llm.chat("hello", max_tokens=1)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_closed_one_says_so(model: Path) -> None:
     closed = tmq.LLM(model, device="cpu", instance_num=1, session_len=32)
     assert closed.context_length == 32

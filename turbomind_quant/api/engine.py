@@ -13,6 +13,7 @@ def engine_config(
     cache_max_entry_count: float = EngineConfig.cache_fraction,
     quant_policy: int = 0,
     instance_num: int = 1,
+    is_quiet: bool = False,
 ) -> EngineConfig:
     """The settings of an engine.
 
@@ -20,7 +21,7 @@ def engine_config(
         device: "auto", "cpu", "cuda" or "cuda:N". dtype: "auto", "float16", "bfloat16" or "float32". tp: GPUs to split over.
         session_len: context in tokens; None: the model's. cache_max_entry_count: share of the memory left after the weights that the
             KV cache takes. quant_policy: 8 keeps keys and values in int8, 0 in the model's type.
-        instance_num: sequences that run at once.
+        instance_num: sequences that run at once. is_quiet: the engine writes warnings alone to stderr, no notes.
 
     Raises UsageError for a value that is none of the choices.
     """
@@ -38,6 +39,7 @@ def engine_config(
             max_batch=instance_num,
             max_step_tokens=max(EngineConfig.max_step_tokens, instance_num),
             tp=tp,
+            log_level="warning" if is_quiet else "info",
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

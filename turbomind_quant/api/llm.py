@@ -94,6 +94,7 @@ class LLM:
             cache_max_entry_count=cache_max_entry_count,
             quant_policy=quant_policy,
             instance_num=instance_num,
+            is_quiet=True,
         )
         source = ModelSource(os.fspath(path), family=family, trust_remote_code=trust_remote_code)
         stack = ExitStack()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from engine.config import Dtype
 from quant import recipes
@@ -56,6 +57,13 @@ class PresetType(click.ParamType):  # type: ignore[type-arg]
             known = ", ".join(recipes.names())
             self.fail(f"{value!r} is not one of {known}, nor FILE.yaml or a manifest.json.", param, ctx)
         return value
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Names that begin so; the shell itself completes files where there is none."""
+        names = [name for name in recipes.names() if name.startswith(incomplete)]
+        return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
 
 
 class PresetHelp(click.Command):
