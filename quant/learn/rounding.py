@@ -179,9 +179,7 @@ def _step(
             for p in trained:
                 p.requires_grad_(False)
         with torch.no_grad():
-            optimizer.step(grads, schedule.index_select(0, counter))
-            for mean, p in zip(means, trained, strict=False):
-                mean.lerp_(p, 1 - learning.average)
+            optimizer.step(grads, schedule.index_select(0, counter), means, learning.average)
             counter.add_(1)
 
     return step

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from convert.families.norms import storable_norm
 from engine.model.attention import Attend
 from kernels.int4 import Quantized, round_scale
+from kernels.search.training import adam_step, round_to_grid, round_to_grid_backward
 from quant.block_states import FloatBlock, FloatLinear, QuantizedBlock
 
 REPEATABLE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # cuDNN's is not
@@ -31,15 +32,14 @@ class RoundToGrid(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, latent: Tensor, scale: Tensor, zero: Tensor, max_code: int) -> Tensor:
-        rounded = latent.round()
-        codes = torch.clamp(rounded, -zero, max_code - zero)
-        ctx.save_for_backward(codes, rounded == codes, scale)
-        return codes * scale
+        ctx.save_for_backward(latent, scale, zero)
+        ctx.max_code = max_code
+        return round_to_grid(latent, scale, zero, max_code)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        codes, inside, scale = ctx.saved_tensors
-        return grads[0] * scale * inside, (grads[0] * codes).sum(-1, keepdim=True), None, None
+        latent, scale, zero = ctx.saved_tensors
+        return *round_to_grid_backward(grads[0], latent, scale, zero, ctx.max_code), None, None
 
 
 class ScaleCodes(torch.autograd.Function):
@@ -254,16 +254,22 @@ class Adam:
         """The tensors that an update changes beside the parameters, to save and to put back in place."""
         return [*self._first, *self._second, self._bias]
 
-    def step(self, grads: Sequence[Tensor], schedule: Tensor) -> None:
-        """One update; schedule: a factor on all rates, a tensor of one element."""
+    def step(
+        self,
+        grads: Sequence[Tensor],
+        schedule: Tensor,
+        means: Sequence[Tensor | None] | None = None,
+        average: float = 0.0,
+    ) -> None:
+        """One update; schedule: a factor on all rates, a tensor of one element.
+
+        means: running means of the parameters, in which the past weighs `average`; updated too.
+        """
         self._bias.mul_(self._betas)
-        first_bias, second_bias = (1 - self._bias).unbind()
-        for p, grad, m, v, rate in zip(
-            self.params, grads, self._first, self._second, self.rates, strict=True
-        ):
-            m.lerp_(grad, 1 - self.betas[0])
-            v.mul_(self.betas[1]).addcmul_(grad, grad, value=1 - self.betas[1])
-            p.sub_((m / first_bias) / ((v / second_bias).sqrt() + 1e-20) * (schedule * rate))
+        bias = 1 - self._bias
+        state = zip(self.params, grads, self._first, self._second, self.rates, strict=True)
+        for (p, grad, m, v, rate), mean in zip(state, means or [None] * len(self.params), strict=True):
+            adam_step(p, grad, m, v, bias, schedule, rate, self.betas, mean, average)
 
 
 def batches(samples: int, size: int, steps: int, seed: int) -> Tensor:
