@@ -176,7 +176,7 @@ TOLERANCE = 1e-4  # absolute, on logits of size about 1: float32 sums in another
 def logits_of(model: Model, ids: Tensor) -> Tensor:
     """ids (B, L) -> (B, L, V)."""
     batch, length = ids.shape
-    positions = torch.arange(length).repeat(batch)
+    positions = torch.arange(length, device=ids.device).repeat(batch)
     return model(ids.flatten(), positions, causal_attend(batch, length, model.config)).view(batch, length, -1)
 
 

@@ -16,7 +16,7 @@ from kernels.kv.pages import KVCache
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, pdl: bool = False) -> Tensor:
-    """x / sqrt(mean(x^2) + eps), rounded, times weight, over the last axis: x (..., H), weight (H,), one float dtype."""
+    """x / sqrt(mean(x^2) + eps), rounded, times weight, over the last axis: x (..., H), weight (H,) of x's dtype or float32."""
     _check_norm(x, weight)
     if x.is_cuda:
         from kernels.block.fused_triton import launch_rms_norm
@@ -45,14 +45,16 @@ def add_rms_norm(
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The same as `rms_norm` in torch."""
     wide = x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    normed = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return (normed * weight).to(x.dtype)
 
 
 def _check_norm(x: Tensor, weight: Tensor) -> None:
-    if weight.shape != x.shape[-1:] or weight.dtype != x.dtype or weight.device != x.device:
+    is_other = weight.dtype not in (x.dtype, torch.float32)
+    if weight.shape != x.shape[-1:] or is_other or weight.device != x.device:
         raise ValueError(
             f"weight is {tuple(weight.shape)} {weight.dtype} on {weight.device}, expected {tuple(x.shape[-1:])} {x.dtype} "
-            f"on {x.device}."
+            f"or float32 on {x.device}."
         )
 
 
@@ -92,7 +94,7 @@ def rope_store(
         qkv: (T, (Hq + 2 Hkv) * D), heads of q, then k, then v, contiguous; bias already added.
         cos, sin: (T, D / 2) fp32, the angles of each token; pair j of a head is (x[j], x[j + D / 2]).
         slot_mapping: (T,) int64, where each token goes; negative: its k and v are not stored.
-        q_norm, k_norm: (D,) of qkv's dtype, RMS norm of each head before the rotation (Qwen3); both or neither.
+        q_norm, k_norm: (D,) of qkv's dtype or float32, RMS norm of each head before the rotation (Qwen3); both or neither.
         q_scale: (T,) fp32, factor on the rotated q (log-n attention).
 
     k is rounded to qkv's dtype before it is quantized, as in `store_kv(apply_rope(k))`. Raises ValueError on anything else.
@@ -140,9 +142,11 @@ def check_rope_store(
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm: expected both or neither.")
     for name, weight in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if weight is not None and (tuple(weight.shape) != (head_dim,) or weight.dtype != qkv.dtype):
+        if weight is None:
+            continue
+        if tuple(weight.shape) != (head_dim,) or weight.dtype not in (qkv.dtype, torch.float32):
             raise ValueError(
-                f"{name} is {tuple(weight.shape)} {weight.dtype}, expected ({head_dim},) {qkv.dtype}."
+                f"{name} is {tuple(weight.shape)} {weight.dtype}, expected ({head_dim},) {qkv.dtype} or float32."
             )
     if q_scale is not None and (tuple(q_scale.shape) != (tokens,) or q_scale.dtype != torch.float32):
         raise ValueError(f"q_scale is {tuple(q_scale.shape)} {q_scale.dtype}, expected ({tokens},) float32.")

@@ -15,9 +15,11 @@ HALF_ULP = 2**-10  # one unit in the last place of fp16: the two may round a sum
 
 @pytest.mark.parametrize("width", [576, 64, 33])
 @pytest.mark.parametrize("has_delta", [True, False])
-def test_rms_norm_kernel(width: int, has_delta: bool):
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32])
+def test_rms_norm_kernel(width: int, has_delta: bool, weight_dtype: torch.dtype):
     torch.manual_seed(0)
-    x, delta, weight = torch.randn(3, width).half(), torch.randn(3, width).half(), torch.randn(width).half()
+    x, delta, weight = torch.randn(3, width).half(), torch.randn(3, width).half(), torch.randn(width)
+    weight = weight.to(weight_dtype)
     total, out = launch_rms_norm(x, delta if has_delta else None, weight, 1e-5)
     if has_delta:
         expected_total, expected = fused.add_rms_norm(x, delta, weight, 1e-5)
@@ -61,7 +63,7 @@ def make_cache(kind: str, heads: int = 2, head_dim: int = 32) -> KVCache:
 @pytest.mark.parametrize("kind", ["float", "dynamic", "static"])
 @pytest.mark.parametrize("limit", [2048, 0], ids=["one-head", "eight-heads"])
 def test_rope_store_kernel(kind: str, has_norm: bool, limit: int, monkeypatch: pytest.MonkeyPatch):
-    """With a limit of 0 a program takes 8 heads, more than there are."""
+    """With a limit of 0 a program takes 8 heads, more than there are. Norms are float32 there, as some families have them."""
     monkeypatch.setattr(fused_triton, "ONE_HEAD_PROGRAMS", limit)
     tokens = 3
     torch.manual_seed(0)
@@ -69,7 +71,8 @@ def test_rope_store_kernel(kind: str, has_norm: bool, limit: int, monkeypatch: p
     qkv = torch.randn(tokens, (4 + 2 * 2) * 32).half()
     angles = torch.rand(tokens, 16) * 100
     slots = torch.tensor([63, -1, 17])
-    q_norm, k_norm = ((torch.rand(32) + 0.5).half() for _ in range(2))
+    norm_dtype = torch.float16 if limit else torch.float32
+    q_norm, k_norm = ((torch.rand(32) + 0.5).to(norm_dtype) for _ in range(2))
     norms = (q_norm, k_norm) if has_norm else (None, None)
     q_scale = torch.rand(tokens) + 1 if has_norm else None
     q = launch_rope_store(qkv, angles.cos(), angles.sin(), ours, slots, 4, *norms, 1e-6, q_scale)
