@@ -118,7 +118,8 @@ def _by_head(order: Tensor, heads: int) -> Tensor:
 
 def pick_features(linear: Stored, order: Tensor) -> Stored:
     """The output features `order` of every part."""
-    return {name: _pick_words(part, order) if name == "words" else _pick_floats(part, order)
+    orders = {part.device: order.to(part.device) for part in linear.values()}
+    return {name: (_pick_words if name == "words" else _pick_floats)(part, orders[part.device])
             for name, part in linear.items()}  # fmt: skip
 
 
@@ -132,6 +133,8 @@ def _pick_words(words: Tensor, order: Tensor) -> Tensor:
     """Whole words where heads are whole words, else code by code."""
     if len(order) % 8 == 0:
         eights = order.view(-1, 8)
-        if bool((eights == eights[:, :1] + torch.arange(8)).all()) and bool((eights[:, 0] % 8 == 0).all()):
+        if bool((eights == eights[:, :1] + torch.arange(8, device=order.device)).all()) and bool(
+            (eights[:, 0] % 8 == 0).all()
+        ):
             return words.index_select(-1, eights[:, 0] // 8)
     return pack_columns(unpack_columns(words, SEQUENTIAL_ORDER).index_select(-1, order), SEQUENTIAL_ORDER)

@@ -77,7 +77,8 @@ class BlockSearch:
 
     def fold_back(self, role: str, solution: QuantizedStack) -> None:
         """The channel scales of a linear into the rows of the linear before it."""
-        self.put(role, fold_rows(self.weights.linears[role], solution.channel_scale))
+        home = self.source.linears[role].weight.device
+        self.put(role, fold_rows(self.weights.linears[role], solution.channel_scale.to(home)))
 
     def name(self, what: str) -> str:
         return f"Block {self.weights.index}, {what}"

@@ -69,7 +69,7 @@ def _quantize_expert(
     dense = dense.to(flat.dtype)
 
     def inner(part: Tensor) -> Tensor:
-        rows = len(search.weight(gate))
+        rows = len(search.source.linears[gate].weight)
         x = flat[part]
         opened = activate(search.config.activation, linear(x, search.source.linears[gate], dense[:rows]))
         return opened * linear(x, search.source.linears[up], dense[rows:])
@@ -128,7 +128,7 @@ def experts_from_statistics(search: BlockSearch, saved: Mapping[str, InputStatis
     if len(others) < len(prefixes):
         borrowed = _mean([saved[prefix + "down_in"] for prefix in others], search)
     for prefix in [*prefixes, *(["shared."] if search.config.shared_intermediate_size else [])]:
-        first, is_own = len(search.reports), counts[prefix] >= MIN_TOKENS
+        first, is_own = len(search.reports), counts[prefix] >= MIN_TOKENS or prefix == "shared."
         own = saved[prefix + "in"].to(search.device) if is_own and prefix != "shared." else layer
         inner = saved[prefix + "down_in"].to(search.device) if is_own or borrowed is None else borrowed
         if search.fits(prefix + "gate"):
