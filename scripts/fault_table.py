@@ -27,8 +27,8 @@ GROUPS = {  # letter -> (last case, what it is about)
     "G": (73, "packed shards"),
     "H": (88, "HTTP server abuse"),
     "I": (100, "concurrency and lifetime"),
-    "J": (117, "what a stranger's file may do"),
-    "K": (134, "what users bring"),
+    "J": (116, "what a stranger's file may do"),
+    "K": (132, "what users bring"),
 }
 NOT_APPLICABLE = {
     46: "calibration text is read in the process itself: there is no child that could be killed and waited for"
