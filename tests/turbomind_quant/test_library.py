@@ -166,11 +166,12 @@ tmq.LLM("my-model-4bit").chat("Hello", max_tokens="many")
 
 
 def test_mypy_strict_passes_a_right_program_and_finds_what_is_wrong_in_another(tmp_path: Path) -> None:
-    """One run over both; the packages are found as installed ones are, and their own code is not looked at again."""
+    """One run over both and the examples; the packages are found as installed ones are, their own code is not looked at again."""
     (tmp_path / "right.py").write_text(PROGRAM)
     (tmp_path / "wrong.py").write_text(WRONG)
     (tmp_path / "mypy.ini").write_text("[mypy]\nstrict = True\nfollow_imports = silent\n")
     command = [sys.executable, "-m", "mypy", "--config-file", "mypy.ini", "right.py", "wrong.py"]
+    command += [str(path) for path in sorted((ROOT / "examples").glob("*.py"))]
     paths = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "MYPYPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500, env=paths)
     lines = [line.partition(": ")[0] for line in done.stdout.splitlines() if " error: " in line]
