@@ -24,6 +24,7 @@ from convert.folder.json_files import show
 from convert.folder.output import OutputFolder
 from convert.folder.source_files import SourceFiles
 from convert.formats import Dialect
+from convert.hf.tensor_folder import INDEX_NAME
 from convert.tokenizer.files import read_chat_template
 from convert.tokenizer.tokenizer import check_tokenizer
 from convert.turbomind.config import CHAT_TEMPLATES, Shape, chat_template_name, config_yaml
@@ -33,6 +34,8 @@ from convert.turbomind.tensors import Files, block_files, outer_files
 
 WEIGHTS = "triton_models/weights"
 TOKENIZER = "triton_models/tokenizer"
+# an index of shards at the root makes LMDeploy 0.18 look for the shards
+NOT_COPIED = ("run.json", "manifest.json", "report.json", INDEX_NAME)
 TOKENIZER_FILES = ("tokenizer.model", "qwen.tiktoken", "merges.txt")
 PACKED_FAMILIES = {
     "0.6.5": ("llama", "mistral", "qwen2", "internlm", "internlm2", "qwen", "mixtral"),
@@ -246,7 +249,7 @@ def _copy_tokenizer(source: SourceFiles, folder: OutputFolder) -> None:
     """Tokenizer files to triton_models/tokenizer (0.6) and to the root (0.7.1 and later look there)."""
     for name in source.names:
         is_wanted = name in TOKENIZER_FILES or name.endswith((".json", ".py", ".jinja"))
-        if is_wanted and name not in ("run.json", "manifest.json", "report.json"):
+        if is_wanted and name not in NOT_COPIED:
             for target in (f"{TOKENIZER}/{name}", name):
                 folder.write_chunks(target, source.contents(name))
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 import yaml
 from safetensors.torch import save_file
@@ -349,3 +350,11 @@ def test_the_legal_ranks_are_named(tmp_path: Path) -> None:
     source = tiny("llama", tmp_path, "int4", num_heads=4, num_kv_heads=2)
     with pytest.raises(InputError, match=r"tp may be 1, 2, 4\."):
         write_workspace(source, tmp_path / "ws", tp=8)
+
+
+def test_no_index_of_shards_lies_in_a_workspace(tmp_path: Path) -> None:
+    """LMDeploy 0.18 takes a folder with one for a checkpoint, and stops at the shards that it names and that are not there."""
+    tiny_models.write_model(tmp_path / "m", "llama", shards=2)
+    assert (tmp_path / "m/model.safetensors.index.json").is_file()
+    write_workspace(open_checkpoint(tmp_path / "m"), tmp_path / "ws")
+    assert not list((tmp_path / "ws").rglob("*.index.json"))
