@@ -18,6 +18,7 @@ from engine.model.forward import Model
 from engine.model.kv_simulation import KVSimulation
 from kernels.kv.pages import StaticKV
 from quant.config import QuantConfig
+from quant.evaluation.kept_rows import KeptRows
 from quant.evaluation.peers import quantize_with
 from quant.evaluation.perplexity import EvalProtocol, judge, release
 from quant.in_memory import quantize_in_memory
@@ -101,12 +102,13 @@ def evaluate_table(
     request: TableRequest,
     text: CalibrationSet | None,
     tokens: EvalTokens,
+    kept: KeptRows | None = None,
 ) -> list[Row]:
-    """The rows, in the order of the arms; `name` is what they call the model.
+    """The rows, in the order of the arms; `name` is what they call the model. Rows that `kept` has are not made again.
 
     The float model is judged first even where it has no row: KL needs it. Raises ResourceError where memory runs out.
     """
-    table = _Table(session, name, request, tokens)
+    table = _Table(session, name, request, tokens, kept)
     arms = list(request.arms())
     if None not in arms:
         arms.insert(0, None)
@@ -116,19 +118,26 @@ def evaluate_table(
         for bits, group_size in product(request.bits, request.group_sizes):
             for peer in request.peers:
                 table.add_peer(peer, replace(request.base, bits=bits, group_size=group_size), text)
+    if kept is not None:
+        kept.discard()
     return table.rows
 
 
 class _Table:
     """The rows so far, and what the float model made of the text."""
 
-    def __init__(self, session: Session, name: str, request: TableRequest, tokens: EvalTokens) -> None:
+    def __init__(
+        self, session: Session, name: str, request: TableRequest, tokens: EvalTokens, kept: KeptRows | None
+    ) -> None:
         self.session, self.name, self.request, self.tokens = session, name, request, tokens
+        self.kept = kept
         self.rows: list[Row] = []
         self._float: tuple[PerplexityResult, Reference] | None = None
 
     def add(self, quant: QuantConfig | None, text: CalibrationSet | None, label: str) -> None:
         """The rows of one arm, one for each cache; None is the float model."""
+        if quant is not None and self._take_kept(quant, label):
+            return
         device = self.session.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -147,9 +156,25 @@ class _Table:
             if quant is not None or FLOAT in self.request.methods:
                 row = self._row(quant, result, seconds)
                 self.rows.append(row)
+                if quant is not None and self.kept is not None:
+                    self.kept.keep(quant, (kv_bits, kv_mode), row.to_json())
                 self.session.progress.say(f"{label}  {row.key}: ppl {row.ppl:.3f}, {seconds:.0f} s")
         del model
         release(device)
+
+    def _take_kept(self, quant: QuantConfig, label: str) -> bool:
+        """Whether every row of the arm was finished by an earlier start, which are taken over then."""
+        if self.kept is None:
+            return False
+        found = [self.kept.find(quant, cache) for cache in self.request.kv]
+        rows = [row_of(fields) for fields in found if fields is not None]
+        whole = [replace(row, model=self.name) for row in rows if row is not None]
+        if len(whole) < len(found):
+            return False
+        self.rows += whole
+        for row in whole:
+            self.session.progress.say(f"{label}  {row.key}: ppl {row.ppl:.3f}, from an earlier start")
+        return True
 
     def add_peer(self, peer: str, quant: QuantConfig, text: CalibrationSet) -> None:
         """The row of another quantizer on the same text, in our engine."""
@@ -187,6 +212,16 @@ class _Table:
         assert self._float is not None
         seed, device = self.request.base.seed, self.session.device
         return make_row(self.name, quant, seed, result, self._float[0], seconds, device)
+
+
+def row_of(fields: dict[str, Any]) -> Row | None:
+    """The row whose `to_json` these are; None where they are another version's."""
+    try:
+        row = Row(**fields)
+    except TypeError:
+        return None
+    interval = row.ppl_diff_ci95
+    return row if interval is None else replace(row, ppl_diff_ci95=(interval[0], interval[1]))
 
 
 def needs_ranges(request: TableRequest) -> bool:

@@ -13,6 +13,7 @@ from convert.tokenizer.tokenizer import Tokenizer
 from engine.config import Dtype
 from quant.config import BITS, GROUP_SIZES, QuantConfig
 from quant.estimate import refuse_ragged
+from quant.evaluation.kept_rows import KeptRows
 from quant.evaluation.page import write_page
 from quant.evaluation.peers import check_peers
 from quant.evaluation.perplexity import (
@@ -85,6 +86,8 @@ def table(
         dataset, text, windows: as in `perplexity`. eval_seqlen: tokens of a window of that text.
         The calibration text (`calib_data` to `trust_remote_code`), device, dtype, family and progress: as in `quantize`.
 
+    A run that is interrupted keeps its finished rows in the cache folder; the same call goes on behind them.
+
     Raises UsageError for choices that contradict each other, InputError for a model or text that cannot be used.
     """
     check_windows(windows, kl_windows)
@@ -120,7 +123,8 @@ def _filled_table(
     tokenizer = choice.tokenizer(session)
     tokens = tokens_of(words, tokenizer, session.checkpoint)
     text = _calibration_text(request, choice, session, tokenizer)
-    rows = evaluate_table(session, name, request, text, tokens)
+    kept = KeptRows(session, request.protocol, tokens, text)
+    rows = evaluate_table(session, name, request, text, tokens, kept)
     return TableReport(tuple(rows), None if text is None else text.provenance)
 
 

@@ -115,7 +115,7 @@ def describe(error: Exception) -> tuple[int, str]:
 
 
 @contextmanager
-def resumable(title: str) -> Iterator[None]:
+def resumable(title: str, advice: str = "the same command resumes, --restart begins anew") -> Iterator[None]:
     """Turns Ctrl-C, SIGTERM and SIGHUP into the error that says how to resume. A second signal ends the process at once."""
     received = 0
 
@@ -131,9 +131,7 @@ def resumable(title: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        raise InterruptedRunError(
-            f"{title} was interrupted. What is finished is kept: the same command resumes, --restart begins anew."
-        ) from error
+        raise InterruptedRunError(f"{title} was interrupted. What is finished is kept: {advice}.") from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

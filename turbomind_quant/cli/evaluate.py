@@ -7,7 +7,7 @@ import click
 import turbomind_quant as tmq
 from engine.config import KvMode
 from quant.recipes import usual_methods
-from turbomind_quant.cli.commands import HELP, Commands, debug_option, version_option
+from turbomind_quant.cli.commands import HELP, Commands, debug_option, resumable, version_option
 from turbomind_quant.cli.options import (
     CalibrateOptions,
     ModelOptions,
@@ -251,7 +251,10 @@ def table(model: str, as_json: bool, **options: "Unpack[TableOptions]") -> None:
     from turbomind_quant.cli.progress import shown_progress
     from turbomind_quant.cli.views.evaluation import table_view
 
-    with shown_progress() as progress:
+    with (
+        resumable("evaluate table", "the same command goes on behind the rows that it has"),
+        shown_progress() as progress,
+    ):
         report = tmq.table(model, progress=progress, **options)
     show(report.to_json(), lambda: table_view(report), as_json)
 
