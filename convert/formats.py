@@ -8,6 +8,8 @@ from convert.errors import UsageError
 FolderFormat = Literal["awq", "compressed-tensors", "gptq", "mlx", "float16"]
 PackFormat = Literal["turbomind", "awq", "compressed-tensors", "gptq", "gguf", "mlx", "float16"]
 PACK_FORMATS: tuple[PackFormat, ...] = get_args(PackFormat)
+CheckpointFormat = Literal["awq", "compressed-tensors", "gptq", "gguf", "mlx", "float16"]  # of `quantize awq`
+CHECKPOINT_FORMATS: tuple[CheckpointFormat, ...] = get_args(CheckpointFormat)
 Rest = Literal["f16", "q8_0"]
 Dialect = Literal["0.6.5", "0.1"]
 

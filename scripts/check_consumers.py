@@ -1,8 +1,8 @@
 """Loads the demo model, packed in every format, in the engines that install on a CPU, and compares with our own float32 engine.
 
 Each engine lives in an environment of its own below --work, made from the package index where it is absent; an engine that does
-not install is recorded as absent with the reason. Writes benchmarks/consumers.json and .md. Takes about a quarter of an hour
-on two cores.
+not install is recorded as absent with the reason. Results are kept below --work, so that a stopped run goes on; when all cases
+have one, benchmarks/consumers.json and .md are written. Takes about a quarter of an hour on two cores.
 
     python scripts/check_consumers.py --work /tmp/consumers
 """
@@ -72,6 +72,10 @@ class Case:
     @property
     def folder(self) -> str:
         return self.source if self.format == "awq" else f"{self.source}-{self.format}"
+
+    def row(self, work: Path) -> Path:
+        """Where its result is kept: a run that was stopped goes on with the cases that have none."""
+        return work / f"row-{self.consumer}-{self.folder}.json"
 
 
 CASES = [
@@ -224,9 +228,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, required=True, help="Folder for environments and artefacts.")
-    parser.add_argument(
-        "--only", nargs="*", help="Names of engines; the record is then printed, not written."
-    )
+    parser.add_argument("--only", nargs="*", help="Names of engines to run now.")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     prepare(demo_model.fetch(), args.work)
@@ -234,13 +236,14 @@ def main() -> None:
     for length in (LENGTH, SHORT):
         tasks[length] = args.work / f"task-{length}.json"
         tasks[length].write_text(json.dumps(task_of(args.work, length)))
-    rows = []
     for case in CASES:
-        if args.only is None or case.consumer in args.only:
-            rows.append(run_case(case, args.work, tasks))
-            print(json.dumps(rows[-1]), flush=True)
-    if args.only is not None:
+        if (args.only is None or case.consumer in args.only) and not case.row(args.work).is_file():
+            row = run_case(case, args.work, tasks)
+            print(json.dumps(row), flush=True)
+            case.row(args.work).write_text(json.dumps(row))
+    if not all(case.row(args.work).is_file() for case in CASES):
         return
+    rows = [json.loads(case.row(args.work).read_text()) for case in CASES]
     document = provenance("cpu") | {"rows": rows}
     (ROOT / "benchmarks/consumers.json").write_text(json.dumps(document, indent=1) + "\n")
     (ROOT / "benchmarks/consumers.md").write_text(table(rows))

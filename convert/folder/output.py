@@ -69,14 +69,32 @@ class OutputFolder:
 
     @classmethod
     def begin(
-        cls, folder: Path, fingerprint: Mapping[str, Any], *, restart: bool = False, layout: Layout = "tmq"
+        cls,
+        folder: Path,
+        fingerprint: Mapping[str, Any],
+        *,
+        restart: bool = False,
+        layout: Layout = "tmq",
+        accept_finished: bool = False,
     ) -> "OutputFolder":
         """Start or resume. The fingerprint is a flat JSON object; field names appear in messages.
 
+        Args:
+            accept_finished: a folder that an equal run has finished is given as it is, for a command that goes on from there.
+
         Raises InputError when the folder is finished, foreign, in use, or unfinished with another fingerprint.
         """
-        _refuse_occupied(folder)
         base = folder / "tmq" if layout == "tmq" else folder
+        if accept_finished and folder_state(folder) is FolderState.FINISHED:
+            refuse_other_run(
+                read_object(base / "run.json", INDEX_LIMIT).get("fingerprint"),
+                json.loads(json_bytes(fingerprint)),
+                folder,
+            )
+            out = cls(folder, layout, FolderLock(base / "work" / "lock"))
+            out.finished = True
+            return out
+        _refuse_occupied(folder)
         for place in (folder / "tmq", base / "work"):
             refuse_link(place)
         make_folder(base)

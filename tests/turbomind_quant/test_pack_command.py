@@ -84,3 +84,43 @@ def test_a_dry_run_writes_nothing(place: Path, tmp_path: Path) -> None:
 def test_a_float_model_is_not_packed_as_int4(place: Path, tmp_path: Path) -> None:
     done = run("quantize", "pack", place / "model", "-o", tmp_path / "o", "--format", "gptq")
     assert done.returncode == 3 and "Quantize it first" in done.stderr
+
+
+def test_awq_writes_another_format_in_one_command(place: Path, tmp_path: Path) -> None:
+    """Stopped after the AWQ checkpoint the same command goes on from it; other settings are refused by name."""
+    options = ("--preset", "rtn", *FAST[:2], *FAST[-2:], "--format", "compressed-tensors")
+    command = ("quantize", "awq", place / "model", "-o", tmp_path / "o")
+    done = run(*command, *options)
+    assert done.returncode == 0, done.stderr
+    assert tmq.inspect(tmp_path / "o").kind == "compressed-tensors"
+    assert tmq.inspect(tmp_path / "o-awq").kind == "awq"
+    assert run(*command, *options).returncode == 3  # both are finished
+    packed = {path.name: path.read_bytes() for path in (tmp_path / "o").glob("*.safetensors")}
+    before = (tmp_path / "o-awq/tmq/manifest.json").stat().st_mtime_ns
+    for path in sorted((tmp_path / "o").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    (tmp_path / "o").rmdir()
+    refused = run(*command, *options, "--symmetric")
+    assert refused.returncode == 3 and "symmetric" in refused.stderr
+    assert run(*command, *options).returncode == 0
+    assert (tmp_path / "o-awq/tmq/manifest.json").stat().st_mtime_ns == before
+    assert packed == {path.name: path.read_bytes() for path in (tmp_path / "o").glob("*.safetensors")}
+
+
+def test_awq_refuses_what_the_format_cannot_hold_before_the_work(place: Path, tmp_path: Path) -> None:
+    command = (
+        "quantize",
+        "awq",
+        place / "model",
+        "-o",
+        tmp_path / "o",
+        "--preset",
+        "rtn",
+        *FAST[:2],
+        *FAST[-2:],
+    )
+    done = run(*command, "--bits", 3, "--format", "gptq")
+    assert done.returncode == 2 and "4-bit codes alone" in done.stderr
+    done = run(*command, "--format", "gptq", "--for", "vllm")
+    assert done.returncode == 3 and "zero points other than 8" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -168,7 +168,13 @@ def idle_text_options(preset: str, text: TextChoice) -> str:
 
 @contextmanager
 def output_with_text(
-    prepared: Prepared, text: TextChoice, command: str, out: Path, layout: Layout, restart: bool
+    prepared: Prepared,
+    text: TextChoice,
+    command: str,
+    out: Path,
+    layout: Layout,
+    restart: bool,
+    accept_finished: bool = False,
 ) -> Iterator[tuple[OutputFolder, CalibrationSet | None]]:
     """The output folder of a run and its calibration text: read before the folder is taken, or written by the model inside it.
 
@@ -179,7 +185,9 @@ def output_with_text(
     request = text.request(quant)
     blocks, identity = read_text(session, request, tokenizer)
     fingerprint = run_fingerprint(command, session, quant, identity)
-    with OutputFolder.begin(out, fingerprint, restart=restart, layout=layout) as folder:
+    with OutputFolder.begin(
+        out, fingerprint, restart=restart, layout=layout, accept_finished=accept_finished
+    ) as folder:
         if folder.finished:
             yield folder, None
             return

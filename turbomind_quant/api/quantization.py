@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -9,7 +10,12 @@ from convert.config import ModelConfig
 from convert.errors import InputError, UsageError
 from convert.families.table import linear_shapes, stays_float
 from convert.folder.files import check_output_place
-from convert.folder.output import OutputFolder, folder_state, read_manifest
+from convert.folder.output import FolderState, OutputFolder, folder_state, read_manifest
+from convert.formats import CHECKPOINT_FORMATS, CheckpointFormat
+from convert.gguf.metadata import architecture_of
+from convert.gguf.tokenizer_fields import tokenizer_fields
+from convert.pack.run import pack_checkpoint
+from convert.readers import open_checkpoint
 from convert.tokenizer.tokenizer import check_tokenizer
 from convert.verdict.artefact import Artefact
 from convert.verdict.judge import judge, parse_engine
@@ -94,6 +100,7 @@ def quantize(
     keep_ragged: bool = QuantConfig.keep_ragged,
     symmetric: bool = QuantConfig.symmetric,
     engine: str | None = None,
+    format: CheckpointFormat = "awq",
     kv_bits: int = QuantConfig.kv_bits,
     distill: bool = QuantConfig.distill,
     calib_data: StrPath | None = None,
@@ -122,6 +129,7 @@ def quantize(
         stats: folder of `calibrate`, in place of text (preset "fast" alone).
         pad: zero-pad the model exactly, so that the group fits every linear. keep_ragged: leave those that it does not fit in float16.
         symmetric: every zero point is 8, for formats and engines that know no other (GPTQ in most, Q4_0); costs some quality.
+        format: "awq", or another that `pack` writes: the AWQ checkpoint is then made in the folder OUT-awq beside, and packed into `out`.
         engine: one that must load the result ("vllm", "lmdeploy:0.7.3", ...; see `inspect`): checked before the work begins.
         kv_bits: 8 also writes parameters for an int8 KV cache. distill: an end-to-end pass at the end, for models that fit whole.
         calib_data: txt, jsonl or parquet file, folder, "wikitext2", "c4", "pileval" or a hub dataset; None: the model writes its own.
@@ -139,19 +147,45 @@ def quantize(
     quant = text.config(preset, bits, group_size, kv_bits, distill, keep_ragged, symmetric)
     folder = Path(out)
     with Progress(f"awq {quant.recipe.name}", progress) as run:
-        prepared = _checked(ModelChoice(model, device, dtype, family), quant, text, stats, pad, run, engine)
+        prepared = _checked(
+            ModelChoice(model, device, dtype, family), quant, text, stats, pad, run, engine, format
+        )
         announce(prepared.session, prepared.plan, folder)
-        return _quantized(prepared, folder, stats, restart)
+        if format == "awq":
+            return _quantized(prepared, folder, stats, restart)
+        return _quantized_and_packed(prepared, folder, stats, restart, format, run)
 
 
-def _quantized(prepared: Prepared, out: Path, stats: StrPath | None, restart: bool) -> QuantizeResult:
+def _quantized(
+    prepared: Prepared, out: Path, stats: StrPath | None, restart: bool, accept_finished: bool = False
+) -> QuantizeResult:
     """Do the work, or what an earlier run left of it."""
     session = prepared.session
-    with _source(prepared, out, stats, restart) as (place, source):
+    with _source(prepared, out, stats, restart, accept_finished) as (place, source):
         if place.finished:
             return quantize_result(out, 0.0, session.config.num_layers)
         done = quantize_model(prepared.session, prepared.quant, source, place)
     return quantize_result(out, done.seconds, done.first_layer)
+
+
+def _quantized_and_packed(
+    prepared: Prepared,
+    out: Path,
+    stats: StrPath | None,
+    restart: bool,
+    format: CheckpointFormat,
+    run: Progress,
+) -> QuantizeResult:
+    """The AWQ checkpoint in the folder OUT-awq, made or as an equal run left it, then packed into `out`. Both resume."""
+    if (state := folder_state(out)) in (FolderState.FINISHED, FolderState.FOREIGN):
+        raise InputError(
+            f"the output folder {out} is {state.value} already; nothing was touched. Choose another one."
+        )
+    first = out.with_name(f"{out.name}-awq")
+    result = _quantized(prepared, first, stats, restart, accept_finished=True)
+    run.say(f"{first}: the AWQ checkpoint; it is packed as {format} into {out}")
+    packed = pack_checkpoint(open_checkpoint(first), out, format, restart=restart, progress=run.step)
+    return replace(result, path=out, size_bytes=packed.weight_bytes)
 
 
 def estimate(
@@ -167,6 +201,7 @@ def estimate(
     keep_ragged: bool = QuantConfig.keep_ragged,
     symmetric: bool = QuantConfig.symmetric,
     engine: str | None = None,
+    format: CheckpointFormat = "awq",
     kv_bits: int = QuantConfig.kv_bits,
     distill: bool = QuantConfig.distill,
     calib_data: StrPath | None = None,
@@ -202,7 +237,7 @@ def estimate(
         if command == "calibrate":
             prepared = prepare_calibration(choice.open(run), text)
         else:
-            prepared = _checked(choice, quant, text, stats, pad, run, engine)
+            prepared = _checked(choice, quant, text, stats, pad, run, engine, format)
         for note in notes_of(prepared.session):
             run.say(note)
     if out is None:
@@ -219,9 +254,13 @@ def _checked(
     pad: bool,
     run: Progress,
     engine: str | None,
+    format: CheckpointFormat,
 ) -> Prepared:
     """The model opened, and every choice checked against it and against the others."""
     named = None if engine is None else parse_engine(engine)
+    check_one(format, "--format", CHECKPOINT_FORMATS)
+    if quant.bits < 4 and format not in ("awq", "float16"):
+        raise UsageError(f"--bits {quant.bits} and --format {format}: it is written from 4-bit codes alone.")
     if stats is not None:
         _check_statistics(quant, text, pad)
     if pad and quant.keep_ragged:
@@ -232,7 +271,12 @@ def _checked(
     idle = "" if has_text or stats is not None else idle_text_options(quant.recipe.name, text)
     session = model.open(run, pad_to=quant.group_size if pad else None)
     if named is not None:
-        _check_engine(session.config, quant, *named, run)
+        _check_engine(session.config, quant, *named, run, format)
+    if format == "gguf":  # what llama.cpp has no form for shows before the work
+        architecture_of(session.config)
+        tokenizer_fields(
+            session.checkpoint.tokenizer_dir, session.config.vocab_size, session.config.max_position
+        )
     if not has_text:  # else it is loaded for the text
         check_tokenizer(session.checkpoint.tokenizer_dir)
     if idle:
@@ -240,7 +284,14 @@ def _checked(
     return prepare_quantization(session, quant, text, stats is not None)
 
 
-def _check_engine(config: ModelConfig, quant: QuantConfig, engine: str, version: str, run: Progress) -> None:
+def _check_engine(
+    config: ModelConfig,
+    quant: QuantConfig,
+    engine: str,
+    version: str,
+    run: Progress,
+    format: CheckpointFormat,
+) -> None:
     """Raises InputError where the engine would not load the result; says what stands against it otherwise."""
     floats = {
         f"{index}.{role}"
@@ -248,14 +299,24 @@ def _check_engine(config: ModelConfig, quant: QuantConfig, engine: str, version:
         for role in linear_shapes(config.of_layer(index))
         if not stays_float(role) and not is_quantized(config, quant, index, role)
     }
-    planned = Artefact(
-        "awq", config, quant.group_size, quant.bits, quant.symmetric, frozenset(floats), quant.kv_bits == 8
+    planned = (
+        Artefact(
+            format,
+            config,
+            quant.group_size,
+            quant.bits,
+            quant.symmetric,
+            frozenset(floats),
+            quant.kv_bits == 8,
+        )
+        if format != "float16"
+        else Artefact("float", config)
     )
     verdict = judge(planned, engine, version)
     failed = [finding for finding in verdict.findings if finding.outcome == "fails"]
     if failed:
         told = "; ".join(f"{finding.reason} ({finding.remedy})" for finding in failed)
-        raise InputError(f"{engine} {version} would not load this AWQ checkpoint: {told}.")
+        raise InputError(f"{engine} {version} would not load this {format} checkpoint: {told}.")
     for text in (*(f"{f.reason} ({f.remedy})" for f in verdict.findings), *verdict.notes):
         run.say(f"note: {engine} {version}: {text}")
 
@@ -273,18 +334,18 @@ def _check_statistics(quant: QuantConfig, text: TextChoice, pad: bool) -> None:
 
 @contextmanager
 def _source(
-    prepared: Prepared, out: Path, stats: StrPath | None, restart: bool
+    prepared: Prepared, out: Path, stats: StrPath | None, restart: bool, accept_finished: bool
 ) -> Iterator[tuple[OutputFolder, CalibrationSource]]:
     """The output folder and what the search looks at: text, saved statistics, or nothing."""
     session = prepared.session
     if prepared.text is not None:
-        with output_with_text(prepared, prepared.text, "awq", out, "tmq", restart) as found:
+        with output_with_text(prepared, prepared.text, "awq", out, "tmq", restart, accept_finished) as found:
             yield found[0], source_of(found[1])
         return
     statistics = None if stats is None else open_statistics(Path(stats), session.checkpoint)
     identity = None if statistics is None else {"statistics": statistics.digest}
     fingerprint = run_fingerprint("awq", session, prepared.quant, identity)
-    with OutputFolder.begin(out, fingerprint, restart=restart) as folder:
+    with OutputFolder.begin(out, fingerprint, restart=restart, accept_finished=accept_finished) as folder:
         yield folder, NoText() if statistics is None else StatisticsSource(statistics)
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypedDict, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from convert.formats import CHECKPOINT_FORMATS, CheckpointFormat
 from engine.config import Dtype
 from quant import recipes
 from quant.config import GROUP_SIZES, QuantConfig
@@ -218,7 +219,7 @@ class QuantizeOptions(CalibrateOptions):
     """All settings of `quantize awq`."""
 
     engine: str | None
-
+    format: CheckpointFormat
     preset: str
     bits: int
     group_size: int
@@ -253,6 +254,13 @@ quantize_options: Callable[[Any], Any] = together(
         help="Zero-pad the model so that the group fits every linear: exactly the same function.",
     ),
     engine_option,
+    click.option(
+        "--format",
+        default="awq",
+        show_default=True,
+        type=click.Choice(CHECKPOINT_FORMATS),
+        help="Another than awq is packed from the AWQ checkpoint, which is made in the folder OUT-awq beside.",
+    ),
     click.option("--keep-ragged", is_flag=True, help="Leave linears that the group does not fit in float16."),
     click.option(
         "--symmetric",
