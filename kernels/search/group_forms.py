@@ -49,7 +49,7 @@ def group_forms(codes: Tensor, gram: Tensor, group_size: int) -> Tensor:
 
 def _group_forms_torch(codes: Tensor, gram: Tensor, group_size: int) -> Tensor:
     u = codes.view(len(codes), -1, group_size)
-    out = torch.empty(len(u), u.shape[1], u.shape[1], device=codes.device)
+    out = torch.empty(len(u), u.shape[1], u.shape[1], dtype=codes.dtype, device=codes.device)
     for i in range(u.shape[1]):
         product = torch.matmul(u[:, i], gram[i * group_size : (i + 1) * group_size]).view(u.shape)
         out[:, i] = (u * product).sum(-1)
