@@ -13,9 +13,17 @@ from typing import Any
 
 from torch import Tensor
 
-from convert.folder.files import remove_temporaries, write_json
+from convert.folder.files import remove_temporaries
 from quant.stage_clock import stage
-from quant.state.saved_tensors import load_tensors, mark_of, read_record, remove_tensors, save_tensors
+from quant.state.saved_tensors import (
+    load_tensors,
+    mark_of,
+    read_record,
+    read_signed_record,
+    remove_tensors,
+    save_tensors,
+    write_signed_record,
+)
 
 SAVE_SHARE = 0.03  # of the run's time that saving may take
 DISK_BYTES_PER_S = 1e9  # guess for the first save: writing and hashing on a good disk
@@ -62,7 +70,7 @@ class Frontier:
 
     def record(self, index: int, record: dict[str, Any]) -> None:
         """Keep the record of a finished block. Equal runs keep equal records: no times in it."""
-        write_json(self._record_path(index), record)
+        write_signed_record(self._record_path(index), record)
 
     def is_due(self, tensors: dict[str, Tensor]) -> bool:
         """Whether saving these is cheap by now."""
@@ -88,7 +96,7 @@ class Frontier:
             path = self._path(index)
             has_mark, saved = read_record(mark_of(path)) is not None, load_tensors(path)
             if saved is not None:
-                records = [read_record(self._record_path(i)) for i in range(index)]
+                records = [read_signed_record(self._record_path(i)) for i in range(index)]
                 whole = [r for r in records if r is not None]
                 if len(whole) == index and all(has_files(i) for i in range(index)):
                     return Resumption(index, saved.tensors, whole)

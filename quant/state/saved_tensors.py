@@ -11,7 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from convert.errors import TmqError
 from convert.folder.files import atomic_write, safetensors_chunks, sha256_file, write_json
+from convert.folder.json_files import INDEX_LIMIT, read_bytes
+from convert.folder.state import read_signed, self_digest
 from convert.hf.safetensors_files import read_header, read_tensor
 
 
@@ -64,7 +67,22 @@ def mark_of(path: Path) -> Path:
 def read_record(path: Path) -> dict[str, Any] | None:
     """A JSON object of the work folder, or None where it is absent, cut or of another kind: its work is then done again."""
     try:
-        record = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        record = json.loads(read_bytes(path, INDEX_LIMIT))
+    except (TmqError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def write_signed_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record with its own digest. Raises ResourceError on a full disk."""
+    document = {"record": dict(record)}
+    write_json(path, document | {"digest": self_digest(document)})
+
+
+def read_signed_record(path: Path) -> dict[str, Any] | None:
+    """What `write_signed_record` wrote, or None where it is absent or a byte of it changed: its work is then done again."""
+    try:
+        record = read_signed(path).get("record")
+    except TmqError:
         return None
     return record if isinstance(record, dict) else None

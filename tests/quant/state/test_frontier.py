@@ -1,5 +1,6 @@
 """Saved states: the newest whole one is used, damaged ones are passed over, nothing is taken on trust."""
 
+import pytest
 import torch
 
 from quant.state.frontier import Frontier
@@ -68,3 +69,17 @@ def test_temporaries_of_a_crash_are_removed(tmp_path):
     (tmp_path / ".stream-00001.safetensors.tmq-tmp").write_bytes(b"half")
     Frontier(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["[1]", '{"reports": 7}', '{"record": {"reports": []}, "digest": "x"}', "NaN", ""],
+    ids=lambda d: f"J111-{d[:12]}",
+)
+def test_a_record_of_another_shape_is_made_again(damage: str, tmp_path) -> None:
+    frontier = Frontier(tmp_path)
+    frontier.record(0, {"reports": [1]})
+    frontier.save(1, {"fp": torch.ones(2)})
+    assert Frontier(tmp_path).resume(lambda index: True).records == [{"reports": [1]}]
+    (tmp_path / "layer-00000.json").write_text(damage)
+    assert Frontier(tmp_path).resume(lambda index: True).first == 0
