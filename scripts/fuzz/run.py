@@ -86,6 +86,20 @@ def fuzz(name: str, runs: int, findings: Path) -> dict[str, object]:
     }
 
 
+def collected(outputs: list[Path]) -> list[dict[str, object]]:
+    """A row for each target of the printed lines of earlier runs: executions, seconds and findings added, the largest of the rest."""
+    rows: dict[str, dict[str, object]] = {}
+    for line in (line for path in outputs for line in path.read_text().splitlines() if line.startswith("{")):
+        new = json.loads(line)
+        old = rows.setdefault(new["target"], dict.fromkeys(new, 0) | {"target": new["target"]})
+        for key, value in new.items():
+            if key != "target":
+                old[key] = (
+                    old[key] + value if key in ("executions", "seconds", "findings") else max(old[key], value)
+                )
+    return sorted(rows.values(), key=lambda row: NAMES.index(str(row["target"])))
+
+
 def main() -> int:
     if sys.argv[1:2] == ["--here"]:
         fuzz_here(sys.argv[2], sys.argv[3:])
@@ -94,10 +108,13 @@ def main() -> int:
     parser.add_argument("--targets", nargs="*", default=list(NAMES), choices=NAMES)
     parser.add_argument("--findings", type=Path, default=Path("fuzz-findings"))
     parser.add_argument("--record", action="store_true", help="write benchmarks/fuzz.json")
+    parser.add_argument(
+        "--collect", nargs="*", type=Path, default=[], help="only record what earlier runs printed"
+    )
     options = parser.parse_args()
     options.findings.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name in options.targets:
+    rows = collected(options.collect)
+    for name in [] if rows else options.targets:
         rows.append(fuzz(name, options.runs, options.findings))
         print(json.dumps(rows[-1]), flush=True)
     total = sum(int(str(row["executions"])) for row in rows)
