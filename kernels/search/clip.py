@@ -21,6 +21,14 @@ _TILE_ELEMENTS = (
 )  # weights that the torch reference works on at a time, so that they stay in the cache
 
 
+_ROWS = 64  # of a program: what one tensor-core product of a warp group takes
+
+
+def warps(group_size: int) -> int:
+    """Warps of a program: a tile of 64 x 128 needs the registers of two warp groups."""
+    return 8 if group_size >= 128 else 4
+
+
 def choose_ranges(
     weight: Tensor,
     column_scale: Tensor,
@@ -54,11 +62,10 @@ def choose_ranges(
     count = column_scale.shape[0]
     index = torch.empty(count, rows, groups, dtype=torch.int32, device=weight.device)
     loss = torch.empty(count, rows, groups, dtype=torch.float32, device=weight.device)
-    tile = 32 if size >= 128 else 64
-    _choose_ranges_kernel[(triton.cdiv(rows, tile), groups, count)](
+    _choose_ranges_kernel[(triton.cdiv(rows, _ROWS), groups, count)](
         weight.contiguous(), column_scale.contiguous(), gram_blocks.contiguous(), pairs.contiguous(), index, loss,
         rows, cols, groups, pairs.shape[0], 2**bits - 1, SCALE_MIN, SCALE_MAX,
-        GROUP=size, ROWS=tile, SYMMETRIC=symmetric, num_warps=4,
+        GROUP=size, ROWS=_ROWS, SYMMETRIC=symmetric, num_warps=warps(size),
     )  # fmt: skip
     return index.long(), loss
 
@@ -133,7 +140,8 @@ if triton is not None:
                 scale = tl.minimum(tl.maximum(scale, scale_min), scale_max).to(tl.float16).to(tl.float32)
                 zero = tl.minimum(tl.div_rn(-a, scale), max_code * 1.0)
                 zero = (zero + 12582912.0) - 12582912.0
-            code = tl.div_rn(w, scale[:, None])
+            # a tie may fall to the other side: one range is as good as the other there
+            code = w * tl.div_rn(1.0, scale)[:, None]
             code = tl.minimum(tl.maximum(code, -zero[:, None]), max_code - zero[:, None])
             code = (code + 12582912.0) - 12582912.0
             d = code * scale[:, None] - w

@@ -42,7 +42,7 @@ def group_forms(codes: Tensor, gram: Tensor, group_size: int) -> Tensor:
     out = torch.empty(rows, groups, groups, dtype=torch.float32, device=codes.device)
     _group_forms_kernel[(triton.cdiv(rows, _ROWS), groups)](
         codes.contiguous(), gram.contiguous(), out, rows, cols, groups, GROUP=group_size, ROWS=_ROWS,
-        num_warps=4, num_stages=stages(group_size),
+        num_warps=8 if group_size >= 128 else 4, num_stages=stages(group_size),
     )  # fmt: skip
     return out
 

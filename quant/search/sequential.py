@@ -45,7 +45,7 @@ def search_on_streams(search: BlockSearch, inputs: Streams, tap: Tap | None) -> 
         if fp is not None:
             _float_mlp_(search, chunked, fp)
         given = quantize_experts(search, chunked, mid)
-        out = _add(search, chunked, mid, "mlp_out_norm", lambda part: given[part])
+        out = _add(search, chunked, mid, "mlp_out_norm", lambda part: given[part], mid)
     else:
         out = _mlp(search, chunked, mid, fp)
     done = QuantizedBlock.of(search.weights)
@@ -102,7 +102,7 @@ def _attention(
     def read(part: slice) -> Tensor:
         return chunked.mixed(chunked.read(x[part], weights, "attn_norm"), dense)
 
-    return _search_last(search, chunked, ("o", "v", "attn_out_norm"), fold, read, x, fp)
+    return _search_last(search, chunked, ("o", "v", "attn_out_norm"), fold, read, x, fp, torch.empty_like(x))
 
 
 @stage("quantized stream")
@@ -117,7 +117,7 @@ def _mlp(search: BlockSearch, chunked: ChunkedBlock, mid: Tensor, fp: _FloatStre
     def read(part: slice) -> Tensor:
         return chunked.gated(chunked.read(mid[part], weights, "mlp_norm"), dense)
 
-    return _search_last(search, chunked, ("down", "up", "mlp_out_norm"), fold, read, mid, fp)
+    return _search_last(search, chunked, ("down", "up", "mlp_out_norm"), fold, read, mid, fp, mid)
 
 
 def _search_after_norm(
@@ -157,17 +157,18 @@ def _search_last(
     read: Read,
     x: Tensor,
     fp: _FloatStream | None,
+    out: Tensor,
 ) -> Tensor:
     """o or down: search it, fold its scales into the rows of the linear before it; returns x with its product added, (S, L, H).
 
     roles: of the linear, of the one before it, and of the norm after it. x: the quantized stream before this part of the block.
-    fp: the float stream after it.
+    fp: the float stream after it. out: what the result is written to; x itself where nothing else needs it.
     """
     role, before, norm_role = roles
     source = search.source.linears[role]
     if not search.fits(role):
         weight = search.weight(role)
-        return _add(search, chunked, x, norm_role, lambda part: linear(read(part), source, weight))
+        return _add(search, chunked, x, norm_role, lambda part: linear(read(part), source, weight), out)
     sums = GramAccumulator(source.weight.shape[1], x.device, hold_out=True)
     cross = _cross(search, (role,), fp)
     dense = search.weight(role).to(x.dtype)
@@ -186,7 +187,7 @@ def _search_last(
     if folds:
         search.fold_back(before, solution)
     dense = solution.weight().to(x.dtype)
-    return _add(search, chunked, x, norm_role, lambda part: linear(read(part), source, dense))
+    return _add(search, chunked, x, norm_role, lambda part: linear(read(part), source, dense), out)
 
 
 def _aim(search: BlockSearch, fp: _FloatStream, x: Tensor, part: slice) -> Tensor:
@@ -216,9 +217,10 @@ def _held(read: Read, x: Tensor, width: int) -> Read:
     return once
 
 
-def _add(search: BlockSearch, chunked: ChunkedBlock, x: Tensor, norm_role: str, product: Read) -> Tensor:
-    """x and what a half of the block adds to it for this product of every chunk, a new tensor."""
-    out = torch.empty_like(x)
+def _add(
+    search: BlockSearch, chunked: ChunkedBlock, x: Tensor, norm_role: str, product: Read, out: Tensor
+) -> Tensor:
+    """x and what a half of the block adds to it for this product of every chunk, written to `out`, which may be x."""
     for part in chunked.slices():
         out[part] = x[part] + chunked.added(product(part), search.weights, norm_role)
     return out

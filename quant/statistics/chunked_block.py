@@ -16,6 +16,7 @@ from engine.model.block import Tap, attention_forward, block_forward, half_outpu
 from engine.model.layers import dense_weight
 from engine.model.ops import rms_norm
 from engine.model.rope import Rotary, rotary
+from kernels.block import fused
 from kernels.products import linear as product
 from quant.block_states import FloatBlock, FloatLinear
 from quant.statistics.chunks import chunks
@@ -56,7 +57,10 @@ class ChunkedBlock:
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm of a chunk (s, L, H)."""
         dtype = torch.float32 if self.config.norm_offset else x.dtype
-        return rms_norm(x, weight.to(device=x.device, dtype=dtype), self.config.norm_eps)
+        weight = weight.to(device=x.device, dtype=dtype)
+        trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        one_kernel = x.is_cuda and x.dtype == dtype != torch.float32 and not trains
+        return (fused.rms_norm if one_kernel else rms_norm)(x, weight, self.config.norm_eps)
 
     def read(self, x: Tensor, weights: BlockWeights, role: str) -> Tensor:
         """What a half of the block reads of a chunk of the residual stream: through the norm `role`, where there is one."""

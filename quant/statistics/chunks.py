@@ -15,7 +15,7 @@ from convert.errors import ResourceError
 
 T = TypeVar("T")
 
-CHUNK_TOKENS = {"cpu": 2048, "cuda": 32768}
+CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 _divisor: ContextVar[int] = ContextVar("divisor of the chunk size", default=1)
 

@@ -65,7 +65,7 @@ def test_forms_of_groups_are_those_of_the_reference(rows: int, cols: int, size: 
     codes = torch.randint(-8, 8, (rows, cols), generator=generator).float()
     x = torch.randn(2 * cols, cols, generator=generator)
     gram = x.t() @ x / len(x)
-    wanted = group_forms(codes.double(), gram.double(), size)
+    wanted = group_forms(codes, gram, size).double()
     found = group_forms(codes.cuda(), gram.cuda(), size).cpu().double()
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 

@@ -21,8 +21,8 @@ def build(kernel, warps, stages=3, **constants):
     assert built.asm["cubin"] and built.metadata.shared < 227 * 1024, kernel
 
 for size in (32, 64, 128):
-    build(group_forms._group_forms_kernel, 4, group_forms.stages(size), GROUP=size, ROWS=group_forms._ROWS)
-    build(clip._choose_ranges_kernel, 4, GROUP=size, ROWS=32 if size >= 128 else 64)
+    build(group_forms._group_forms_kernel, 8 if size == 128 else 4, group_forms.stages(size), GROUP=size, ROWS=group_forms._ROWS)
+    build(clip._choose_ranges_kernel, clip.warps(size), GROUP=size, ROWS=clip._ROWS, SYMMETRIC=size == 64)
 build(sweeps._gptq_block, 1, BLOCK=64, ROWS=32)
 build(sweeps._descent_block, 1, BLOCK=64, ROWS=32)
 print("compiled")
