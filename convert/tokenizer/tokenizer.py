@@ -128,6 +128,11 @@ class Tokenizer:
         return self._template
 
     @property
+    def document_json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json."""
+        return json.dumps(self._document, ensure_ascii=False)
+
+    @property
     def has_chat_template(self) -> bool:
         return self._template_source is not None
 

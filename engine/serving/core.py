@@ -4,13 +4,14 @@ A step is four lines: schedule, run, wait for the oldest step in flight, collect
 the next is planned: tokens stay on the device, and a sequence that turns out to have ended has run one step for nothing.
 """
 
+import base64
 import gc
 import logging
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -20,6 +21,7 @@ from engine.serving.detokenize import NoText, TextStream, TextTools
 from engine.serving.runner import Runner
 from engine.serving.sampled import PendingSample, Sampled
 from engine.serving.scheduler import BlockManager, Scheduler, Sequence, StepPlan
+from engine.serving.structure import Guide, StructureError, Structures
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class _Live:
     stop_ids: frozenset[int]
     deadline: float  # on the core's clock
     scores: list[TokenLogprob | None] = field(default_factory=list)  # of the prompt, from its second token on
+    guide: Guide | None = None  # where the answer must follow a schema
 
     def take_scores(self) -> tuple[TokenLogprob, ...]:
         """The log-probabilities of the prompt, once, when all are known."""
@@ -87,6 +90,7 @@ class EngineCore:
         self._arrivals = 0
         self._prompt_tokens = self._generated_tokens = 0
         self._recent: deque[tuple[float, int]] = deque()
+        self._structures: Structures | None = None  # made when the first request wants one
 
     @property
     def has_work(self) -> bool:
@@ -111,12 +115,18 @@ class EngineCore:
         sequence = Sequence(request, self._arrivals, seed)
         eos = () if sampling.ignore_eos else self._eos
         deadline = math.inf if request.deadline_s is None else self._clock() + request.deadline_s
+        try:
+            guide = None if sampling.json_schema is None else self._guide(sampling.json_schema)
+        except StructureError as error:
+            self._events.append(Event(request.id, finish_reason="error", error=str(error)))
+            return
         self._live[request.id] = _Live(
             sequence,
             TextStream(self._text.decoder(), sampling.stop),
             frozenset((*eos, *sampling.stop_token_ids)),
             deadline,
             [] if sampling.prompt_logprobs is None else [None] * (len(request.prompt_ids) - 1),
+            guide,
         )
         self._arrivals += 1
         self._prompt_tokens += len(request.prompt_ids)
@@ -132,10 +142,35 @@ class EngineCore:
         self._expire()
         plan = self.scheduler.schedule()
         if plan is not None:
+            plan = self._with_masks(plan)
             self._in_flight.append(self._run(plan))
         for part, pending in self._next_ready(idle=plan is None):
             self._collect(part, pending.wait())
         return self._take_events()
+
+    def _guide(self, schema: str) -> Guide:
+        """A guide for a new sequence. Raises StructureError."""
+        if self._structures is None:
+            document = getattr(self._text, "document_json", None)
+            if document is None:
+                raise StructureError("Without a tokenizer no answer can follow a schema.")
+            self._structures = Structures(document, self.runner.vocab_size, self._eos)
+        return self._structures.guide(schema, [])
+
+    def _with_masks(self, plan: StepPlan) -> StepPlan:
+        """The plan with the tokens that guided sequences may draw. One whose schema asks too much ends with an error."""
+        segments = list(plan.segments)
+        for place, sequence in enumerate(plan.sequences):
+            live = self._live.get(sequence.request.id)
+            if live is None or live.guide is None or not segments[place].samples:
+                continue
+            try:
+                mask = base64.b64encode(live.guide.mask()).decode()
+            except StructureError as error:
+                self._finish(live, "error", str(error))
+                continue
+            segments[place] = replace(segments[place], allowed=mask)
+        return replace(plan, segments=tuple(segments))
 
     def close(self) -> None:
         """Give the runner's memory and processes back."""
@@ -266,11 +301,16 @@ class EngineCore:
         if sampling.logprobs is not None:
             news.logprobs.append(self._logprob(sampled, place, sampling.logprobs))
         reason: FinishReason | None = None
+        try:
+            is_complete = live.guide is not None and live.guide.take(token)
+        except StructureError as error:
+            self._finish(live, "error", str(error))
+            return
         if token in live.stop_ids:
             reason = "stop"
         else:
             news.text, stopped = live.text.push(token)
-            if stopped:
+            if stopped or is_complete:
                 reason = "stop"
             elif len(sequence.output_ids) == sampling.max_tokens:
                 reason = "length"

@@ -5,6 +5,7 @@ for one row (oneDNN) or for one to three a thread (MKL, without packed weights):
 sequence alone, a row of a linear has the same bits whoever shares its batch.
 """
 
+import base64
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -79,8 +80,9 @@ class ModelRunner:
             starts = np.array([segment.start for segment in plan.segments])
             fields = np.stack([rows, starts, self._slots(rows, starts), self._prompt_lengths[rows]])
             logits, index, greedy = self._graphs.run(fields, self._tables[rows])
+            allowed = self._allowed([segment.allowed for segment in plan.segments])
             try:
-                return self.sampler.sample(logits, tuple(rows.tolist()), index, greedy)
+                return self.sampler.sample(logits, tuple(rows.tolist()), index, greedy, allowed)
             except Exception:
                 self._graphs.take_back()
                 raise
@@ -146,10 +148,24 @@ class ModelRunner:
         chosen = upload(self.device, np.concatenate([last, np.zeros(spare, dtype=np.int64)]))
         logits = self.model.head(hidden[chosen])[: len(last)]
         picked = rows[drawing]
-        pending = self.sampler.sample(logits, tuple(picked.tolist()), upload(self.device, picked))
+        allowed = self._allowed([plan.segments[place].allowed for place in drawing])
+        pending = self.sampler.sample(
+            logits, tuple(picked.tolist()), upload(self.device, picked), allowed=allowed
+        )
         if scores:
             pending.add_scores(scores)
         return pending
+
+    def _allowed(self, masks: Sequence[str | None]) -> Tensor | None:
+        """Which tokens each row may draw, (B, V) bool, from bits in base64; None where every row may draw all."""
+        if not any(masks):
+            return None
+        allowed = np.ones((len(masks), self.vocab_size), dtype=np.bool_)
+        for row, mask in enumerate(masks):
+            if mask is not None:
+                bits = np.unpackbits(np.frombuffer(base64.b64decode(mask), np.uint8), bitorder="little")
+                allowed[row] = bits[: self.vocab_size]
+        return upload(self.device, allowed)
 
     def _scores(self, plan: StepPlan, hidden: Tensor, begins: Ints) -> dict[int, Sequence[Tensor]]:
         """Log-probabilities of prompt tokens, of the segments that want them; `begins`: rows of `hidden` where segments begin."""

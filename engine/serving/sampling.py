@@ -96,22 +96,28 @@ class Sampler:
         return min(self._params[row].prompt_logprobs or 0, MAX_LOGPROBS, self.vocab_size)
 
     def sample(
-        self, logits: Tensor, rows: tuple[int, ...], index: Tensor, greedy: Greedy | None = None
+        self,
+        logits: Tensor,
+        rows: tuple[int, ...],
+        index: Tensor,
+        greedy: Greedy | None = None,
+        allowed: Tensor | None = None,
     ) -> PendingSample:
         """Draw one token a row from logits (B, V) float32, keep it as the row's last token, start its way to the host.
 
         rows and index (B,) int64 are the same numbers, on the host and on the device. `greedy`: the likeliest tokens, where
-        they are known and are the rows' last tokens already; a batch that wants nothing else is then done.
+        they are known and are the rows' last tokens already; a batch that wants nothing else is then done. `allowed` (B, V) bool:
+        the only tokens that may be drawn; log-probabilities are those of the model all the same.
         """
         if self._prepared is None or self._prepared[0] != rows:
             self._prepared = (rows, self._prepare(rows))
         batch = self._prepared[1]
         logprobs = top_ids = top_logprobs = None
-        if batch.is_plain_greedy and greedy is not None:
+        if batch.is_plain_greedy and greedy is not None and allowed is None:
             pending = PendingSample((greedy.tokens, greedy.peak))
             self._drawn[list(rows)] += np.uint64(1)
             return pending
-        if batch.is_plain_greedy:
+        if batch.is_plain_greedy and allowed is None:
             peak, tokens = likeliest(logits)
         else:
             peak = logits.amax(-1)
@@ -120,6 +126,8 @@ class Sampler:
                 logprobs = torch.log_softmax(logits, dim=-1)
             if logprobs is not None and batch.logprobs > 0:
                 top_logprobs, top_ids = logprobs.topk(batch.logprobs, dim=-1)
+            if allowed is not None:
+                logits = logits.masked_fill(~allowed, -torch.inf)
             tokens = self._draw(self._shape(logits, batch, index), batch)
             if logprobs is not None:
                 logprobs = logprobs.gather(1, tokens[:, None])[:, 0]

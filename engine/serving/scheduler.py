@@ -65,6 +65,11 @@ class Sequence:
     finished: bool = False
 
     @property
+    def is_guided(self) -> bool:
+        """Whether its text must follow a schema."""
+        return self.request.sampling.json_schema is not None
+
+    @property
     def length(self) -> int:
         return len(self.request.prompt_ids) + self.sampled
 
@@ -91,6 +96,7 @@ class Segment:
     blocks: tuple[int, ...]
     samples: bool  # a token is drawn after the last one
     targets: tuple[int, ...] = ()
+    allowed: str | None = None  # bits of the tokens that may be drawn, in base64; None: all
 
 
 @dataclass(frozen=True)
@@ -198,6 +204,8 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.row < 0 or not sequence.last_on_device or self._is_done(sequence):
                 continue
+            if sequence.is_guided and sequence.sampled > len(sequence.output_ids):
+                continue  # its last token decides which may come next
             while sequence.row >= 0 and not self._grow(sequence, sequence.length):
                 self._preempt(self._youngest_of_heaviest(), work)
             if sequence.row >= 0:

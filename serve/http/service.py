@@ -1,10 +1,11 @@
 """What the routes share: one engine, one tokenizer, and the parts that guard them."""
 
+import importlib.metadata
 import time
 
 from engine.api import Engine
 from serve.config import ServeConfig
-from serve.http.errors import ApiError, unsupported
+from serve.http.errors import ApiError
 from serve.http.generation.admission import Admission
 from serve.http.generation.prompts import Prompts
 from serve.http.generation.runs import Runs
@@ -17,6 +18,14 @@ from serve.prompts.encoder import Encoder, ThreadEncoder, Tokenizer
 from serve.prompts.pool import WorkerPool
 
 
+def _version() -> str:
+    """Of the installed package; "unknown" in a folder that is no installation."""
+    try:
+        return importlib.metadata.version("turbomind-quant")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
 class Service:
     """The server without HTTP. Built once per app, inside or outside an event loop."""
 
@@ -25,6 +34,7 @@ class Service:
         stats = engine.stats()
         self.model_name = config.model_name or stats.model or "model"
         self.created = int(time.time())
+        self.version = _version()
         self.metrics = Metrics()
         self.admission = Admission(config.limits.pending, config.pending_per_client)
         self.runs = Runs(engine, self.admission, self.metrics, config.limits)
@@ -53,11 +63,11 @@ class Service:
         for field, ids in body.named_tokens:
             self.prompts.check_tokens(ids, field)
 
-    async def schema(self, asked: ResponseFormat | None) -> str | None:
+    async def schema(self, asked: ResponseFormat | None, client: str, param: str) -> str | None:
         """The JSON schema that an answer must follow, checked; None for plain text."""
         text = None if asked is None else asked.schema_text()
         if text is not None:
-            raise unsupported("response_format")
+            await self.prompts.check_schema(text, client, param)
         return text
 
     @property

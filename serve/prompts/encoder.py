@@ -5,7 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from convert.errors import InputError
 from convert.tokenizer.chat_template import ChatTemplate
+from engine.serving.structure import StructureError, Structures
 from serve.prompts.threads import call_in_thread
 from serve.prompts.tool_formats import format_of
 
@@ -57,6 +59,17 @@ class TemplateTraits:
             return TemplateTraits()
 
 
+def check_schema(tokenizer: Any, schema: str) -> None:
+    """Raises InputError for a JSON schema that answers of this tokenizer cannot follow."""
+    document = getattr(tokenizer, "document_json", None)
+    if document is None:  # a tokenizer of tests: its engine follows no schema either
+        return
+    try:
+        Structures(document, tokenizer.vocab_size, ()).grammar(schema)
+    except StructureError as error:
+        raise InputError(str(error)) from error
+
+
 class Encoder(Protocol):
     """Raises `convert.errors.TmqError` where the text or the template is at fault, asyncio.TimeoutError where it takes too long,
     and any other Exception for what nobody foresaw. `client`: whose work it is; no client holds up another."""
@@ -74,6 +87,10 @@ class Encoder(Protocol):
 
     async def pieces(self, ids: Sequence[int], client: str = "") -> list[bytes]:
         """The bytes that each token stands for."""
+        ...
+
+    async def check_schema(self, schema: str, client: str = "") -> None:
+        """Raises InputError for a JSON schema that answers cannot follow."""
         ...
 
     async def close(self) -> None: ...
@@ -110,6 +127,9 @@ class ThreadEncoder:
 
     async def pieces(self, ids: Sequence[int], client: str = "") -> list[bytes]:
         return await self._beside(lambda: [self._tokenizer.token_bytes(i) for i in ids])
+
+    async def check_schema(self, schema: str, client: str = "") -> None:
+        await self._beside(lambda: check_schema(self._tokenizer, schema))
 
     async def close(self) -> None:
         """Nothing to end: the threads end with their work."""

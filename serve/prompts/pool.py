@@ -107,6 +107,9 @@ class WorkerPool:
         ids: list[int] = (await self._do(job, client))["ids"]
         return ids
 
+    async def check_schema(self, schema: str, client: str = "") -> None:
+        await self._do({"schema": schema}, client)
+
     async def close(self) -> None:
         """End all workers, busy or not."""
         for task in list(self._tasks):

@@ -16,7 +16,7 @@ from typing import Any
 
 from convert.errors import TmqError
 from convert.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from serve.prompts.encoder import TemplateTraits
+from serve.prompts.encoder import TemplateTraits, check_schema
 
 MEMORY_BYTES = 1 << 30  # beyond what the tokenizer takes
 
@@ -45,6 +45,9 @@ def _answer(tokenizer: Tokenizer, line: str) -> dict[str, Any]:
     try:
         if "pieces" in job:
             return {"pieces": [tokenizer.token_bytes(i).decode("latin-1") for i in job["pieces"]]}
+        if "schema" in job:
+            check_schema(tokenizer, job["schema"])
+            return {"schema": True}
         if "text" in job:
             return {"ids": tokenizer.encode_plain(job["text"], job["add_bos"])}
         ids = tokenizer.apply_chat_template(

@@ -182,7 +182,7 @@ FIELDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "H78-logit_bias-many": (CHAT, {"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias"),
     "H79-tools": (CHAT, {"tools": [{"type": "function"}]}, "tools"),
     "H79-tool_choice": (CHAT, {"tool_choice": "always"}, "tool_choice"),
-    "H79-response_format": (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
+    "H79-response_format": (CHAT, {"response_format": {"type": "grammar"}}, "response_format"),
     "H79-audio": (CHAT, {"audio": {"voice": "alloy"}}, "audio"),
     "H79-suffix": (TEXT, {"suffix": "end"}, "suffix"),
     "H79-echo": (TEXT, {"echo": 1}, "echo"),

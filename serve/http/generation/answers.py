@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from engine.api import Event, TokenLogprob
 
@@ -29,7 +29,8 @@ class Usage(TypedDict):
 
 class ChatMessage(TypedDict):
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    tool_calls: NotRequired[list[dict[str, Any]]]
 
 
 class ChatChoice(TypedDict):
@@ -81,6 +82,17 @@ class Tokens(TypedDict):
     tokens: list[int]
     count: int
     max_model_len: int
+
+
+class Encoded(TypedDict):
+    """Answer of /v1/encode: lists and numbers for one text, lists of them for several."""
+
+    input_ids: list[int] | list[list[int]]
+    length: int | list[int]
+
+
+class Version(TypedDict):
+    version: str
 
 
 class Health(TypedDict):

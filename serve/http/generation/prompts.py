@@ -10,8 +10,9 @@ from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 from convert.errors import TmqError
+from engine.serving.structure import is_available
 from serve.http.errors import ApiError
-from serve.limits import Limits
+from serve.limits import MAX_SCHEMA_CHARS, Limits
 from serve.prompts.encoder import Encoder, Messages, TemplateTraits, Tools
 from serve.prompts.pool import Busy
 
@@ -49,15 +50,22 @@ class Prompts:
         )
 
     async def of_text(
-        self, prompt: str | list[int], add_bos: bool | None = None, client: str = "", param: str = "prompt"
+        self,
+        prompt: str | list[int],
+        add_bos: bool | None = None,
+        client: str = "",
+        param: str = "prompt",
+        counts_only: bool = False,
     ) -> list[int]:
-        """Token ids of one plain prompt; ids are checked against the vocabulary."""
+        """Token ids of one plain prompt; ids are checked against the vocabulary. `counts_only`: the ids are all that is wanted, so
+        that the text may be longer than the context."""
         if isinstance(prompt, list):
             if len(prompt) > self.context_length:
                 raise self._too_long(f"the prompt takes {len(prompt)}", param)
             self.check_tokens(prompt, param)
             return prompt
-        self._check_length(len(prompt), param)
+        if not counts_only:
+            self._check_length(len(prompt), param)
         return await self._made(
             self._encoder.text(prompt, add_bos, client), param, "This prompt cannot be tokenized"
         )
@@ -65,6 +73,24 @@ class Prompts:
     async def pieces(self, ids: Sequence[int]) -> list[bytes]:
         """The bytes that each token of a prompt stands for."""
         return await self._made(self._encoder.pieces(ids), "prompt", "This prompt cannot be echoed")
+
+    async def check_schema(self, schema: str, client: str, param: str) -> None:
+        """Refuse a JSON schema that answers cannot follow."""
+        if not is_available():
+            raise ApiError(
+                400,
+                f"{param}: answers in a given form need the package llguidance: pip install 'turbomind-quant[structured]' where "
+                "this server runs.",
+                param=param,
+                code="unsupported_field",
+            )
+        if len(schema) > MAX_SCHEMA_CHARS:
+            raise ApiError(
+                400,
+                f"{param}: the schema has {len(schema)} characters, at most {MAX_SCHEMA_CHARS} are taken.",
+                param=param,
+            )
+        await self._made(self._encoder.check_schema(schema, client), param, param)
 
     def check_tokens(self, ids: Sequence[int], param: str) -> None:
         """Refuse token ids that the vocabulary lacks."""

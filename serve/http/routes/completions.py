@@ -75,7 +75,7 @@ def completion_routes(service: Service) -> APIRouter:
                 param="prompt_logprobs" if body.prompt_logprobs is not None else "logprobs",
                 code="invalid_value",
             )
-        schema = await service.schema(body.response_format)
+        schema = await service.schema(body.response_format, client, "response_format")
         sampling = body.sampling(max_tokens, body.logprobs, prompt_logprobs=scores, json_schema=schema)
         echoes = [await echo_of(prompt, ids, body) for prompt, ids in zip(given, prompts, strict=True)]
         run = service.runs.start(prompts, sampling, body.count, request.state.request_id, client)

@@ -6,8 +6,8 @@ from pathlib import Path
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 
-from serve.http.generation.answers import Health, ModelCard, ModelList, Tokens
-from serve.http.protocol.lmdeploy import TokenizeChat, TokenizeText
+from serve.http.generation.answers import Encoded, Health, ModelCard, ModelList, Tokens, Version
+from serve.http.protocol.lmdeploy import EncodeRequest, TokenizeChat, TokenizeText
 from serve.http.protocol.messages import plain_messages
 from serve.http.routes.json_route import JsonRoute, errors
 from serve.http.service import Service
@@ -38,17 +38,36 @@ def status_routes(service: Service) -> APIRouter:
         service.check_model(name)
         return card
 
-    @router.post("/tokenize", responses=errors(400, 404))
+    @router.post("/tokenize", responses=errors(400, 404, 429))
     async def tokenize(body: TokenizeText | TokenizeChat, request: Request) -> Tokens:
         """Token ids of a prompt, or of a conversation with the chat template around it."""
         service.check_model(body.model)
+        client = request.state.client
         if isinstance(body, TokenizeChat):
-            ids = await service.prompts.of_chat(plain_messages(body.messages), request.state.client)
+            ids = await service.prompts.of_chat(plain_messages(body.messages), client)
         else:
-            ids = await service.prompts.of_text(
-                body.prompt, False if body.add_special_tokens is False else None, request.state.client
-            )
+            add_bos = False if body.add_special_tokens is False else None
+            ids = await service.prompts.of_text(body.prompt, add_bos, client, counts_only=True)
         return {"tokens": ids, "count": len(ids), "max_model_len": service.prompts.context_length}
+
+    @router.post("/v1/encode", responses=errors(400, 429), tags=["LMDeploy"])
+    async def encode(body: EncodeRequest, request: Request) -> Encoded:
+        """Token ids of a text, or of several."""
+        texts = [body.input] if isinstance(body.input, str) else body.input
+        add_bos = False if body.add_bos is False else None
+        ids = [
+            await service.prompts.of_text(text, add_bos, request.state.client, "input", counts_only=True)
+            for text in texts
+        ]
+        lengths = [len(one) for one in ids]
+        if isinstance(body.input, str):
+            return {"input_ids": ids[0], "length": lengths[0]}
+        return {"input_ids": ids, "length": lengths}
+
+    @router.get("/version", responses=errors())
+    async def version() -> Version:
+        """The version of this program."""
+        return {"version": service.version}
 
     @router.get("/health", responses=errors(503))
     async def health() -> Health:

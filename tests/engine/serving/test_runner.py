@@ -157,10 +157,10 @@ def test_logits_of_a_decode_step_are_bit_equal_alone_and_in_a_batch(one_thread):
     def spy(core, name, row):
         sample = core.runner.sampler.sample
 
-        def watched(logits, rows, index):
+        def watched(logits, rows, index, **more):
             if row(rows) is not None:
                 seen[name].append(logits[row(rows)].clone())
-            return sample(logits, rows, index)
+            return sample(logits, rows, index, **more)
 
         core.runner.sampler.sample = watched
 

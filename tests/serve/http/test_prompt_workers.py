@@ -215,7 +215,6 @@ def test_a_text_beyond_the_context_is_refused_before_it_is_tokenized(folder: Pat
         for path, body in (
             ("/v1/completions", {"prompt": "a" * 40_000}),
             (CHAT, {"messages": [{"role": "user", "content": "a" * 20_000}] * 2}),
-            ("/tokenize", {"prompt": "a" * 40_000}),
         ):
             reply = httpx.post(server.url + path, json=body, timeout=60)
             assert reply.status_code == 400 and "32768" in reply.json()["error"]["message"]

@@ -138,6 +138,20 @@ def test_tokenize(api: TestClient) -> None:
     assert api.post("/tokenize", json={}).status_code == 400
 
 
+def test_encode_as_lmdeploy(api: TestClient) -> None:
+    assert api.post("/v1/encode", json={"input": "hi"}).json() == {"input_ids": [1, 114, 115], "length": 3}
+    several = api.post("/v1/encode", json={"input": ["hi", "a"], "add_bos": False, "do_preprocess": False})
+    assert several.json() == {"input_ids": [[114, 115], [107]], "length": [2, 1]}
+    long = api.post(
+        "/v1/encode", json={"input": "x" * 100_000}
+    ).json()  # longer than the context: only counted
+    assert long["length"] == 100_001
+
+
+def test_version(api: TestClient) -> None:
+    assert re.fullmatch(r"[0-9]+\.[0-9]+.*|unknown", api.get("/version").json()["version"])
+
+
 def test_health_asks_the_engine_for_a_token(api: TestClient, engine: FakeEngine) -> None:
     assert api.get("/health").json()["status"] == "ok"
     assert engine.requests[-1].id.startswith("health-")
