@@ -19,6 +19,7 @@ from serve.http.middleware import Gate
 from serve.http.routes.chat import chat_routes
 from serve.http.routes.completions import completion_routes
 from serve.http.routes.interactive import interactive_routes
+from serve.http.routes.responses import response_routes
 from serve.http.routes.status import status_routes
 from serve.http.service import Service
 from serve.prompts.encoder import Tokenizer
@@ -104,7 +105,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.service = service
-    for routes in (chat_routes, completion_routes, interactive_routes, status_routes):
+    for routes in (chat_routes, completion_routes, response_routes, interactive_routes, status_routes):
         app.include_router(routes(service))
     _add_error_answers(app)
     # Last added is outermost: the gate sees every request first, CORS adds its headers to what passes.

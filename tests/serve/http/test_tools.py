@@ -1,39 +1,17 @@
 """Tools and answers in a given form: calls read from the model's text, forced by constrained decoding, refused by name."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import torch
-from fake_engine import FakeEngine, FakeTokenizer
 from live_server import LiveServer, live_server
-from openai import OpenAI
-from tiny_models import random_tensors, tokenizer_document, write_model
+from tool_server import CALL, HERMES_TEMPLATE, TOOLS, Scripted, Template, client, prompt
 
-from convert.tokenizer.chat_template import ChatTemplate
-from engine.config import EngineConfig
-from serve.local import open_model
 from serve.prompts.tool_formats import HERMES, LLAMA, MISTRAL, CallReader, format_of
 
 CHAT = "/v1/chat/completions"
-TOOLS: list[dict[str, Any]] = [
-    {"type": "function", "function": {"name": name, "description": "d", "parameters": {
-        "type": "object", "properties": {"city": {"type": "string", "maxLength": 6}, "days": {"type": "integer", "maximum": 9, "minimum": 0}},
-        "required": ["city", "days"], "additionalProperties": False}}}
-    for name in ("weather", "train")
-]  # fmt: skip
-CALL = '{"name": "weather", "arguments": {"city": "Köln", "days": 2}}'
-HERMES_TEMPLATE = (
-    "{% if tools %}<tools>{% for t in tools %}{{ t|tojson }}{% endfor %}</tools> Answer with <tool_call>.{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function|tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SAMPLES = {  # format, what the model writes, its text, the names that it calls
     "hermes": (HERMES, f"Let me see.\n<tool_call>\n{CALL}\n</tool_call>", "Let me see.\n", ["weather"]),
     "hermes-two": (HERMES, f"<tool_call>{CALL}</tool_call>\n<tool_call>{CALL.replace('weather', 'train')}</tool_call>", "", ["weather", "train"]),
@@ -72,56 +50,6 @@ def test_formats_are_known_by_their_templates() -> None:
     assert format_of("{% if m.role == 'tool' %}{{ 'ipython' }}{% endif %}") == LLAMA
     assert format_of("<tool_call>\n<function={{ name }}>") is None  # Qwen3-Coder
     assert format_of("{{ m.content }}") is None
-
-
-class Template(FakeTokenizer):
-    """A tokenizer with a real chat template."""
-
-    has_chat_template = True
-
-    def __init__(self, source: str) -> None:
-        self.template = ChatTemplate(source, {}, {})
-
-    def apply_chat_template(self, messages, add_generation_prompt=True, tools=None, variables=None):  # type: ignore[no-untyped-def]
-        return self.encode_plain(
-            self.template.render(messages, add_generation_prompt, tools, variables), False
-        )
-
-
-class Scripted(FakeEngine):
-    """Says `script`, one character a token, and ends."""
-
-    script = ""
-
-    def word(self, request, index):  # type: ignore[no-untyped-def]
-        return self.script[index]
-
-    def submit(self, request):  # type: ignore[no-untyped-def]
-        from dataclasses import replace
-
-        asked = min(request.sampling.max_tokens, max(1, len(self.script)))
-        super().submit(replace(request, sampling=replace(request.sampling, max_tokens=asked)))
-        return request.id
-
-    async def events(self, request_id):  # type: ignore[no-untyped-def]
-        from dataclasses import replace
-
-        async for event in super().events(request_id):
-            yield replace(event, finish_reason="stop") if event.finish_reason == "length" else event
-
-
-@pytest.fixture(scope="module")
-def hermes() -> Iterator[LiveServer]:
-    with live_server(Scripted(context_length=8000), tokenizer=Template(HERMES_TEMPLATE)) as server:
-        yield server
-
-
-def client(server: LiveServer) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
-
-
-def prompt(server: LiveServer) -> str:
-    return bytes(i - 10 for i in server.engine.requests[-1].prompt_ids).decode()
 
 
 def test_a_call_and_its_result_through_the_official_client(hermes: LiveServer) -> None:
@@ -221,33 +149,6 @@ def test_models_without_tools_refuse_them_by_name(template: str, words: str) -> 
             assert (
                 httpx.post(server.url + CHAT, json={"messages": "x", **fields}, timeout=60).status_code == 400
             )
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    pytest.importorskip("llguidance")
-    folder: Path = tmp_path_factory.mktemp("models") / "tiny"
-    tensors = random_tensors("llama")
-    generator = torch.Generator().manual_seed(1)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        tensors[name] = (torch.randn(264, 64, generator=generator) * 0.5).half()
-    write_model(
-        folder,
-        tensors=tensors,
-        vocab_size=264,
-        eos_token_id=258,
-        bos_token_id=256,
-        max_position_embeddings=4096,
-    )
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_document()))
-    config = {"chat_template": HERMES_TEMPLATE, "eos_token": "<|im_end|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    engine = EngineConfig(device="cpu", block_size=16, context_length=4096)
-    with (
-        open_model(str(folder), engine) as model,
-        live_server(model.engine, tokenizer=model.worker_pool()) as server,
-    ):  # type: ignore[arg-type]
-        yield server
 
 
 def test_an_answer_follows_its_schema(real: LiveServer) -> None:
