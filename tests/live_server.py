@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import httpx
 import uvicorn
 from fake_engine import FakeEngine, FakeTokenizer
 from fastapi import FastAPI
@@ -16,6 +17,9 @@ from serve.http.server import bind, uvicorn_config
 from serve.http.service import Service
 
 PATIENCE_S = 120.0  # for a state to come; a machine may be busy, and no figure is made of it
+# httpx gives up after 5 s unless it is told otherwise, which a busy machine may take for an answer.
+for _part in ("connect", "read", "write", "pool"):
+    setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, _part, PATIENCE_S)
 
 
 def wait_until(condition: Callable[[], bool], what: str = "the state waited for") -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from live_server import LiveServer, live_server
+from live_server import PATIENCE_S, LiveServer, live_server
 from tiny_models import random_tensors, tokenizer_document, write_model
 
 from convert.errors import ResourceError
@@ -67,7 +67,7 @@ def body(number: int, count: int) -> dict[str, object]:
 
 def together(url: str, bodies: list[dict[str, object]]) -> list[str]:
     async def run() -> list[str]:
-        async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as client:
             replies = await asyncio.gather(*(client.post(CHAT, json=b) for b in bodies))
             return [reply.json()["choices"][0]["message"]["content"] for reply in replies]
 
@@ -75,9 +75,7 @@ def together(url: str, bodies: list[dict[str, object]]) -> list[str]:
 
 
 def alone(url: str, bodies: list[dict[str, object]]) -> list[str]:
-    return [
-        httpx.post(url + CHAT, json=b, timeout=60).json()["choices"][0]["message"]["content"] for b in bodies
-    ]
+    return [httpx.post(url + CHAT, json=b).json()["choices"][0]["message"]["content"] for b in bodies]
 
 
 @pytest.mark.parametrize("count", [20], ids=["I91-greedy"])

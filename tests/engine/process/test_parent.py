@@ -39,7 +39,7 @@ async def read(engine: ProcessEngine, name: str) -> list:
     return [event async for event in engine.events(name)]
 
 
-def wait_until(condition, seconds=20.0) -> None:
+def wait_until(condition, seconds=120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
