@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from engine.api import SamplingParams
-from serve.http import limits
+from serve import limits
 from serve.http.errors import ApiError
 from serve.http.protocol.body import (
     Body,
