@@ -13,7 +13,7 @@ from serve.http.generation.answers import SSE_DONE, ChatCompletion, Gathered, ch
 from serve.http.generation.conversation import Talk, Turn, start_turn
 from serve.http.generation.streams import RunStream, answer_whole
 from serve.http.protocol.chat import ChatRequest
-from serve.http.routes.json_route import JsonRoute, errors
+from serve.http.routes.json_route import STREAMED, JsonRoute, errors
 from serve.http.service import Service
 from serve.prompts.tool_formats import Call
 
@@ -111,7 +111,7 @@ def chat_routes(service: Service) -> APIRouter:
     @router.post(
         "/v1/chat/completions",
         response_model=None,
-        responses={200: {"model": ChatCompletion}, **errors(400, 404, 429, 500, 503, 504)},
+        responses={200: {"model": ChatCompletion, **STREAMED}, **errors(400, 404, 429, 500, 503, 504)},
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """An answer to a conversation; `stream: true` sends it in pieces as server-sent events.

@@ -16,7 +16,7 @@ from serve.http.generation.runs import Run
 from serve.http.generation.scores import Echo, prompt_scores, text_logprobs
 from serve.http.generation.streams import RunStream, answer_whole
 from serve.http.protocol.chat import CompletionRequest
-from serve.http.routes.json_route import JsonRoute, errors
+from serve.http.routes.json_route import STREAMED, JsonRoute, errors
 from serve.http.service import Service
 from serve.limits import MAX_SCORES
 
@@ -136,7 +136,7 @@ def completion_routes(service: Service) -> APIRouter:
     @router.post(
         "/v1/completions",
         response_model=None,
-        responses={200: {"model": TextCompletion}, **errors(400, 404, 429, 500, 503, 504)},
+        responses={200: {"model": TextCompletion, **STREAMED}, **errors(400, 404, 429, 500, 503, 504)},
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """The continuation of a text or of token ids; `stream: true` sends it in pieces as server-sent events.

@@ -49,6 +49,10 @@ _ERRORS = {
 }
 
 
+# Of endpoints that answer whole or as server-sent events.
+STREAMED: dict[str, Any] = {"content": {"application/json": {}, "text/event-stream": {}}}
+
+
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """OpenAPI entries for error answers; those that the outer layer gives are always among them."""
     always = (401, 403, 408, 413, 415, 431)

@@ -13,7 +13,7 @@ from serve.http.errors import ApiError
 from serve.http.generation.conversation import Talk, Turn, start_turn
 from serve.http.generation.streams import RunStream, answer_whole
 from serve.http.protocol.responses import ResponsesRequest
-from serve.http.routes.json_route import JsonRoute, errors
+from serve.http.routes.json_route import STREAMED, JsonRoute, errors
 from serve.http.service import Service
 from serve.prompts.tool_formats import Call, Piece
 
@@ -177,7 +177,11 @@ def response_routes(service: Service) -> APIRouter:
         list(answer.close_message(status))
         return JSONResponse(answer.object(status, turn))
 
-    @router.post("/v1/responses", response_model=None, responses=errors(400, 404, 429, 500, 503, 504))
+    @router.post(
+        "/v1/responses",
+        response_model=None,
+        responses={200: STREAMED, **errors(400, 404, 429, 500, 503, 504)},
+    )
     async def responses(body: ResponsesRequest, request: Request) -> Response:
         """An answer to a text or a conversation, with tools; `stream: true` sends it as OpenAI's typed events.
 
