@@ -160,11 +160,16 @@ def _length_frequencies(config: ModelConfig, scaling: RopeScaling, lengths: Tens
     if scaling.kind != "longrope":
         return 1.0 / _length_base(config, scaling, lengths)[:, None] ** exponents
     short, long = (
-        torch.tensor(factors, dtype=torch.float32, device=lengths.device)
-        for factors in (scaling.short_factors, scaling.long_factors)
+        _on_device(factors, lengths.device) for factors in (scaling.short_factors, scaling.long_factors)
     )
     factors = torch.where((lengths > scaling.original_max_position)[:, None], long, short)
     return 1.0 / (factors * config.rope_theta**exponents)
+
+
+@lru_cache(maxsize=64)
+def _on_device(factors: tuple[float, ...], device: torch.device) -> Tensor:
+    """The factors as float32 on the device, copied there once: a CUDA graph cannot hold a copy from the host."""
+    return torch.tensor(factors, dtype=torch.float32, device=device)
 
 
 def _length_base(config: ModelConfig, scaling: RopeScaling, lengths: Tensor) -> Tensor:

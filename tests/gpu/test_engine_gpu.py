@@ -81,9 +81,9 @@ def test_logits_of_each_step_match_a_float32_pass_on_the_cpu(weights, kv_bits, l
     seen: list[Tensor] = []
     sample = core.runner.sampler.sample
 
-    def watched(logits, rows, index, greedy=None):
+    def watched(logits, *rest, **named):
         seen.append(logits[0].clone())
-        return sample(logits, rows, index, greedy)
+        return sample(logits, *rest, **named)
 
     core.runner.sampler.sample = watched
     request = prompts(1)[0]
