@@ -1,6 +1,15 @@
-"""Values of one column of a parquet file, row by row, in bounded memory: a few kilobytes on disk can stand for gigabytes."""
+"""Values of one column of a parquet file, row by row, in bounded memory: a few kilobytes on disk can stand for gigabytes.
 
+The library that decodes them can end the process on a damaged file, where no exception is left to catch. So a child process reads
+the file first (`python -m calib_data.parquet FILE COLUMN ...`): what ends the child is an error with a name here.
+"""
+
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +22,35 @@ ROW_LIMIT = 64 * 2**20  # bytes of an average row: more is no text
 
 
 def column_values(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-    """(name, value) of each row of the first of the columns that is there.
+    """(name, value) of each row of the first of the columns that is there, after a child process has read them all.
 
     Raises InputError where the file is damaged, has none of them, or states rows too large to be text.
     """
+    _check_in_child(file, columns)
+    yield from decode(file, columns)
+
+
+def _check_in_child(file: Path, columns: tuple[str, ...]) -> None:
+    """Raises InputError where reading the file ends a process. Every other fault is left to the reading here."""
+    root = str(Path(__file__).resolve().parents[1])
+    path = os.environ.get("PYTHONPATH")
+    done = subprocess.run(
+        [sys.executable, "-m", "calib_data.parquet", str(file), *columns],
+        env={**os.environ, "PYTHONPATH": root if not path else root + os.pathsep + path},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        check=False,
+    )
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise InputError(
+            f"{file} cannot be read as parquet: it is damaged in such a way that the library ends with {name}. Write it anew."
+        )
+
+
+def decode(file: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """As `column_values`, in this process alone: a damaged file may end it."""
     from pyarrow import parquet
 
     with open_regular(file) as stream:
@@ -55,3 +89,9 @@ def _batch_rows(file: Path, column: str, group: Any) -> int:
             f"bytes a group and {ROW_LIMIT:,} a row are read. Write it with smaller groups of rows, or name another column."
         )
     return max(1, min(256, int(BATCH_BYTES / max(1.0, row))))
+
+
+if __name__ == "__main__":
+    with suppress(Exception):  # what raises here raises in the parent too, which tells it
+        for _ in decode(Path(sys.argv[1]), tuple(sys.argv[2:])):
+            pass

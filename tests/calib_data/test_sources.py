@@ -1,6 +1,7 @@
 """Files, folders, chats and generated text to blocks, on a tokenizer of single bytes."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,3 +117,14 @@ def test_names_of_the_hub():
     assert parse_name("c4").name == "allenai/c4"
     assert parse_name("owner/name:test") == HubDataset("owner/name", "test")
     assert parse_name("no such file.txt") is None
+
+
+def test_a_parquet_file_that_ends_its_library_is_a_named_error(tmp_path):
+    """465 bytes on which the library aborts the process: found by the fuzzer, kept in its corpus."""
+    root = Path(__file__).resolve().parents[2]
+    damaged = root / "scripts" / "fuzz" / "corpus" / "parquet" / "library-aborts"
+    (tmp_path / "d.parquet").write_bytes(damaged.read_bytes())
+    with pytest.raises(
+        InputError, match=r"d\.parquet cannot be read as parquet: it is damaged .* Write it anew"
+    ):
+        load(tmp_path / "d.parquet")
