@@ -37,7 +37,7 @@ PERSON: dict[str, Any] = {
 def engine(**options: Any) -> EngineCore:
     ckpt = random_checkpoint("tiny", torch.device("cpu"), seed=3)
     ckpt.config = TINY
-    files = TokenizerFiles(tokenizer_document(), {}, None, (258,), None)
+    files = TokenizerFiles(tokenizer_document(), {}, None, (258,), {}, None)
     settings = {
         "device": "cpu",
         "block_size": 16,
