@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -112,18 +112,24 @@ def main() -> int:
         return 4
     begun = time.monotonic()
     files = sorted(FOLDER.glob("test_*.py"), key=lambda path: -path.stat().st_size)
+    head = provenance(torch.cuda.get_device_name(), triton=triton.__version__)
+    if options.commit:
+        head["commit"] = options.commit
     with ThreadPoolExecutor(options.processes) as pool:
         list(pool.map(collected, files))
+        expected = sum(len(collected(path)) for path in files)
         parts = [(path, share, options.shares) for path in files for share in range(options.shares)]
-        rows = merge(list(pool.map(lambda part: run_part(part, options.limit_s), parts)))
-    document = {**provenance(torch.cuda.get_device_name(), triton=triton.__version__), "rows": rows}
-    if options.commit:
-        document["commit"] = options.commit
-    totals = {name: sum(row[name] for row in rows) for name in ("collected", "passed", "failed", "skipped")}
-    clean = not totals["failed"] and all(row["exit_code"] == 0 for row in rows)
-    clean = clean and totals["passed"] + totals["skipped"] == totals["collected"]
-    document |= {**totals, "clean": clean, "seconds": round(time.monotonic() - begun, 1)}
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
+        done: list[dict[str, Any]] = []
+        for job in as_completed([pool.submit(run_part, part, options.limit_s) for part in parts]):
+            done.append(job.result())
+            rows = merge(done)
+            totals = {name: sum(row[name] for row in rows) for name in ("passed", "failed", "skipped")}
+            clean = not totals["failed"] and all(row["exit_code"] == 0 for row in rows)
+            clean = clean and totals["passed"] + totals["skipped"] == expected
+            document = {**head, "collected": expected, **totals, "clean": clean}
+            document |= {"seconds": round(time.monotonic() - begun, 1), "rows": rows}
+            # written after every part, so that a run that is cut short leaves what it found
+            options.out.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps({**totals, "clean": clean, "seconds": document["seconds"]}))
     for row in rows:
         print(
