@@ -13,17 +13,29 @@ from convert.hf.writer import required_bytes
 from convert.pack.folder import left_out, pack_folder
 from convert.pack.plan import check_source, is_symmetric_model, target_format
 from convert.readers import open_checkpoint
+from convert.turbomind.packing import GROUP_SIZE
 from convert.turbomind.writer import PackResult, estimate_bytes, plan_packing, write_workspace
 
 
 def open_source(
-    path: str | PathLike[str], *, family: str | None = None, cache_dir: Path | None = None
+    path: str | PathLike[str],
+    target: PackFormat,
+    *,
+    family: str | None = None,
+    cache_dir: Path | None = None,
 ) -> Checkpoint:
-    """`open_checkpoint`, but a GGUF file whose codes can be moved is opened as codes, not as dequantized floats."""
+    """`open_checkpoint`, but a GGUF file whose codes can be moved is opened as codes, not as dequantized floats.
+
+    For a workspace its codes count only in groups of 128, the ones that TurboMind knows; of others the floats are packed.
+    """
     ckpt = open_checkpoint(path, family=family, cache_dir=cache_dir)
     place = Path(path)
     file = place if place.suffix.lower() == ".gguf" else gguf_file_in(place) if place.is_dir() else None
-    return ckpt if file is None else GgufCodes(file, ckpt)
+    if file is None:
+        return ckpt
+    codes = GgufCodes(file, ckpt)
+    groups = codes.config.quantization.group_size if codes.config.quantization else None
+    return ckpt if target == "turbomind" and groups != GROUP_SIZE else codes
 
 
 def pack_checkpoint(

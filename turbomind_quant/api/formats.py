@@ -68,7 +68,7 @@ def pack(
     options = PackOptions(tp, dialect, dtype, chat_template, rest)
     check_options(format, options)
     with Progress("pack", progress) as run:
-        ckpt = open_source(path, family=family)
+        ckpt = open_source(path, format, family=family)
         for note in ckpt.notes:
             run.say(f"note: {note}")
         result = pack_checkpoint(ckpt, Path(out), format, options, restart=restart, progress=run.step)
@@ -92,7 +92,7 @@ def estimate_pack(
     """What `pack` with these arguments would write. Raises InputError where the model cannot be packed so."""
     options = PackOptions(tp, dialect, dtype, chat_template, rest)
     check_options(format, options)
-    ckpt = open_source(path, family=family)
+    ckpt = open_source(path, format, family=family)
     check_output_place(Path(out), ckpt.path)
     weight_type, size = describe_packing(ckpt, format, options)
     state = folder_state(Path(out)).value

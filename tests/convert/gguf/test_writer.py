@@ -167,7 +167,7 @@ def test_weights_logits_and_codes_come_back(family: str, symmetric: bool, tmp_pa
     if family != "mistral":  # its window has no place in the file
         distance = (logits(found) - logits(source)).norm() / logits(source).norm()
         assert float(distance) <= (1e-6 if symmetric else 2e-3)
-    codes = open_source(tmp_path / "out", cache_dir=cache)
+    codes = open_source(tmp_path / "out", "awq", cache_dir=cache)
     pack_checkpoint(codes, tmp_path / "back", "awq")
     for path in sorted((tmp_path / "awq").glob("*.safetensors")):
         assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes()
@@ -177,7 +177,7 @@ def test_weights_logits_and_codes_come_back(family: str, symmetric: bool, tmp_pa
 def test_larger_groups_come_back_as_they_were(group: int, tmp_path: Path) -> None:
     source = open_checkpoint(write_awq(tmp_path / "awq", "llama", group=group))
     pack_checkpoint(source, tmp_path / "out", "gguf")
-    codes = open_source(tmp_path / "out", cache_dir=tmp_path / "cache")
+    codes = open_source(tmp_path / "out", "awq", cache_dir=tmp_path / "cache")
     assert codes.config.quantization is not None and codes.config.quantization.group_size == group
     pack_checkpoint(codes, tmp_path / "back", "awq")
     assert (tmp_path / "awq/model-00001-of-00003.safetensors").read_bytes() == (
@@ -268,9 +268,21 @@ def test_minima_of_other_programs_are_no_codes(tmp_path: Path) -> None:
     from tiny_gguf import write_gguf
 
     write_gguf(tmp_path / "model.gguf")
-    source = open_source(tmp_path / "model.gguf", cache_dir=tmp_path / "cache")
+    source = open_source(tmp_path / "model.gguf", "gguf", cache_dir=tmp_path / "cache")
     with pytest.raises(InputError, match="no whole multiple"):
         pack_checkpoint(source, tmp_path / "out", "compressed-tensors")
+
+
+@pytest.mark.parametrize(("group", "is_codes"), [(32, False), (128, True)])
+def test_a_workspace_takes_the_codes_of_a_gguf_file_in_its_own_groups_alone(
+    group: int, is_codes: bool, tmp_path: Path
+) -> None:
+    """Of other groups it takes the floats, as of any GGUF file."""
+    pack_checkpoint(
+        open_checkpoint(write_awq(tmp_path / "awq", "llama", group=group)), tmp_path / "out", "gguf"
+    )
+    source = open_source(tmp_path / "out", "turbomind", cache_dir=tmp_path / "cache")
+    assert (source.config.quantization is not None) == is_codes
 
 
 def test_linears_left_float_are_f16(tmp_path: Path) -> None:
@@ -279,7 +291,9 @@ def test_linears_left_float_are_f16(tmp_path: Path) -> None:
     reader = gguf.GGUFReader(tmp_path / "out/model-Q4_1.gguf")
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert types["blk.0.ffn_down.weight"] == "F16" and types["blk.0.ffn_up.weight"] == "Q4_1"
-    pack_checkpoint(open_source(tmp_path / "out", cache_dir=tmp_path / "cache"), tmp_path / "back", "awq")
+    pack_checkpoint(
+        open_source(tmp_path / "out", "awq", cache_dir=tmp_path / "cache"), tmp_path / "back", "awq"
+    )
     assert (tmp_path / "awq/model-00002-of-00003.safetensors").read_bytes() == (
         tmp_path / "back/model-00002-of-00003.safetensors"
     ).read_bytes()
