@@ -12,10 +12,8 @@ to one working folder (--work keeps it), and the cache is a new one, so that the
 A record has four parts that are compared, beside `rows` (command and CPU seconds of each case):
   files      case/path -> SHA-256 of every file but those below; under `inputs` the tiny models themselves
   configs    the same of every config.json, so that an intended change of it stands by itself
-  manifests  case/path/entry -> SHA-256 of each entry of a manifest.json, without versions and the digests of files: settings,
-             choices and losses are left
-  figures    case/field -> value, of `evaluate ppl --json` and `evaluate table -o`, seconds and memory apart; case/exit_code of
-             a command that fails
+  manifests  the same of every manifest.json without its versions and the digests it lists: settings, choices and losses are left
+  figures    case/field -> value, of `evaluate ppl --json` and `evaluate table -o`, seconds and memory apart
 Two files are left out: report.json holds seconds and memory; run.json, which is there to know an interrupted run again, holds
 versions, and settings as the program's classes print them. The last bits of a sum depend on torch's version and the processor's
 instructions: only records that agree in both can be equal, and a comparison says where they do not.
@@ -49,40 +47,45 @@ CALL = (
     "import sys; from importlib.metadata import EntryPoint; name, value = sys.argv[1:3]; sys.argv[:3] = [name]; "
     "sys.exit(EntryPoint(name, value, 'console_scripts').load()())"
 )
-ALONE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-ALONE |= {"PYTHONSAFEPATH": "1"}  # nothing of the working folder is imported
 PARTS = ("files", "configs", "manifests", "figures")
 MEASURED = ("seconds", "peak_gib")
 UNSTABLE = ("report.json", "run.json")
-OF_VERSIONS = ["digest", "files", "format", "run", "source", "tool", "torch", "versions"]  # in a manifest
+OF_VERSIONS = ("digest", "files", "format", "source", "tool", "torch", "versions")  # entries of a manifest
 
 
-def run(words: Sequence[str], tree: Path, work: Path) -> subprocess.CompletedProcess[str]:
-    """Run one command in `work`."""
+def run(words: Sequence[str], tree: Path, work: Path) -> str:
+    """Run one command in `work` and return what it printed. Exits where it fails."""
     entries = tomllib.loads((tree / "pyproject.toml").read_text(encoding="utf8"))["project"]["scripts"]
-    environment = {**os.environ, **ALONE, "PYTHONPATH": str(tree), "TMQ_CACHE": str(work / "cache")}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tree),
+        "PYTHONSAFEPATH": "1",
+        "TMQ_CACHE": str(work / "cache"),
+    }
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, "-c", CALL, words[0], entries[words[0]], *words[1:]]
-    return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{shlex.join(words)}\n{done.stdout}{done.stderr}ended with exit code {done.returncode}")
+    return done.stdout
 
 
 def digests(folder: Path, case: str) -> dict[str, dict[str, str]]:
-    """Of the files of one folder: part of the record -> case/path -> SHA-256; of a manifest, case/path/entry -> that of its JSON."""
+    """Of the files of one folder: part of the record -> case/path -> SHA-256."""
     found: dict[str, dict[str, str]] = {part: {} for part in PARTS}
     for path in sorted(folder.rglob("*")):
-        if not path.is_file() or path.name in UNSTABLE:
-            continue
-        key, data = f"{case}/{path.relative_to(folder).as_posix()}", path.read_bytes()
-        if path.name == "manifest.json":
-            for name, value in json.loads(data).items():
-                if name not in OF_VERSIONS:
-                    found["manifests"][f"{key}/{name}"] = sha256(json.dumps(value, sort_keys=True).encode())
-        else:
-            found["configs" if path.name == "config.json" else "files"][key] = sha256(data)
+        if path.is_file() and path.name not in UNSTABLE:
+            part, data = "configs" if path.name == "config.json" else "files", path.read_bytes()
+            if path.name == "manifest.json":
+                facts = {key: value for key, value in json.loads(data).items() if key not in OF_VERSIONS}
+                part, data = "manifests", json.dumps(facts, sort_keys=True).encode()
+            found[part][f"{case}/{path.relative_to(folder).as_posix()}"] = hashlib.sha256(data).hexdigest()
     return found
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def flat(value: Any, key: str) -> dict[str, Any]:
@@ -102,21 +105,20 @@ def record(cases: Sequence[tuple[str, str]], tree: Path, work: Path) -> dict[str
     for name in (*MODELS, "text.txt"):
         paths = (work / name).rglob("*") if (work / name).is_dir() else [work / name]
         for path in paths:
-            parts["files"][f"inputs/{path.relative_to(work).as_posix()}"] = sha256(path.read_bytes())
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            parts["files"][f"inputs/{path.relative_to(work).as_posix()}"] = digest
     for case, command in cases:
         output = f"{case}.json" if command.startswith("evaluate table") else case
         tail = ["--json"] if command.startswith("evaluate ppl") else ["-o", output]
         words = [*shlex.split(command), *tail]
         before = cpu_seconds()
-        done = run(words, tree, work)
-        seconds = round(cpu_seconds() - before, 2)
-        rows.append({"case": case, "command": shlex.join(words), "cpu_seconds": seconds})
-        print(f"{seconds:8.1f} s  {shlex.join(words)}", file=sys.stderr, flush=True)
-        if done.returncode:
-            print(f"{done.stderr}ended with exit code {done.returncode}", file=sys.stderr, flush=True)
-            parts["figures"][f"{case}/exit_code"] = done.returncode
-        elif command.startswith("evaluate"):
-            text = done.stdout if tail == ["--json"] else (work / output).read_text(encoding="utf8")
+        printed = run(words, tree, work)
+        rows.append(
+            {"case": case, "command": shlex.join(words), "cpu_seconds": round(cpu_seconds() - before, 2)}
+        )
+        print(f"{rows[-1]['cpu_seconds']:8.1f} s  {rows[-1]['command']}", file=sys.stderr, flush=True)
+        if command.startswith("evaluate"):
+            text = printed if tail == ["--json"] else (work / output).read_text(encoding="utf8")
             parts["figures"] |= flat(json.loads(text), case)
         else:
             for part, found in digests(work / case, case).items():
