@@ -35,10 +35,22 @@ def one_by_one(parts: list[list[Tensor]]) -> Tensor:
     return weighted_sum(x, weights, chosen, E, run)
 
 
+def each_alone(layers: ExpertLayers) -> Tensor:
+    """Each expert taken out of the layer and run on its tokens."""
+    x, chosen, weights = routed()
+
+    def run(expert: int, inputs: Tensor) -> Tensor:
+        gate_up, down = layers.of_expert(expert)
+        return down(gate_up(inputs))
+
+    return weighted_sum(x, weights, chosen, E, run)
+
+
 def test_float_experts_as_one_layer() -> None:
     parts = [weights_of(role) for role in range(3)]
     layers = ExpertLayers(stack_floats(parts[0], parts[1]), stack_floats(parts[2]))
     torch.testing.assert_close(layers(*routed()), one_by_one(parts), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(each_alone(layers), one_by_one(parts), rtol=1e-4, atol=1e-5)
 
 
 def test_int4_experts_as_one_layer_and_each_alone() -> None:
@@ -47,13 +59,7 @@ def test_int4_experts_as_one_layer_and_each_alone() -> None:
     layers = ExpertLayers(gate_up, stack([prepare(down) for down in codes[2]]))
     expected = one_by_one([[w.dequantize() for w in part] for part in codes])
     torch.testing.assert_close(layers(*routed()), expected, rtol=1e-4, atol=1e-5)
-    x, chosen, weights = routed()
-
-    def run(expert: int, inputs: Tensor) -> Tensor:
-        gate_up_of, down_of = layers.of_expert(expert)
-        return down_of(gate_up_of(inputs))
-
-    torch.testing.assert_close(weighted_sum(x, weights, chosen, E, run), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(each_alone(layers), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_no_layer_of_experts_without_a_gpu() -> None:
